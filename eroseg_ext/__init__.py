@@ -1,0 +1,22 @@
+"""Adversarial attacks on semantic segmentation, fused: ``eroseg_ext.attack(model, images, labels)``."""
+
+from eroseg_ext.attack import AttackInfo, StepInfo, attack
+from eroseg_ext.objects import JSD, PGD, CosPGD, EroSeg, MaskedCE, SegPGD, Tsallis
+from eroseg_ext.settings import AttackSettings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "JSD",
+    "PGD",
+    "AttackInfo",
+    "AttackSettings",
+    "CosPGD",
+    "EroSeg",
+    "MaskedCE",
+    "SegPGD",
+    "StepInfo",
+    "Tsallis",
+    "__version__",
+    "attack",
+]

@@ -1,0 +1,150 @@
+"""The attack methods: what each makes of the logits in a step. The loop around them is in ``attack.py``."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from eroseg_ext.settings import AttackSettings
+
+
+class GradientBuffer:
+    """Keeps one logits-sized buffer over the steps: a fresh one costs more in page faults than filling it does."""
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def like(self, logits: Tensor) -> Tensor:
+        """A buffer of the logits' shape, dtype, device and layout; its content is undefined."""
+        kept = self._buffer
+        if kept is None or kept.shape != logits.shape or kept.dtype != logits.dtype or kept.stride() != logits.stride():
+            kept = self._buffer = torch.empty_like(logits)
+        return kept
+
+
+class ErosionFront:
+    """EroSeg on one batch: the front's width tau and the log-odds of the last step, carried from step to step."""
+
+    def __init__(self, settings: AttackSettings, ops: ModuleType, labels: Tensor, buffer: GradientBuffer) -> None:
+        self._settings = settings
+        self._ops = ops
+        self._labels = labels
+        self._buffer = buffer
+        self._log_odds: Tensor | None = None
+        self._stats: Tensor | None = None
+        self.tau: Tensor | None = None
+        """``[B]``, of the last step"""
+
+    def gradient(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """G in the logits' shape, and stats ``[B, 4]``."""
+        settings = self._settings
+        if step == 0 or settings.threshold == "exact":
+            tau = self._tau_from_own_scores(logits, step)
+        else:
+            tau = self._tau_from_last_step(step)
+        grad, self._log_odds, self._stats = self._ops.erosion_grad(
+            logits,
+            self._labels,
+            tau,
+            self._log_odds,
+            ignore_index=settings.ignore_index,
+            confidence=settings.confidence,
+            front=settings.front,
+            direction=settings.direction,
+            radius=settings.radius,
+            slope=settings.slope,
+            within=settings.within,
+            targeted=settings.targeted,
+            out=self._buffer.like(logits),
+        )
+        self.tau = tau
+        return grad, self._stats
+
+    def select(self, rows: Tensor) -> None:
+        """Continues with these images of the batch only."""
+        self._labels = self._labels[rows]
+        if self._log_odds is not None and self._stats is not None and self.tau is not None:
+            self._log_odds, self._stats, self.tau = self._log_odds[rows], self._stats[rows], self.tau[rows]
+
+    def _tau_from_last_step(self, step: int) -> Tensor:
+        assert self._log_odds is not None and self._stats is not None and self.tau is not None
+        if self._settings.schedule == "movement" and step == 1:
+            return self.tau
+        return self._next_tau(self._log_odds, self._stats, step)
+
+    def _tau_from_own_scores(self, logits: Tensor, step: int) -> Tensor:
+        """At the price of reading the logits twice: the confidence first, then the gradient."""
+        settings = self._settings
+        scores = self._ops.confidence(
+            logits, self._labels, ignore_index=settings.ignore_index, confidence=settings.confidence
+        )
+        stats = self._stats
+        if stats is None:
+            stats = torch.zeros(logits.shape[0], 4, dtype=torch.float64, device=logits.device)
+            stats[:, 0] = (scores < float("inf")).sum((1, 2))
+        return self._next_tau(scores, stats, step)
+
+    def _next_tau(self, log_odds: Tensor, stats: Tensor, step: int) -> Tensor:
+        settings = self._settings
+        if settings.schedule != "movement":
+            low = high = settings.rho(step)
+        elif step <= 1:
+            low = high = settings.front_first
+        else:
+            low, high = settings.front_min, settings.front_max
+        return self._ops.next_tau(
+            log_odds, stats, settings.steps - step, reach=settings.reach, front_min=low, front_max=high
+        )
+
+
+class WeightedCrossEntropy:
+    """Every other method on one batch: cross-entropy with a weight per pixel."""
+
+    def __init__(self, settings: AttackSettings, ops: ModuleType, labels: Tensor, buffer: GradientBuffer) -> None:
+        self._settings = settings
+        self._ops = ops
+        self._labels = labels
+        self._buffer = buffer
+        self._class_weight: Tensor | None = None
+        self.tau = None
+        self._op_method = settings.method
+        if settings.method == "mce_bal":
+            self._op_method = "mce"
+        elif settings.method == "cospgd" and settings.variant == "sigmoid":
+            self._op_method = "cospgd_sigmoid"
+
+    def gradient(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """G in the logits' shape, and stats ``[B, 4]``."""
+        settings = self._settings
+        if settings.method == "mce_bal" and self._class_weight is None:
+            self._class_weight = self._ops.class_balance(
+                self._labels, max(logits.shape[1], 2), ignore_index=settings.ignore_index
+            )
+        return self._ops.pixel_grad(
+            logits,
+            self._labels,
+            self._op_method,
+            step / settings.steps,
+            ignore_index=settings.ignore_index,
+            targeted=settings.targeted,
+            q=settings.q,
+            class_weight=self._class_weight,
+            out=self._buffer.like(logits),
+        )
+
+    def select(self, rows: Tensor) -> None:
+        """Continues with these images of the batch only."""
+        self._labels = self._labels[rows]
+        if self._class_weight is not None:
+            self._class_weight = self._class_weight[rows]
+
+
+Method = ErosionFront | WeightedCrossEntropy
+
+
+def create(settings: AttackSettings, ops: ModuleType, labels: Tensor, buffer: GradientBuffer) -> Method:
+    """The method that the settings name, for one batch of labels; ``ops`` is the backend's module."""
+    kind = ErosionFront if settings.method == "eroseg" else WeightedCrossEntropy
+    return kind(settings, ops, labels, buffer)

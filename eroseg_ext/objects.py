@@ -1,0 +1,80 @@
+"""The attacks as objects: ``atk = EroSeg(model, eps=8 / 255); adversarial = atk(images, labels)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from eroseg_ext.attack import attack
+from eroseg_ext.model import Model
+from eroseg_ext.settings import AttackSettings
+
+
+class Attack:
+    """An attack with its model and settings bound; the settings are checked here and never change afterwards.
+
+    Args:
+        model: as :func:`eroseg_ext.attack` takes it.
+        **settings: as there, without ``method``.
+    """
+
+    method: str
+
+    def __init__(self, model: Model, **settings: Any) -> None:
+        if "method" in settings:
+            raise TypeError(f"method is not a setting of {type(self).__name__}, it is always {self.method!r}")
+        self.model = model
+        self._keywords = settings | {"method": self.method}
+        self.settings = AttackSettings.create(**self._keywords)
+
+    def __call__(self, images: Tensor, labels: Tensor | None = None, **call: Any) -> Any:
+        """Adversarial images; ``call`` may hold ``mask``, ``generator``, ``callback`` and ``return_info``."""
+        return attack(self.model, images, labels, **call, **self._keywords)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.settings})"
+
+
+class EroSeg(Attack):
+    """arXiv 2601.14950"""
+
+    method = "eroseg"
+
+
+class PGD(Attack):
+    """Madry et al., ICLR 2018"""
+
+    method = "pgd"
+
+
+class SegPGD(Attack):
+    """Gu et al., ECCV 2022"""
+
+    method = "segpgd"
+
+
+class CosPGD(Attack):
+    """Agnihotri et al., ICML 2024; ``variant="sigmoid"`` for its other similarity"""
+
+    method = "cospgd"
+
+
+class MaskedCE(Attack):
+    """Croce et al., ECCV 2024; ``balanced=True`` divides by the class's pixel count"""
+
+    def __init__(self, model: Model, *, balanced: bool = False, **settings: Any) -> None:
+        self.method = "mce_bal" if balanced else "mce"
+        super().__init__(model, **settings)
+
+
+class JSD(Attack):
+    """Jensen-Shannon divergence, Croce et al., ECCV 2024"""
+
+    method = "js"
+
+
+class Tsallis(Attack):
+    """Tsallis cross-entropy with entropic index ``q``"""
+
+    method = "tsallis"

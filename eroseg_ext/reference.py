@@ -1,0 +1,467 @@
+"""What every operation of the package computes, in plain PyTorch.
+
+This module is the definition: the fused C++ and CUDA kernels are held against it and are wrong where they differ. It
+runs on any device, with float32, float16 and bfloat16 logits in any memory layout, and on empty inputs. All arithmetic
+per pixel is done in float32.
+
+Conventions shared by all operations
+    B images, C classes, H x W pixels. ``logits[B, C, H, W]``; ``labels[B, H, W]`` int64, int32 or uint8.
+    A pixel is *valid* if its label is in [0, classes) and is not ``ignore_index``; every other pixel is *void*: it
+    has zero gradient, enters no count, and its confidence is +inf, so that it is never among the smallest.
+    ``C == 1`` is binary segmentation with one logit: labels 0 and 1, the class-0 logit is the constant 0.
+    ``right`` means that the arg max over the classes (the lowest index on ties) is the label.
+    A valid pixel with a NaN or infinite logit gets zero gradient, a NaN confidence, and makes the fourth of the image's
+    ``stats`` NaN: the caller finds it there without any synchronisation in between.
+
+``stats[B, 4]`` (float64): valid pixels, right pixels, front pixels, summed movement of the front.
+
+Source: Song et al., "Erosion Attack for Adversarial Training to Enhance Semantic Segmentation Robustness", ICASSP 2026,
+arXiv 2601.14950; the choices that its abstract leaves open are described in the package's README.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+INF = float("inf")
+TAU_FLOOR = 1e-6
+"""No threshold is below this confidence: the front's weight divides by it."""
+
+
+class PixelTerms(NamedTuple):
+    """What the per-pixel reductions over the classes leave; maps are ``[B, H, W]``, float32."""
+
+    z: Tensor
+    """``[B, C', H, W]`` logits, C' = max(C, 2)"""
+    onehot: Tensor
+    """``[B, C', H, W]`` bool, all False on void pixels"""
+    valid: Tensor
+    finite: Tensor
+    right: Tensor
+    log_odds: Tensor
+    """L = z_y - logsumexp(z_c, c != y) = log(p_y / (1 - p_y)); label 0 stands in on void pixels"""
+    others: Tensor
+    """``[B, C', H, W]`` softmax over the classes other than the label, 0 at the label"""
+
+
+def pixel_terms(logits: Tensor, labels: Tensor, ignore_index: int) -> PixelTerms:
+    """The terms that every weight and direction is made of; see :class:`PixelTerms`."""
+    z = logits.float()
+    if z.shape[1] == 1:
+        z = torch.cat([torch.zeros_like(z), z], 1)
+    classes = z.shape[1]
+    labels = labels.long()
+    valid = (labels != ignore_index) & (labels >= 0) & (labels < classes)
+    index = labels.where(valid, 0).unsqueeze(1)
+    is_label = index == torch.arange(classes, device=z.device).view(1, -1, 1, 1)
+    z_others = z.masked_fill(is_label, -INF)
+    lse_others = z_others.logsumexp(1, keepdim=True)
+    return PixelTerms(
+        z=z,
+        onehot=is_label & valid.unsqueeze(1),
+        valid=valid,
+        finite=z.isfinite().all(1),
+        right=valid & (z.argmax(1) == index.squeeze(1)),
+        log_odds=(z.gather(1, index) - lse_others).squeeze(1),
+        others=(z_others - lse_others).exp(),
+    )
+
+
+def weighted_direction(terms: PixelTerms, weight: Tensor, logits: Tensor, out: Tensor | None) -> Tensor:
+    """``weight[B, H, W]`` times the gradient of the negative log-odds, in the logits' shape and dtype.
+
+    dl/dz_c is the softmax over the other classes for c != y, and -1 for c = y (DESIGN section 2, "Direction").
+    """
+    weight = weight.where(terms.valid & terms.finite, 0.0).unsqueeze(1)
+    grad = torch.where(weight == 0, 0.0, weight * (terms.others - terms.onehot.float()))
+    grad = grad[:, -logits.shape[1] :].to(logits.dtype)
+    return grad if out is None else out.copy_(grad)
+
+
+def _signed_confidence(terms: PixelTerms, confidence: str) -> Tensor:
+    """L for ``label``; for ``top`` the confidence in the predicted class, negative where that class is wrong."""
+    signed = terms.log_odds
+    if confidence == "top":
+        z = terms.z
+        is_top = z.argmax(1, keepdim=True) == torch.arange(z.shape[1], device=z.device).view(1, -1, 1, 1)
+        log_odds = z.amax(1) - z.masked_fill(is_top, -INF).logsumexp(1)
+        top = (log_odds + math.log(z.shape[1] - 1)).clamp(min=0)
+        signed = torch.where(terms.right, top, -top)
+    signed = signed.where(terms.finite, math.nan)
+    return signed.where(terms.valid, INF)
+
+
+def _stats(valid: Tensor, right: Tensor, front: Tensor, movement: Tensor) -> Tensor:
+    maps = (valid, right, front, movement)
+    return torch.stack([m.double().sum((1, 2)) for m in maps], 1)
+
+
+def confidence(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, confidence: str = "label") -> Tensor:
+    """How sure the model is of each pixel, right or wrong: 0 at even odds.
+
+    Args:
+        logits: ``[B, C, H, W]`` float32, float16 or bfloat16.
+        labels: ``[B, H, W]`` int64, int32 or uint8.
+        ignore_index: the label of void pixels.
+        confidence: ``label``: the absolute log-odds of the label, |log p_y/(1-p_y)|; ``top``: the log-odds of the
+            predicted class plus log(C-1), which is >= 0 and ordered like the maximum softmax probability.
+
+    Returns:
+        ``[B, H, W]`` float32; +inf on void pixels, NaN where a valid pixel's logits are not finite.
+    """
+    return _signed_confidence(pixel_terms(logits, labels, ignore_index), confidence).abs()
+
+
+def kth_value(scores: Tensor, k: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The exact k-th smallest score of each row.
+
+    Args:
+        scores: ``[B, N]`` float32, no score negative.
+        k: ``[B, K]`` int64, counted from 1; values outside [1, N] are clamped.
+        valid: ``[B, N]`` bool or None; scores that are not valid count as +inf.
+
+    Returns:
+        ``[B, K]`` float32; +inf where a row has fewer than k valid scores (so also for N = 0).
+    """
+    if scores.shape[1] == 0:
+        return scores.new_full(k.shape, INF)
+    if valid is not None:
+        scores = scores.masked_fill(~valid, INF)
+    return scores.sort(1).values.gather(1, k.clamp(1, scores.shape[1]) - 1)
+
+
+def next_tau(
+    log_odds: Tensor,
+    stats: Tensor,
+    steps_left: int,
+    *,
+    reach: float = 1.0,
+    front_min: float = 0.03,
+    front_max: float = 0.4,
+) -> Tensor:
+    """The width of the next step's front, from what this step measured.
+
+    ``clamp(reach * v * sqrt(steps_left), kth(front_min), kth(front_max))``, where v is the mean movement of the front,
+    not below 0, and kth(rho) the exact k-th smallest confidence of the image, k = clamp(round(rho * n), 1, n) over its
+    n valid pixels (half rounds to even), never below ``TAU_FLOOR``. ``front_min == front_max`` gives kth itself.
+
+    Args:
+        log_odds: ``[B, H, W]`` float32, as :func:`erosion_grad` returns it: signed confidence, +inf on void pixels.
+        stats: ``[B, 4]`` float64, of the same call.
+        steps_left: steps that remain after this one, T - 1 - t.
+        reach: how many times the expected movement the front is wide.
+        front_min, front_max: bounds as fractions of the valid pixels.
+
+    Returns:
+        tau ``[B]`` float32, in units of log-odds; ``TAU_FLOOR`` for an image without valid pixels, NaN for an image
+        with logits that are not finite.
+    """
+    scores = log_odds.abs().flatten(1)
+    valid, _, front, movement = stats.unbind(1)
+    k = torch.stack([(rho * valid).round() for rho in (front_min, front_max)], 1)
+    k = torch.minimum(k, valid.unsqueeze(1)).clamp(min=1).long()
+    low, high = kth_value(scores, k).clamp(min=TAU_FLOOR).unbind(1)
+    velocity = (movement / front.clamp(min=1)).clamp(min=0)
+    tau = (reach * velocity * math.sqrt(steps_left)).float()
+    tau = torch.minimum(torch.maximum(tau, low), high)
+    return torch.where(movement.isnan(), math.nan, torch.where(valid == 0, TAU_FLOOR, tau))
+
+
+def erode(
+    scores: Tensor, valid: Tensor | None, radius: int, cone: Tensor, predicted: Tensor | None = None
+) -> Tensor:
+    """Greyscale erosion with a cone: ``q_i = min over valid j, d(i,j) <= radius, of scores_j + cone * d``.
+
+    d is the chessboard distance. It is computed as ``radius`` erosions by a 3x3 element whose eight outer values are
+    ``cone``, which is the same cone because chessboard distance is the number of king's moves.
+
+    Args:
+        scores: ``[B, H, W]`` float32.
+        valid: ``[B, H, W]`` bool or None; a void pixel lends nothing (but receives). NaN scores lend nothing either.
+        radius: >= 0; 0 returns the scores, +inf where they are void or NaN.
+        cone: ``[B]`` float32, rise per pixel of distance (slope * tau).
+        predicted: ``[B, H, W]`` integer or None; if given, the erosion is geodesic: every king's move must join two
+            pixels of equal value (``within="class"``).
+
+    Returns:
+        ``[B, H, W]`` float32.
+    """
+    q = scores.masked_fill(scores.isnan(), INF)
+    if valid is not None:
+        q = q.masked_fill(~valid, INF)
+    if 0 in q.shape:
+        return q
+    rise = cone.view(-1, 1, 1)
+    for _ in range(radius):
+        if predicted is None:
+            lowest = -F.max_pool2d(-q.unsqueeze(1), 3, 1, 1).squeeze(1)
+        else:
+            lowest = _lowest_neighbour_of_class(q, predicted)
+        q = torch.minimum(q, lowest + rise)
+    return q
+
+
+def _lowest_neighbour_of_class(q: Tensor, predicted: Tensor) -> Tensor:
+    height, width = q.shape[1:]
+    padded_q = F.pad(q, (1, 1, 1, 1), value=INF)
+    padded_class = F.pad(predicted, (1, 1, 1, 1), value=-1)
+    lowest = torch.full_like(q, INF)
+    for dy in range(3):
+        for dx in range(3):
+            window = (slice(None), slice(dy, dy + height), slice(dx, dx + width))
+            same = padded_class[window] == predicted
+            lowest = torch.minimum(lowest, padded_q[window].where(same, INF))
+    return lowest
+
+
+def erosion_grad(
+    logits: Tensor,
+    labels: Tensor,
+    tau: Tensor,
+    previous: Tensor | None = None,
+    *,
+    ignore_index: int = 255,
+    confidence: str = "label",
+    front: str = "soft",
+    direction: str = "log_odds",
+    radius: int = 1,
+    slope: float = 1.0,
+    within: str = "any",
+    targeted: bool = False,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the EroSeg loss with respect to the logits.
+
+    Per pixel: the confidence s, eroded to q by a cone of ``radius`` pixels rising ``slope * tau`` per pixel; the weight
+    w = sech^2(q / (2 tau)) (``soft``) or 1[q <= tau] (``hard``); and ``G = w * dl/dz`` with l the negative log-odds of
+    the label (``log_odds``: exp(z_c - a) for c != y, -1 for y) or the cross-entropy (``ce``: p - onehot, computed as
+    the former times 1 - p_y, which does not cancel). No division by a pixel count: every entry is in [-1, 1].
+
+    Args:
+        logits: ``[B, C, H, W]`` float32, float16 or bfloat16.
+        labels: ``[B, H, W]`` int64, int32 or uint8; the wanted class if ``targeted``.
+        tau: ``[B]`` float32, the width of the front, > 0.
+        previous: ``[B, H, W]`` float32, the log-odds this op returned for the step before, or None.
+        ignore_index: the label of void pixels.
+        confidence: ``label`` or ``top``, see :func:`confidence`.
+        front: ``soft`` or ``hard``.
+        direction: ``log_odds`` or ``ce``.
+        radius: 0 to 8 pixels; 0 switches the erosion off.
+        slope: rise of the cone per pixel, in units of tau.
+        within: ``any``, or ``class``: the erosion crosses only between neighbours of one predicted class.
+        targeted: flips the sign of G and of the movement.
+        out: the gradient is written here, if given: shape, dtype of the logits.
+
+    Returns:
+        G ``[B, C, H, W]`` in the logits' dtype; log_odds ``[B, H, W]`` float32, the signed confidence (L for
+        ``label``; +s where right and -s where wrong for ``top``), +inf on void pixels; stats ``[B, 4]`` float64. The
+        front that stats count is |previous| <= tau, the sensitive pixels that the last step pushed, and their movement
+        is the log-odds they lost since (gained, if targeted); without ``previous`` it is |log_odds| <= tau, unmoved.
+
+    Source: DESIGN section 2, after arXiv 2601.14950.
+    """
+    terms = pixel_terms(logits, labels, ignore_index)
+    signed = _signed_confidence(terms, confidence)
+    width = tau.view(-1, 1, 1)
+
+    predicted = terms.z.argmax(1) if within == "class" else None
+    q = erode(signed.abs(), terms.valid, radius, slope * tau, predicted)
+    weight = 1 / torch.cosh(q / (2 * width)).square() if front == "soft" else (q <= width).float()
+    if direction == "ce":
+        weight = weight * torch.sigmoid(-terms.log_odds)
+    grad = weighted_direction(terms, -weight if targeted else weight, logits, out)
+
+    before = signed if previous is None else previous
+    in_front = terms.valid & (before.abs() <= width)
+    moved = (signed - before if targeted else before - signed).where(in_front, 0.0)
+    broken = terms.valid & ~terms.finite
+    return grad, signed, _stats(terms.valid, terms.right, in_front, moved.where(~broken, math.nan))
+
+
+METHODS = ("pgd", "segpgd", "cospgd", "cospgd_sigmoid", "mce", "js", "tsallis")
+"""Methods of :func:`pixel_grad`. ``mce_bal`` is ``mce`` with a class weight."""
+
+
+def pixel_grad(
+    logits: Tensor,
+    labels: Tensor,
+    method: str,
+    progress: float = 0.0,
+    *,
+    ignore_index: int = 255,
+    targeted: bool = False,
+    q: float = 2.0,
+    class_weight: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the other methods' losses: cross-entropy, weighted per pixel.
+
+    The weight of a pixel, with p the softmax, y its label and lam = progress / 2:
+        ``pgd`` 1 (Madry et al., ICLR 2018);
+        ``segpgd`` right: 1 - lam, wrong: lam (Gu et al., ECCV 2022, eq. 4);
+        ``cospgd`` p_y / ||p||_2, ``cospgd_sigmoid`` the same with p = sigmoid(z) (Agnihotri et al., ICML 2024);
+        ``mce`` 1 where right, else 0 (Croce et al., ECCV 2024);
+        ``js`` (p_y / 2) log((1 + p_y) / p_y), the Jensen-Shannon divergence in closed form (Croce et al.);
+        ``tsallis`` p_y^(q-1), the Tsallis cross-entropy.
+    Targeted, the pixels still to be moved are the ones that are not yet the wanted class: segpgd and mce swap right
+    and wrong, cospgd takes 1 - p_y / ||p||_2, and the sign of G flips for all.
+
+    Args:
+        logits: ``[B, C, H, W]`` float32, float16 or bfloat16.
+        labels: ``[B, H, W]`` int64, int32 or uint8.
+        method: one of :data:`METHODS`.
+        progress: t / T with t counted from 0.
+        ignore_index: the label of void pixels.
+        targeted: labels are the wanted classes.
+        q: exponent of ``tsallis``.
+        class_weight: ``[B, max(C, 2)]`` float32 factor by label, or None; see :func:`class_balance`.
+        out: the gradient is written here, if given.
+
+    Returns:
+        G ``[B, C, H, W]`` in the logits' dtype, entries in [-1, 1]; stats ``[B, 4]`` float64, where every valid pixel
+        counts as front and the movement is 0.
+    """
+    terms = pixel_terms(logits, labels, ignore_index)
+    p_label, p_rest = torch.sigmoid(terms.log_odds), torch.sigmoid(-terms.log_odds)
+    if method == "pgd":
+        weight = torch.ones_like(p_label)
+    elif method == "segpgd":
+        lam = progress / 2
+        weight = torch.where(terms.right != targeted, 1 - lam, lam)
+    elif method in ("cospgd", "cospgd_sigmoid"):
+        if method == "cospgd":
+            cosine = p_label / (p_label.square() + (p_rest.unsqueeze(1) * terms.others).square().sum(1)).sqrt()
+        else:
+            # sigma(z)/sigma(z_y) keeps the cosine defined where every sigmoid underflows.
+            gap = F.logsigmoid(terms.z) - (F.logsigmoid(terms.z) * terms.onehot).sum(1, keepdim=True)
+            cosine = (gap * 2).exp().sum(1).rsqrt()
+        weight = 1 - cosine if targeted else cosine
+    elif method == "mce":
+        weight = (terms.right != targeted).float()
+    elif method == "js":
+        weight = p_label / 2 * (torch.log1p(p_label) - F.logsigmoid(terms.log_odds))
+    elif method == "tsallis":
+        weight = ((q - 1) * F.logsigmoid(terms.log_odds)).exp()
+    else:
+        raise ValueError(f"method is {method!r}, wanted one of {', '.join(METHODS)}")
+    weight = weight * p_rest
+    if class_weight is not None:
+        index = labels.long().where(terms.valid, 0).flatten(1)
+        weight = weight * class_weight.gather(1, index).view_as(weight)
+    grad = weighted_direction(terms, -weight if targeted else weight, logits, out)
+
+    broken = terms.valid & ~terms.finite
+    return grad, _stats(terms.valid, terms.right, terms.valid, torch.zeros_like(p_label).where(~broken, math.nan))
+
+
+def class_balance(labels: Tensor, classes: int, *, ignore_index: int = 255) -> Tensor:
+    """Weights of the class-balanced masked cross-entropy: inversely proportional to the class's pixels in the image.
+
+    Divided by the largest of them, so that the rarest class present has weight 1 and a half-precision gradient does
+    not underflow; a factor per image changes neither a sign step nor a normalised one.
+
+    Args:
+        labels: ``[B, H, W]`` int64, int32 or uint8.
+        classes: number of classes (2 for one-logit binary segmentation).
+        ignore_index: the label of void pixels.
+
+    Returns:
+        ``[B, classes]`` float32; 0 for classes that the image does not have.
+
+    Source: Croce et al., ECCV 2024, "MCE-Bal".
+    """
+    labels = labels.long().flatten(1)
+    valid = (labels != ignore_index) & (labels >= 0) & (labels < classes)
+    count = torch.zeros(labels.shape[0], classes, device=labels.device)
+    count.scatter_add_(1, labels.where(valid, 0), valid.float())
+    rarest = count.where(count > 0, INF).amin(1, keepdim=True)
+    return torch.where(count > 0, rarest / count, 0.0)
+
+
+def linf_step_(
+    x_adv: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    eps: float,
+    alpha: float,
+    low: float = 0.0,
+    high: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """One signed step inside the l_inf ball: ``clamp(clamp(x_adv + alpha * sign(grad), x - eps, x + eps), low, high)``.
+
+    A NaN gradient makes a NaN pixel, so that it cannot pass for a pixel that needed no change.
+
+    Args:
+        x_adv: ``[B, K, H, W]`` float32, changed in place.
+        x: the clean images, like x_adv.
+        grad: like x_adv.
+        eps, alpha, low, high: radius, step size and range, in pixel values.
+        mask: ``[B, 1, H, W]`` bool or None; pixels outside it keep their value.
+
+    Returns:
+        x_adv.
+
+    Source: Madry et al., ICLR 2018.
+    """
+    direction = grad.sign().where(~grad.isnan(), math.nan)
+    stepped = (x_adv + alpha * direction).clamp(x - eps, x + eps).clamp(low, high)
+    return x_adv.copy_(stepped if mask is None else stepped.where(mask, x_adv))
+
+
+def l2_step_(
+    x_adv: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    eps: float,
+    alpha: float,
+    low: float = 0.0,
+    high: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """One normalised step inside the l_2 ball, per image.
+
+    x_adv moves by ``alpha * grad / ||grad||``, is projected on the ball of radius eps around x, then clamped to the
+    range, which only brings it nearer to x. An image whose gradient is 0 is only projected. Norms are taken in float64,
+    over the pixels inside the mask.
+
+    Args and returns: as :func:`linf_step_`; eps and alpha are l_2 norms over a whole image's pixel values.
+    """
+    if x_adv.numel() == 0:
+        return x_adv
+    if mask is not None:
+        grad = grad.where(mask, 0.0)
+    norm = grad.double().flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    scale = torch.where(norm == 0, 0.0, alpha / norm).float()
+    delta = x_adv + scale * grad - x
+    length = delta.double().flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    shrink = torch.where(length > eps, eps / length, 1.0).float()
+    stepped = (x + shrink * delta).clamp(low, high)
+    return x_adv.copy_(stepped if mask is None else stepped.where(mask, x_adv))
+
+
+def confusion(prediction: Tensor, labels: Tensor, classes: int, *, ignore_index: int = 255) -> Tensor:
+    """Confusion matrix over the valid pixels.
+
+    Args:
+        prediction: logits ``[B, C, H, W]`` (float), or predicted classes ``[B, H, W]`` (int64).
+        labels: ``[B, H, W]`` int64, int32 or uint8.
+        classes: number of classes (2 for one-logit binary segmentation).
+        ignore_index: the label of void pixels.
+
+    Returns:
+        int64 ``[classes, classes]``: rows are labels, columns predictions.
+    """
+    if prediction.dim() == 4:
+        prediction = (prediction[:, 0] > 0).long() if prediction.shape[1] == 1 else prediction.argmax(1)
+    labels = labels.long()
+    valid = (labels != ignore_index) & (labels >= 0) & (labels < classes)
+    cell = torch.where(valid, labels * classes + prediction, classes * classes)
+    counts = torch.zeros(classes * classes + 1, dtype=torch.int64, device=labels.device)
+    counts.scatter_add_(0, cell.flatten(), torch.ones_like(cell).flatten())
+    return counts[:-1].view(classes, classes)

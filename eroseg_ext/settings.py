@@ -1,0 +1,222 @@
+"""The settings of an attack: one frozen dataclass, checked in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+METHODS = ("eroseg", "pgd", "segpgd", "cospgd", "mce", "mce_bal", "js", "tsallis")
+PRESETS: dict[str, dict[str, Any]] = {
+    "progressive": {
+        "method": "eroseg",
+        "confidence": "top",
+        "front": "hard",
+        "direction": "ce",
+        "radius": 1,
+        "schedule": "linear",
+    },
+}
+RHO_RANGES = {"geometric": (0.4, 0.05), "linear": (0.1, 1.0)}
+"""First and last fraction of sensitive pixels of the schedules that fix it in advance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackSettings:
+    """What :func:`eroseg_ext.attack` takes as keywords. Lengths in the image are in pixel values of ``clip``'s range.
+
+    Raises ValueError or TypeError with one sentence if a value is not allowed.
+    """
+
+    method: str = "eroseg"
+    """``eroseg``, ``pgd``, ``segpgd``, ``cospgd``, ``mce``, ``mce_bal``, ``js`` or ``tsallis``"""
+    eps: float = 8 / 255
+    """radius of the ball, >= 0; with ``norm="l2"`` the l_2 norm over an image"""
+    step_size: float | None = None
+    """default eps / 4"""
+    steps: int = 10
+    norm: str = "linf"
+    """``linf`` or ``l2``"""
+    targeted: bool = False
+    """labels are the wanted classes"""
+    ignore_index: int = 255
+    """label of void pixels, any integer; they enter neither the loss nor a count"""
+    random_start: bool = True
+    """uniform in the ball"""
+    restarts: int = 1
+    """independent runs; each image keeps its best one"""
+    keep: str = "last"
+    """``last`` iterate, or the ``best``: fewest right pixels (most, if targeted), per image"""
+    early_stop: bool = False
+    """an image with no right pixel left (all right, if targeted) leaves the batch; reads counts on the host each step"""
+    clip: tuple[float, float] = (0.0, 1.0)
+    """range of pixel values"""
+    mean: Sequence[float] | None = None
+    """with std: the model is given (image - mean) / std, per channel, while eps and clip stay in pixel values"""
+    std: Sequence[float] | None = None
+    autocast: torch.dtype | None = None
+    """run the model under torch.autocast with this dtype (float16 or bfloat16)"""
+    micro_batch: int | None = None
+    """attack so many images at a time; results are those of the whole batch for models that treat images alone"""
+    backend: str = "auto"
+    """``fused``, ``reference`` or ``auto``: fused where it is built for the images' device"""
+    model_mode: str = "eval"
+    """mode of the model during the attack: ``eval``, ``train`` or ``keep``"""
+    progress: bool = False
+    """show a tqdm bar"""
+
+    confidence: str = "label"
+    """eroseg: |log-odds| of the ``label``, or of the ``top`` class"""
+    front: str = "soft"
+    """eroseg: weight ``soft`` sech^2(q / 2 tau) or ``hard`` 1[q <= tau]"""
+    direction: str = "log_odds"
+    """eroseg: descend the ``log_odds`` of the label, or ascend the cross-entropy ``ce``"""
+    radius: int = 1
+    """eroseg: of the erosion, 0 to 8 pixels of the logits"""
+    slope: float = 1.0
+    """eroseg: rise of the erosion's cone per pixel, in units of tau, >= 0"""
+    within: str = "any"
+    """eroseg: the erosion crosses ``any`` pixels or only those within one predicted ``class``"""
+    threshold: str = "lagged"
+    """eroseg: tau from the step before (``lagged``), or from the step's own scores (``exact``, reads logits twice)"""
+    schedule: str = "movement"
+    """eroseg: the front's width follows the measured ``movement``, or is kth(rho) with rho ``geometric`` or ``linear``"""
+    reach: float = 1.0
+    """eroseg, movement: how many times the expected movement the front is wide, > 0"""
+    front_first: float = 0.3
+    """eroseg, movement: fraction of sensitive pixels in the first two steps"""
+    front_min: float = 0.03
+    """eroseg, movement: lower bound of the front, as a fraction of the valid pixels"""
+    front_max: float = 0.4
+    """eroseg, movement: upper bound"""
+    rho_range: tuple[float, float] | None = None
+    """eroseg, geometric or linear: first and last rho; default (0.4, 0.05) and (0.1, 1.0)"""
+    variant: str = "softmax"
+    """cospgd: probabilities by ``softmax`` or ``sigmoid``"""
+    q: float = 2.0
+    """tsallis: the entropic index"""
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, METHODS)
+        _check_choice("norm", self.norm, ("linf", "l2"))
+        _check_choice("keep", self.keep, ("last", "best"))
+        _check_choice("backend", self.backend, ("auto", "fused", "reference"))
+        _check_choice("model_mode", self.model_mode, ("eval", "train", "keep"))
+        _check_choice("confidence", self.confidence, ("label", "top"))
+        _check_choice("front", self.front, ("soft", "hard"))
+        _check_choice("direction", self.direction, ("log_odds", "ce"))
+        _check_choice("within", self.within, ("any", "class"))
+        _check_choice("threshold", self.threshold, ("lagged", "exact"))
+        _check_choice("schedule", self.schedule, ("movement", "geometric", "linear"))
+        _check_choice("variant", self.variant, ("softmax", "sigmoid"))
+        for name in ("targeted", "random_start", "early_stop", "progress"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        _check_number("eps", self.eps, 0, math.inf)
+        if self.step_size is not None:
+            _check_number("step_size", self.step_size, 0, math.inf)
+        _check_integer("steps", self.steps, 1)
+        _check_integer("restarts", self.restarts, 1)
+        _check_integer("ignore_index", self.ignore_index, -(2**63), 2**63 - 1)
+        _check_integer("radius", self.radius, 0, 8)
+        if self.micro_batch is not None:
+            _check_integer("micro_batch", self.micro_batch, 1)
+        _check_number("slope", self.slope, 0, math.inf)
+        _check_number("reach", self.reach, 0, math.inf)
+        _check_number("q", self.q, 1, math.inf)
+        for name in ("front_first", "front_min", "front_max"):
+            _check_number(name, getattr(self, name), 0, 1)
+        _require(
+            self.front_min <= self.front_max, "front_min", self.front_min, f"at most front_max = {self.front_max}"
+        )
+        _check_pair("clip", self.clip)
+        _require(self.clip[0] < self.clip[1], "clip", self.clip, "a pair (low, high) with low < high")
+        if self.rho_range is not None:
+            _check_pair("rho_range", self.rho_range)
+            _require(all(0 < rho <= 1 for rho in self.rho_range), "rho_range", self.rho_range, "two fractions in (0, 1]")
+        _require(
+            (self.mean is None) == (self.std is None), "std" if self.std is None else "mean", None, "both mean and std"
+        )
+        if self.mean is not None and self.std is not None:
+            _check_sequence("mean", self.mean)
+            _check_sequence("std", self.std)
+            _require(len(self.mean) == len(self.std), "std", self.std, f"{len(self.mean)} numbers, as mean has")
+            _require(all(value > 0 for value in self.std), "std", self.std, "numbers > 0")
+        _require(
+            self.autocast in (None, torch.float16, torch.bfloat16),
+            "autocast",
+            self.autocast,
+            "None, torch.float16 or torch.bfloat16",
+        )
+
+    @classmethod
+    def create(cls, preset: str | None = None, **keywords: Any) -> AttackSettings:
+        """Settings from keywords; ``preset`` changes defaults only, a keyword given beside it wins.
+
+        Raises TypeError for a keyword that does not exist, naming the nearest ones.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in keywords:
+            if name not in names:
+                raise TypeError(f"{name} is not a setting of attack(){_near_misses(name, names)}")
+        if preset is not None:
+            _check_choice("preset", preset, tuple(PRESETS))
+            keywords = PRESETS[preset] | keywords
+        return cls(**keywords)
+
+    @property
+    def alpha(self) -> float:
+        """The step size in force."""
+        return self.eps / 4 if self.step_size is None else self.step_size
+
+    def rho(self, step: int) -> float:
+        """The fraction of sensitive pixels of ``step``, under the schedules ``geometric`` and ``linear``."""
+        first, last = self.rho_range or RHO_RANGES[self.schedule]
+        done = step / max(self.steps - 1, 1)
+        if self.schedule == "geometric":
+            return first * (last / first) ** done
+        return first + (last - first) * done
+
+
+def _require(condition: bool, name: str, came: object, wanted: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {came!r}, wanted {wanted}")
+
+
+def _near_misses(value: object, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(value).lower(), choices, n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def _check_choice(name: str, came: object, choices: Sequence[str]) -> None:
+    if came not in choices:
+        raise ValueError(f"{name} is {came!r}, wanted one of {', '.join(choices)}{_near_misses(came, choices)}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_number(name: str, came: object, low: float, high: float) -> None:
+    wanted = f"a number >= {low}" if high == math.inf else f"a number from {low} to {high}"
+    _require(_is_number(came) and low <= came <= high, name, came, wanted)  # type: ignore[operator]
+
+
+def _check_integer(name: str, came: object, low: int, high: int | None = None) -> None:
+    wanted = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+    whole = isinstance(came, int) and not isinstance(came, bool)
+    _require(whole and low <= came and (high is None or came <= high), name, came, wanted)  # type: ignore[operator]
+
+
+def _check_pair(name: str, came: object) -> None:
+    ok = isinstance(came, (tuple, list)) and len(came) == 2 and all(_is_number(value) for value in came)
+    _require(ok, name, came, "a pair of numbers")
+
+
+def _check_sequence(name: str, came: object) -> None:
+    ok = isinstance(came, Sequence) and len(came) > 0 and all(_is_number(value) for value in came)
+    _require(ok, name, came, "a list of numbers, one per image channel")

@@ -1,0 +1,58 @@
+// What the SIMD levels share and must not be compiled for one of them: the choice among them, and memory.
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "kernels.h"
+
+namespace eroseg::cpu {
+
+namespace baseline {
+extern const Kernels kKernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+#endif
+
+namespace {
+
+const Kernels& pick() {
+  const char* wanted = std::getenv("EROSEG_CPU_LEVEL");
+  const auto allowed = [wanted](const Kernels& level) {
+    return wanted == nullptr || std::strcmp(wanted, level.level) == 0;
+  };
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("x86-64-v4") && allowed(avx512::kKernels)) return avx512::kKernels;
+  if (__builtin_cpu_supports("x86-64-v3") && allowed(avx2::kKernels)) return avx2::kKernels;
+#endif
+  return baseline::kKernels;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& picked = pick();
+  return picked;
+}
+
+Scratch::~Scratch() { std::free(memory_); }
+
+float* Scratch::floats(int64_t count) {
+  constexpr size_t kCacheLine = 64;
+  if (count > count_) {
+    std::free(memory_);
+    count_ = 0;
+    const size_t bytes = static_cast<size_t>(count) * sizeof(float);
+    memory_ = std::aligned_alloc(kCacheLine, (bytes + kCacheLine - 1) / kCacheLine * kCacheLine);
+    if (memory_ == nullptr) throw std::bad_alloc();
+    count_ = count;
+  }
+  return static_cast<float*>(memory_);
+}
+
+}  // namespace eroseg::cpu

@@ -1,0 +1,434 @@
+// The operators for CPU tensors: checks the arguments, shares the rows out among threads, calls the kernels.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+#include "select.h"
+
+namespace eroseg::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+bool has_shape(const Tensor& tensor, const std::vector<int64_t>& shape) {
+  if (tensor.dim() != static_cast<int64_t>(shape.size())) return false;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    if (tensor.size(static_cast<int64_t>(i)) != shape[i]) return false;
+  }
+  return true;
+}
+
+// Whether the elements lie densely with the dimensions nested in this order, the last one innermost; strides of an
+// empty tensor mean nothing.
+bool is_dense(const Tensor& tensor, const std::vector<int64_t>& order) {
+  if (tensor.numel() == 0) return true;
+  int64_t stride = 1;
+  for (size_t i = order.size(); i-- > 0;) {
+    if (tensor.size(order[i]) != 1 && tensor.stride(order[i]) != stride) return false;
+    stride *= tensor.size(order[i]);
+  }
+  return true;
+}
+
+bool is_nchw(const Tensor& tensor) { return is_dense(tensor, {0, 1, 2, 3}); }
+bool is_nhwc(const Tensor& tensor) { return is_dense(tensor, {0, 2, 3, 1}); }
+
+void check(const Tensor& tensor, const char* op, const char* name, ScalarType dtype,
+           const std::vector<int64_t>& shape) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " is ",
+                  torch::headeronly::toString(tensor.scalar_type()), ", wanted ", torch::headeronly::toString(dtype));
+  STD_TORCH_CHECK(has_shape(tensor, shape), op, ": ", name, " has another shape than its companions need");
+  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " is not contiguous");
+}
+
+FloatType float_type(const Tensor& tensor, const char* op) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return FloatType::kFloat32;
+    case ScalarType::Half:
+      return FloatType::kFloat16;
+    case ScalarType::BFloat16:
+      return FloatType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, op, ": logits are ", torch::headeronly::toString(tensor.scalar_type()),
+                      ", wanted float32, float16 or bfloat16");
+  }
+}
+
+LabelType label_type(const Tensor& tensor, const char* op) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Long:
+      return LabelType::kInt64;
+    case ScalarType::Int:
+      return LabelType::kInt32;
+    case ScalarType::Byte:
+      return LabelType::kUInt8;
+    default:
+      STD_TORCH_CHECK(false, op, ": labels are ", torch::headeronly::toString(tensor.scalar_type()),
+                      ", wanted int64, int32 or uint8");
+  }
+}
+
+Labels checked_labels(const Tensor& labels, const Shape& shape, int64_t ignore_index, const char* op) {
+  const LabelType type = label_type(labels, op);
+  check(labels, op, "labels", labels.scalar_type(), {shape.batch, shape.height, shape.width});
+  return {labels.const_data_ptr(), type, ignore_index};
+}
+
+Input checked_input(const Tensor& logits, const Tensor& labels, int64_t ignore_index, const char* op) {
+  const FloatType type = float_type(logits, op);
+  STD_TORCH_CHECK(logits.dim() == 4 && logits.size(1) > 0, op, ": logits have ", logits.dim(),
+                  " dimensions, wanted [B, C, H, W] with C > 0");
+  const Shape shape{logits.size(0), logits.size(1), logits.size(2), logits.size(3)};
+  STD_TORCH_CHECK(is_nchw(logits) || is_nhwc(logits), op, ": logits are neither contiguous nor channels_last");
+  return {shape, {logits.const_data_ptr(), type, !is_nchw(logits)}, checked_labels(labels, shape, ignore_index, op)};
+}
+
+void* checked_grad(const Tensor& grad, const Tensor& logits, const Input& input, const char* op) {
+  const Shape& shape = input.shape;
+  STD_TORCH_CHECK(grad.scalar_type() == logits.scalar_type() &&
+                      has_shape(grad, {shape.batch, shape.channels, shape.height, shape.width}) &&
+                      (input.logits.channels_last ? is_nhwc(grad) : is_nchw(grad)),
+                  op, ": grad differs from logits in dtype, shape or memory layout");
+  return grad.mutable_data_ptr();
+}
+
+template <class T>
+const T* data_or_null(const MaybeTensor& tensor) {
+  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+// Calls f(image, row_begin, row_end, scratch) over bands of rows of all images. A band is a task; there are a few per
+// thread, for balance, but none lower than min_rows unless an image is. What a band computes does not depend on where
+// its bounds are, so neither does any result on the number of threads.
+template <class F>
+void for_each_band(const Shape& shape, int64_t min_rows, const F& f) {
+  if (shape.batch * shape.pixels() == 0) return;
+  constexpr int64_t kTasksPerThread = 4;
+  const int64_t tasks = kTasksPerThread * torch::stable::get_num_threads();
+  const int64_t bands_wanted = (tasks + shape.batch - 1) / shape.batch;
+  const int64_t rows = std::max((shape.height + bands_wanted - 1) / bands_wanted, min_rows);
+  const int64_t bands = (shape.height + rows - 1) / rows;
+  torch::stable::parallel_for(0, shape.batch * bands, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task % bands * rows;
+      f(task / bands, row, std::min(row + rows, shape.height), scratch);
+    }
+  });
+}
+
+Tensor summed(const std::vector<RowStats>& rows, const Shape& shape, const Tensor& like) {
+  Tensor stats = torch::stable::new_empty(like, {shape.batch, 4}, ScalarType::Double);
+  auto* out = static_cast<double*>(stats.mutable_data_ptr());
+  for (int64_t image = 0; image < shape.batch; ++image, out += 4) {
+    RowStats sum;
+    for (int64_t y = 0; y < shape.height; ++y) {
+      const RowStats& row = rows[image * shape.height + y];
+      sum.valid += row.valid;
+      sum.right += row.right;
+      sum.front += row.front;
+      sum.movement += row.movement;
+    }
+    out[0] = static_cast<double>(sum.valid);
+    out[1] = static_cast<double>(sum.right);
+    out[2] = static_cast<double>(sum.front);
+    out[3] = sum.movement;
+  }
+  return stats;
+}
+
+std::tuple<Tensor, Tensor> erosion_grad(const Tensor& logits, const Tensor& labels, const Tensor& tau,
+                                        const MaybeTensor& previous, const Tensor& grad, int64_t ignore_index,
+                                        int64_t confidence, int64_t front, int64_t direction, int64_t radius,
+                                        double slope, int64_t within, bool targeted) {
+  constexpr const char* kOp = "erosion_grad";
+  ErosionGrad job{};
+  job.input = checked_input(logits, labels, ignore_index, kOp);
+  const Shape& shape = job.input.shape;
+  const std::vector<int64_t> map{shape.batch, shape.height, shape.width};
+  check(tau, kOp, "tau", ScalarType::Float, {shape.batch});
+  if (previous.has_value()) check(*previous, kOp, "previous", ScalarType::Float, map);
+  STD_TORCH_CHECK(radius >= 0 && radius <= kMaxRadius, kOp, ": radius is ", radius, ", wanted 0 to ", kMaxRadius);
+  job.grad = checked_grad(grad, logits, job.input, kOp);
+
+  Tensor log_odds = torch::stable::new_empty(logits, map, ScalarType::Float);
+  std::vector<RowStats> rows(shape.batch * shape.height);
+  job.tau = static_cast<const float*>(tau.const_data_ptr());
+  job.previous = data_or_null<float>(previous);
+  job.confidence = static_cast<Confidence>(confidence);
+  job.front = static_cast<Front>(front);
+  job.direction = static_cast<Direction>(direction);
+  job.within = static_cast<Within>(within);
+  job.radius = static_cast<int>(radius);
+  job.slope = static_cast<float>(slope);
+  job.targeted = targeted;
+  job.log_odds = static_cast<float*>(log_odds.mutable_data_ptr());
+  job.rows = rows.data();
+  // A band reduces `radius` rows above and below itself again: keep that a small part of it.
+  for_each_band(shape, 8 + 8 * radius, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
+    kernels().erosion_grad(job, image, begin, end, scratch);
+  });
+  return {log_odds, summed(rows, shape, logits)};
+}
+
+Tensor pixel_grad(const Tensor& logits, const Tensor& labels, const MaybeTensor& class_weight, const Tensor& grad,
+                  int64_t method, double progress, int64_t ignore_index, bool targeted, double q) {
+  constexpr const char* kOp = "pixel_grad";
+  PixelGrad job{};
+  job.input = checked_input(logits, labels, ignore_index, kOp);
+  const Shape& shape = job.input.shape;
+  if (class_weight.has_value()) {
+    check(*class_weight, kOp, "class_weight", ScalarType::Float, {shape.batch, shape.classes()});
+  }
+  job.grad = checked_grad(grad, logits, job.input, kOp);
+  std::vector<RowStats> rows(shape.batch * shape.height);
+  job.method = {static_cast<Method>(method), targeted, static_cast<float>(progress / 2), static_cast<float>(q - 1)};
+  job.class_weight = data_or_null<float>(class_weight);
+  job.rows = rows.data();
+  for_each_band(shape, 8, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
+    kernels().pixel_grad(job, image, begin, end, scratch);
+  });
+  return summed(rows, shape, logits);
+}
+
+Tensor confidence(const Tensor& logits, const Tensor& labels, int64_t ignore_index, int64_t kind) {
+  ConfidenceMap job{};
+  job.input = checked_input(logits, labels, ignore_index, "confidence");
+  const Shape& shape = job.input.shape;
+  Tensor out = torch::stable::new_empty(logits, {shape.batch, shape.height, shape.width}, ScalarType::Float);
+  job.confidence = static_cast<Confidence>(kind);
+  job.out = static_cast<float*>(out.mutable_data_ptr());
+  for_each_band(shape, 8, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
+    kernels().confidence(job, image, begin, end, scratch);
+  });
+  return out;
+}
+
+Tensor kth_value(const Tensor& scores, const Tensor& k, const MaybeTensor& valid) {
+  constexpr const char* kOp = "kth_value";
+  STD_TORCH_CHECK(scores.dim() == 2 && k.dim() == 2, kOp, ": scores and k have ", scores.dim(), " and ", k.dim(),
+                  " dimensions, wanted [B, N] and [B, K]");
+  const int64_t batch = scores.size(0), n = scores.size(1), count = k.size(1);
+  check(scores, kOp, "scores", ScalarType::Float, {batch, n});
+  check(k, kOp, "k", ScalarType::Long, {batch, count});
+  if (valid.has_value()) check(*valid, kOp, "valid", ScalarType::Bool, {batch, n});
+  Tensor out = torch::stable::new_empty(scores, {batch, count});
+  const auto* from = static_cast<const float*>(scores.const_data_ptr());
+  const auto* ranks = static_cast<const int64_t*>(k.const_data_ptr());
+  const bool* mask = data_or_null<bool>(valid);
+  auto* to = static_cast<float*>(out.mutable_data_ptr());
+  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      kth_values(from + i * n, mask == nullptr ? nullptr : mask + i * n, n, ranks + i * count, count, to + i * count);
+    }
+  });
+  return out;
+}
+
+Tensor next_tau_op(const Tensor& log_odds, const Tensor& stats, int64_t steps_left, double reach, double front_min,
+                   double front_max) {
+  constexpr const char* kOp = "next_tau";
+  STD_TORCH_CHECK(log_odds.dim() == 3, kOp, ": log_odds has ", log_odds.dim(), " dimensions, wanted [B, H, W]");
+  const int64_t batch = log_odds.size(0), n = log_odds.size(1) * log_odds.size(2);
+  check(log_odds, kOp, "log_odds", ScalarType::Float, {batch, log_odds.size(1), log_odds.size(2)});
+  check(stats, kOp, "stats", ScalarType::Double, {batch, 4});
+  const TauSettings settings{steps_left, reach, front_min, front_max};
+  Tensor tau = torch::stable::new_empty(log_odds, {batch});
+  const auto* from = static_cast<const float*>(log_odds.const_data_ptr());
+  const auto* counts = static_cast<const double*>(stats.const_data_ptr());
+  auto* to = static_cast<float*>(tau.mutable_data_ptr());
+  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = next_tau(from + i * n, n, counts + i * 4, settings);
+  });
+  return tau;
+}
+
+Tensor erode(const Tensor& scores, const MaybeTensor& valid, int64_t radius, const Tensor& cone,
+             const MaybeTensor& predicted) {
+  constexpr const char* kOp = "erode";
+  STD_TORCH_CHECK(scores.dim() == 3, kOp, ": scores has ", scores.dim(), " dimensions, wanted [B, H, W]");
+  const std::vector<int64_t> map{scores.size(0), scores.size(1), scores.size(2)};
+  check(scores, kOp, "scores", ScalarType::Float, map);
+  check(cone, kOp, "cone", ScalarType::Float, {map[0]});
+  if (valid.has_value()) check(*valid, kOp, "valid", ScalarType::Bool, map);
+  if (predicted.has_value()) check(*predicted, kOp, "predicted", ScalarType::Int, map);
+  STD_TORCH_CHECK(radius >= 0 && radius <= kMaxRadius, kOp, ": radius is ", radius, ", wanted 0 to ", kMaxRadius);
+  Tensor out = torch::stable::new_empty(scores, map);
+  const int64_t pixels = map[1] * map[2];
+  const Erode job{map[1], map[2], static_cast<int>(radius)};
+  const auto* from = static_cast<const float*>(scores.const_data_ptr());
+  const auto* rise = static_cast<const float*>(cone.const_data_ptr());
+  const bool* mask = data_or_null<bool>(valid);
+  const int32_t* classes = data_or_null<int32_t>(predicted);
+  auto* to = static_cast<float*>(out.mutable_data_ptr());
+  if (pixels == 0) return out;
+  torch::stable::parallel_for(0, map[0], 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = i * pixels;
+      kernels().erode(job, from + at, mask == nullptr ? nullptr : mask + at, classes == nullptr ? nullptr : classes + at,
+                      rise[i], to + at, scratch);
+    }
+  });
+  return out;
+}
+
+// Images are cut into pieces of so many elements, for the threads and for sums in a fixed order.
+constexpr int64_t kPiece = 32768;
+
+template <class F>
+void for_each_piece(int64_t batch, int64_t elements, const F& f) {
+  const int64_t pieces = (elements + kPiece - 1) / kPiece;
+  torch::stable::parallel_for(0, batch * pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task % pieces * kPiece;
+      f(task / pieces, first, std::min(first + kPiece, elements));
+    }
+  });
+}
+
+Step checked_step(const Tensor& x_adv, const Tensor& x, const Tensor& grad, const MaybeTensor& mask, double eps,
+                  double alpha, double low, double high, const char* op) {
+  STD_TORCH_CHECK(x_adv.dim() == 4, op, ": x_adv has ", x_adv.dim(), " dimensions, wanted [B, K, H, W]");
+  const std::vector<int64_t> shape{x_adv.size(0), x_adv.size(1), x_adv.size(2), x_adv.size(3)};
+  const bool channels_last = !is_nchw(x_adv);
+  for (const Tensor* tensor : {&x_adv, &x, &grad}) {
+    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && has_shape(*tensor, shape) &&
+                        (channels_last ? is_nhwc(*tensor) : is_nchw(*tensor)),
+                    op, ": x_adv, x and grad differ in shape or layout, or are not float32");
+  }
+  if (mask.has_value()) check(*mask, op, "mask", ScalarType::Bool, {shape[0], 1, shape[2], shape[3]});
+  Step step{};
+  step.x_adv = static_cast<float*>(x_adv.mutable_data_ptr());
+  step.x = static_cast<const float*>(x.const_data_ptr());
+  step.grad = static_cast<const float*>(grad.const_data_ptr());
+  step.mask = data_or_null<bool>(mask);
+  step.channels = shape[1];
+  step.pixels = shape[2] * shape[3];
+  step.channels_last = channels_last;
+  step.eps = static_cast<float>(eps);
+  step.alpha = static_cast<float>(alpha);
+  step.low = static_cast<float>(low);
+  step.high = static_cast<float>(high);
+  return step;
+}
+
+void linf_step_(const Tensor& x_adv, const Tensor& x, const Tensor& grad, double eps, double alpha, double low,
+                double high, const MaybeTensor& mask) {
+  const Step step = checked_step(x_adv, x, grad, mask, eps, alpha, low, high, "linf_step_");
+  for_each_piece(x_adv.size(0), step.channels * step.pixels,
+                 [&](int64_t image, int64_t begin, int64_t end) { kernels().linf_step(step, image, begin, end); });
+}
+
+// Per image, f(i) summed in float64 over the elements i inside the mask; pieces are added in order.
+template <class F>
+std::vector<double> norms(const Step& step, int64_t batch, const F& f) {
+  const int64_t elements = step.channels * step.pixels;
+  const int64_t pieces = (elements + kPiece - 1) / kPiece;
+  std::vector<double> sums(batch * pieces);
+  for_each_piece(batch, elements, [&](int64_t image, int64_t begin, int64_t end) {
+    double sum = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const double value = f(image, i);
+      sum += value * value;
+    }
+    sums[image * pieces + begin / kPiece] = sum;
+  });
+  std::vector<double> result(batch, 0.0);
+  for (int64_t i = 0; i < batch * pieces; ++i) result[i / pieces] += sums[i];
+  for (double& sum : result) sum = std::sqrt(sum);
+  return result;
+}
+
+// eroseg_ext/reference.py, l2_step_. Three passes over the images: ||grad||, ||delta||, the step.
+void l2_step_(const Tensor& x_adv, const Tensor& x, const Tensor& grad, double eps, double alpha, double low,
+              double high, const MaybeTensor& mask) {
+  const Step step = checked_step(x_adv, x, grad, mask, eps, alpha, low, high, "l2_step_");
+  const int64_t batch = x_adv.size(0), elements = step.channels * step.pixels;
+  if (batch * elements == 0) return;
+  const auto inside = [&](int64_t image, int64_t i) {
+    if (step.mask == nullptr) return true;
+    return step.mask[image * step.pixels + (step.channels_last ? i / step.channels : i % step.pixels)];
+  };
+  const auto gradient = [&](int64_t image, int64_t i) {
+    return inside(image, i) ? step.grad[image * elements + i] : 0.0f;
+  };
+  const std::vector<double> gradient_norm = norms(step, batch, gradient);
+  std::vector<float> scale(batch), shrink(batch);
+  for (int64_t i = 0; i < batch; ++i) {
+    scale[i] = gradient_norm[i] == 0 ? 0.0f : static_cast<float>(alpha / gradient_norm[i]);
+  }
+  const auto delta = [&](int64_t image, int64_t i) {
+    const int64_t at = image * elements + i;
+    return step.x_adv[at] + scale[image] * gradient(image, i) - step.x[at];
+  };
+  const std::vector<double> length = norms(step, batch, delta);
+  for (int64_t i = 0; i < batch; ++i) shrink[i] = length[i] > eps ? static_cast<float>(eps / length[i]) : 1.0f;
+  for_each_piece(batch, elements, [&](int64_t image, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = image * elements + i;
+      const float stepped = step.x[at] + shrink[image] * delta(image, i);
+      // Comparisons that are false for NaN, which then stays.
+      const float clamped = stepped < step.low ? step.low : (stepped > step.high ? step.high : stepped);
+      if (inside(image, i)) step.x_adv[at] = clamped;
+    }
+  });
+}
+
+Tensor confusion(const Tensor& prediction, const Tensor& labels, int64_t classes, int64_t ignore_index) {
+  constexpr const char* kOp = "confusion";
+  Confusion job{};
+  job.classes = classes;
+  STD_TORCH_CHECK(classes > 1, kOp, ": classes is ", classes, ", wanted at least 2");
+  if (prediction.dim() == 4) {
+    job.input = checked_input(prediction, labels, ignore_index, kOp);
+    STD_TORCH_CHECK(job.input.shape.classes() == classes, kOp, ": logits have ", job.input.shape.classes(),
+                    " classes, wanted classes = ", classes);
+  } else {
+    STD_TORCH_CHECK(prediction.dim() == 3, kOp, ": prediction has ", prediction.dim(), " dimensions, wanted 3 or 4");
+    job.input.shape = {prediction.size(0), classes, prediction.size(1), prediction.size(2)};
+    const Shape& shape = job.input.shape;
+    check(prediction, kOp, "prediction", ScalarType::Long, {shape.batch, shape.height, shape.width});
+    job.input.labels = checked_labels(labels, shape, ignore_index, kOp);
+    job.prediction = static_cast<const int64_t*>(prediction.const_data_ptr());
+  }
+  Tensor counts = torch::stable::new_zeros(prediction, {classes, classes}, ScalarType::Long);
+  auto* out = static_cast<int64_t*>(counts.mutable_data_ptr());
+  const Shape& shape = job.input.shape;
+  const int64_t size = classes * classes;
+  // A matrix per row range, added up afterwards: integers, so the order does not matter.
+  for_each_band(shape, 8, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
+    std::vector<int64_t> own(size, 0);
+    kernels().confusion(job, image, begin, end, scratch, own.data());
+    for (int64_t i = 0; i < size; ++i) {
+      if (own[i] != 0) __atomic_fetch_add(out + i, own[i], __ATOMIC_RELAXED);
+    }
+  });
+  return counts;
+}
+
+}  // namespace
+}  // namespace eroseg::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(eroseg, CPU, m) {
+  m.impl("erosion_grad", TORCH_BOX(&eroseg::cpu::erosion_grad));
+  m.impl("pixel_grad", TORCH_BOX(&eroseg::cpu::pixel_grad));
+  m.impl("confidence", TORCH_BOX(&eroseg::cpu::confidence));
+  m.impl("kth_value", TORCH_BOX(&eroseg::cpu::kth_value));
+  m.impl("next_tau", TORCH_BOX(&eroseg::cpu::next_tau_op));
+  m.impl("erode", TORCH_BOX(&eroseg::cpu::erode));
+  m.impl("linf_step_", TORCH_BOX(&eroseg::cpu::linf_step_));
+  m.impl("l2_step_", TORCH_BOX(&eroseg::cpu::l2_step_));
+  m.impl("confusion", TORCH_BOX(&eroseg::cpu::confusion));
+}

@@ -1,0 +1,19 @@
+// The Python module eroseg_ext._C. Importing it registers the operators; besides that it only tells the SIMD level.
+#include <Python.h>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+PyObject* cpu_level(PyObject*, PyObject*) { return PyUnicode_FromString(eroseg::cpu::kernels().level); }
+
+PyMethodDef methods[] = {
+    {"cpu_level", cpu_level, METH_NOARGS, "The SIMD level of the CPU kernels in use."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

@@ -1,0 +1,254 @@
+"""The fused operations: same names, arguments and results as in ``reference.py``, which documents them.
+
+This module brings tensors to the memory layouts that the kernels read (NCHW or channels_last logits need no copy) and
+names to the integers that cross the operator schemas (``csrc/ops.cpp``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eroseg_ext import _C
+from eroseg_ext.reference import METHODS, class_balance
+
+__all__ = [
+    "class_balance",
+    "confidence",
+    "confusion",
+    "cpu_level",
+    "erode",
+    "erosion_grad",
+    "kth_value",
+    "l2_step_",
+    "linf_step_",
+    "next_tau",
+    "pixel_grad",
+]
+
+# The orders of csrc/settings.h.
+CONFIDENCES = ("label", "top")
+FRONTS = ("soft", "hard")
+DIRECTIONS = ("log_odds", "ce")
+WITHINS = ("any", "class")
+
+_eroseg = torch.ops.eroseg
+
+
+def cpu_level() -> str:
+    """The SIMD level of the CPU kernels in use: ``avx512``, ``avx2`` or ``baseline``."""
+    return _C.cpu_level()
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if _is_channels_last(tensor) else tensor.contiguous()
+
+
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
+    layout = torch.channels_last if _is_channels_last(other) else torch.contiguous_format
+    return tensor.contiguous(memory_format=layout)
+
+
+def _gradient_for(logits: Tensor, out: Tensor | None) -> Tensor:
+    """Where the kernel writes: ``out`` itself if its layout is the logits'."""
+    if out is not None and out.stride() == logits.stride() and out.dtype == logits.dtype and out.shape == logits.shape:
+        return out
+    return torch.empty_like(logits)
+
+
+def _delivered(grad: Tensor, out: Tensor | None) -> Tensor:
+    return grad if out is None or out is grad else out.copy_(grad)
+
+
+def erosion_grad(
+    logits: Tensor,
+    labels: Tensor,
+    tau: Tensor,
+    previous: Tensor | None = None,
+    *,
+    ignore_index: int = 255,
+    confidence: str = "label",
+    front: str = "soft",
+    direction: str = "log_odds",
+    radius: int = 1,
+    slope: float = 1.0,
+    within: str = "any",
+    targeted: bool = False,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`eroseg_ext.reference.erosion_grad`."""
+    logits = _dense(logits)
+    grad = _gradient_for(logits, out)
+    log_odds, stats = _eroseg.erosion_grad(
+        logits,
+        labels.contiguous(),
+        tau.contiguous(),
+        None if previous is None else previous.contiguous(),
+        grad,
+        ignore_index,
+        CONFIDENCES.index(confidence),
+        FRONTS.index(front),
+        DIRECTIONS.index(direction),
+        radius,
+        slope,
+        WITHINS.index(within),
+        targeted,
+    )
+    return _delivered(grad, out), log_odds, stats
+
+
+def pixel_grad(
+    logits: Tensor,
+    labels: Tensor,
+    method: str,
+    progress: float = 0.0,
+    *,
+    ignore_index: int = 255,
+    targeted: bool = False,
+    q: float = 2.0,
+    class_weight: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`eroseg_ext.reference.pixel_grad`."""
+    logits = _dense(logits)
+    grad = _gradient_for(logits, out)
+    weight = None if class_weight is None else class_weight.contiguous()
+    stats = _eroseg.pixel_grad(
+        logits, labels.contiguous(), weight, grad, METHODS.index(method), progress, ignore_index, targeted, q
+    )
+    return _delivered(grad, out), stats
+
+
+def confidence(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, confidence: str = "label") -> Tensor:
+    """See :func:`eroseg_ext.reference.confidence`."""
+    return _eroseg.confidence(_dense(logits), labels.contiguous(), ignore_index, CONFIDENCES.index(confidence))
+
+
+def kth_value(scores: Tensor, k: Tensor, valid: Tensor | None = None) -> Tensor:
+    """See :func:`eroseg_ext.reference.kth_value`."""
+    return _eroseg.kth_value(scores.contiguous(), k.contiguous(), None if valid is None else valid.contiguous())
+
+
+def next_tau(
+    log_odds: Tensor,
+    stats: Tensor,
+    steps_left: int,
+    *,
+    reach: float = 1.0,
+    front_min: float = 0.03,
+    front_max: float = 0.4,
+) -> Tensor:
+    """See :func:`eroseg_ext.reference.next_tau`."""
+    return _eroseg.next_tau(log_odds.contiguous(), stats.contiguous(), steps_left, reach, front_min, front_max)
+
+
+def erode(
+    scores: Tensor, valid: Tensor | None, radius: int, cone: Tensor, predicted: Tensor | None = None
+) -> Tensor:
+    """See :func:`eroseg_ext.reference.erode`."""
+    classes = None if predicted is None else predicted.to(torch.int32).contiguous()
+    valid = None if valid is None else valid.contiguous()
+    return _eroseg.erode(scores.contiguous(), valid, radius, cone.contiguous(), classes)
+
+
+def linf_step_(
+    x_adv: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    eps: float,
+    alpha: float,
+    low: float = 0.0,
+    high: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """See :func:`eroseg_ext.reference.linf_step_`."""
+    return _step(_eroseg.linf_step_, x_adv, x, grad, eps, alpha, low, high, mask)
+
+
+def l2_step_(
+    x_adv: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    eps: float,
+    alpha: float,
+    low: float = 0.0,
+    high: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """See :func:`eroseg_ext.reference.l2_step_`."""
+    return _step(_eroseg.l2_step_, x_adv, x, grad, eps, alpha, low, high, mask)
+
+
+def _step(
+    op: torch._ops.OpOverloadPacket,
+    x_adv: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    eps: float,
+    alpha: float,
+    low: float,
+    high: float,
+    mask: Tensor | None,
+) -> Tensor:
+    moved = _dense(x_adv)
+    op(moved, _like(x, moved), _like(grad, moved), eps, alpha, low, high, None if mask is None else mask.contiguous())
+    return x_adv if moved is x_adv else x_adv.copy_(moved)
+
+
+def confusion(prediction: Tensor, labels: Tensor, classes: int, *, ignore_index: int = 255) -> Tensor:
+    """See :func:`eroseg_ext.reference.confusion`."""
+    prediction = _dense(prediction) if prediction.dim() == 4 else prediction.contiguous()
+    return _eroseg.confusion(prediction, labels.contiguous(), classes, ignore_index)
+
+
+# Shapes and dtypes of the results, for torch.compile and meta tensors.
+
+
+@torch.library.register_fake("eroseg::erosion_grad")
+def _(
+    logits: Tensor, labels: Tensor, tau: Tensor, previous: Tensor | None, grad: Tensor, *settings: object
+) -> tuple[Tensor, Tensor]:
+    batch, _, height, width = logits.shape
+    log_odds = logits.new_empty(batch, height, width, dtype=torch.float32)
+    return log_odds, logits.new_empty(batch, 4, dtype=torch.float64)
+
+
+@torch.library.register_fake("eroseg::pixel_grad")
+def _(logits: Tensor, labels: Tensor, class_weight: Tensor | None, grad: Tensor, *settings: object) -> Tensor:
+    return logits.new_empty(logits.shape[0], 4, dtype=torch.float64)
+
+
+@torch.library.register_fake("eroseg::confidence")
+def _(logits: Tensor, labels: Tensor, ignore_index: int, confidence: int) -> Tensor:
+    batch, _, height, width = logits.shape
+    return logits.new_empty(batch, height, width, dtype=torch.float32)
+
+
+@torch.library.register_fake("eroseg::kth_value")
+def _(scores: Tensor, k: Tensor, valid: Tensor | None) -> Tensor:
+    return scores.new_empty(k.shape)
+
+
+@torch.library.register_fake("eroseg::next_tau")
+def _(log_odds: Tensor, stats: Tensor, *settings: object) -> Tensor:
+    return log_odds.new_empty(log_odds.shape[0])
+
+
+@torch.library.register_fake("eroseg::erode")
+def _(scores: Tensor, valid: Tensor | None, radius: int, cone: Tensor, predicted: Tensor | None) -> Tensor:
+    return torch.empty_like(scores)
+
+
+@torch.library.register_fake("eroseg::linf_step_")
+@torch.library.register_fake("eroseg::l2_step_")
+def _(x_adv: Tensor, x: Tensor, grad: Tensor, *settings: object) -> None:
+    return None
+
+
+@torch.library.register_fake("eroseg::confusion")
+def _(prediction: Tensor, labels: Tensor, classes: int, ignore_index: int) -> Tensor:
+    return prediction.new_empty(classes, classes, dtype=torch.int64)

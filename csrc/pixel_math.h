@@ -7,8 +7,9 @@
 // The terms of a pixel with logits z and label y, from which every weight and direction is made:
 //   m = max over c != y of z_c,  S = sum over c != y of exp(z_c - m),  so 1 <= S <= C - 1,
 //   L = z_y - m - log S, the log-odds of the label.
-// S leaves the label's term out instead of subtracting it: L never saturates, and 1 - p_y = sigmoid(-L) does not cancel.
-// The gradient of the negative log-odds is exp(z_c - m) / S for c != y and -1 for y; cross-entropy's is 1 - p_y times it.
+// S leaves the label's term out instead of subtracting it: L never saturates, and 1 - p_y = sigmoid(-L) does not
+// cancel. The gradient of the negative log-odds is exp(z_c - m) / S for c != y and -1 for y; cross-entropy's is 1 - p_y
+// times it.
 #pragma once
 
 #include <cstdint>
@@ -117,8 +118,8 @@ struct MethodSettings {
 };
 
 // The cross-entropy weight of a pixel, times 1 - p_y, so that it multiplies the gradient of the negative log-odds.
-// `weighty` is where the method looks at right or wrong: right pixels, or wrong ones if targeted. `norm` is, for cospgd,
-// sum over c != y of (exp(z_c - m) / S)^2; for its sigmoid variant sum over c of (sigma(z_c) / sigma(z_y))^2.
+// `weighty` is where the method looks at right or wrong: right pixels, or wrong ones if targeted. `norm` is, for
+// cospgd, sum over c != y of (exp(z_c - m) / S)^2; for its sigmoid variant sum over c of (sigma(z_c) / sigma(z_y))^2.
 template <class F, class Mask>
 EROSEG_INLINE F method_weight(const MethodSettings& settings, F log_odds, Mask weighty, F norm) {
   const F p_rest = sigmoid(-log_odds);

@@ -237,9 +237,7 @@ class _Loop:
             noise = noise * (length / norm).float().view(-1, 1, 1, 1)
         return (clean + noise).clamp(*config.clip).where(changeable, clean)
 
-    def _ascend(
-        self, restart: int, rows: Tensor, x_adv_all: Tensor, callback: Callback | None, bar: tqdm[Any]
-    ) -> None:
+    def _ascend(self, restart: int, rows: Tensor, x_adv_all: Tensor, callback: Callback | None, bar: tqdm[Any]) -> None:
         """Takes the steps of the images ``rows``; their last iterates are in ``x_adv_all`` afterwards."""
         config = self._config
         x_adv, clean, labels = x_adv_all[rows], self._clean[rows], self._labels[rows]

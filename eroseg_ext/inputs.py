@@ -20,7 +20,9 @@ def check(images: Tensor, labels: Tensor | None, mask: Tensor | None, config: At
     if images.dim() != 4:
         raise ValueError(f"images has shape {list(images.shape)}, wanted [B, K, H, W]")
     if images.dtype not in IMAGE_DTYPES:
-        raise TypeError(f"images is {images.dtype}, wanted float32, float16 or bfloat16 in the range clip={config.clip}")
+        raise TypeError(
+            f"images is {images.dtype}, wanted float32, float16 or bfloat16 in the range clip={config.clip}"
+        )
     batch, channels, height, width = images.shape
     if labels is not None:
         _check_map("labels", labels, images, [batch, height, width])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,31 +25,43 @@ class GradientBuffer:
         return kept
 
 
+class LastStep(NamedTuple):
+    """What EroSeg carries from one step to the next."""
+
+    log_odds: Tensor
+    stats: Tensor
+    tau: Tensor
+
+
 class ErosionFront:
-    """EroSeg on one batch: the front's width tau and the log-odds of the last step, carried from step to step."""
+    """EroSeg on one batch."""
 
     def __init__(self, settings: AttackSettings, ops: ModuleType, labels: Tensor, buffer: GradientBuffer) -> None:
         self._settings = settings
         self._ops = ops
         self._labels = labels
         self._buffer = buffer
-        self._log_odds: Tensor | None = None
-        self._stats: Tensor | None = None
-        self.tau: Tensor | None = None
-        """``[B]``, of the last step"""
+        self._last: LastStep | None = None
+
+    @property
+    def tau(self) -> Tensor | None:
+        """``[B]``, the width of the front in the last step."""
+        return None if self._last is None else self._last.tau
 
     def gradient(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """G in the logits' shape, and stats ``[B, 4]``."""
-        settings = self._settings
-        if step == 0 or settings.threshold == "exact":
+        settings, last = self._settings, self._last
+        if last is None or settings.threshold == "exact":
             tau = self._tau_from_own_scores(logits, step)
+        elif settings.schedule == "movement" and step == 1:
+            tau = last.tau
         else:
-            tau = self._tau_from_last_step(step)
-        grad, self._log_odds, self._stats = self._ops.erosion_grad(
+            tau = self._next_tau(last.log_odds, last.stats, step)
+        grad, log_odds, stats = self._ops.erosion_grad(
             logits,
             self._labels,
             tau,
-            self._log_odds,
+            None if last is None else last.log_odds,
             ignore_index=settings.ignore_index,
             confidence=settings.confidence,
             front=settings.front,
@@ -59,20 +72,14 @@ class ErosionFront:
             targeted=settings.targeted,
             out=self._buffer.like(logits),
         )
-        self.tau = tau
-        return grad, self._stats
+        self._last = LastStep(log_odds, stats, tau)
+        return grad, stats
 
     def select(self, rows: Tensor) -> None:
         """Continues with these images of the batch only."""
         self._labels = self._labels[rows]
-        if self._log_odds is not None and self._stats is not None and self.tau is not None:
-            self._log_odds, self._stats, self.tau = self._log_odds[rows], self._stats[rows], self.tau[rows]
-
-    def _tau_from_last_step(self, step: int) -> Tensor:
-        assert self._log_odds is not None and self._stats is not None and self.tau is not None
-        if self._settings.schedule == "movement" and step == 1:
-            return self.tau
-        return self._next_tau(self._log_odds, self._stats, step)
+        if self._last is not None:
+            self._last = LastStep(*(kept[rows] for kept in self._last))
 
     def _tau_from_own_scores(self, logits: Tensor, step: int) -> Tensor:
         """At the price of reading the logits twice: the confidence first, then the gradient."""
@@ -80,8 +87,9 @@ class ErosionFront:
         scores = self._ops.confidence(
             logits, self._labels, ignore_index=settings.ignore_index, confidence=settings.confidence
         )
-        stats = self._stats
-        if stats is None:
+        if self._last is not None:
+            stats = self._last.stats
+        else:
             stats = torch.zeros(logits.shape[0], 4, dtype=torch.float64, device=logits.device)
             stats[:, 0] = (scores < float("inf")).sum((1, 2))
         return self._next_tau(scores, stats, step)

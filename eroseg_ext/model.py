@@ -95,7 +95,7 @@ class Logits:
         self._autocast = autocast
 
     def __call__(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """``images[B, K, H, W]`` -> logits ``[B, C, *size]``; TypeError or ValueError if the model gives something else."""
+        """``images[B, K, H, W]`` -> logits ``[B, C, *size]``; TypeError or ValueError for an output of another form."""
         if self._mean is not None:
             mean, std = (images.new_tensor(values).view(1, -1, 1, 1) for values in (self._mean, self._std))
             images = (images - mean) / std

@@ -146,9 +146,7 @@ def next_tau(
     return _eroseg.next_tau(log_odds.contiguous(), stats.contiguous(), steps_left, reach, front_min, front_max)
 
 
-def erode(
-    scores: Tensor, valid: Tensor | None, radius: int, cone: Tensor, predicted: Tensor | None = None
-) -> Tensor:
+def erode(scores: Tensor, valid: Tensor | None, radius: int, cone: Tensor, predicted: Tensor | None = None) -> Tensor:
     """See :func:`eroseg_ext.reference.erode`."""
     classes = None if predicted is None else predicted.to(torch.int32).contiguous()
     valid = None if valid is None else valid.contiguous()

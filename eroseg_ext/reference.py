@@ -59,7 +59,10 @@ def pixel_terms(logits: Tensor, labels: Tensor, ignore_index: int) -> PixelTerms
     valid = (labels != ignore_index) & (labels >= 0) & (labels < classes)
     index = labels.where(valid, 0).unsqueeze(1)
     is_label = index == torch.arange(classes, device=z.device).view(1, -1, 1, 1)
+    # Relative to the largest of the others: differences of large logits keep their precision.
     z_others = z.masked_fill(is_label, -INF)
+    largest = z_others.amax(1, keepdim=True)
+    z_others = z_others - largest
     lse_others = z_others.logsumexp(1, keepdim=True)
     return PixelTerms(
         z=z,
@@ -67,7 +70,7 @@ def pixel_terms(logits: Tensor, labels: Tensor, ignore_index: int) -> PixelTerms
         valid=valid,
         finite=z.isfinite().all(1),
         right=valid & (z.argmax(1) == index.squeeze(1)),
-        log_odds=(z.gather(1, index) - lse_others).squeeze(1),
+        log_odds=(z.gather(1, index) - largest - lse_others).squeeze(1),
         others=(z_others - lse_others).exp(),
     )
 
@@ -89,7 +92,9 @@ def _signed_confidence(terms: PixelTerms, confidence: str) -> Tensor:
     if confidence == "top":
         z = terms.z
         is_top = z.argmax(1, keepdim=True) == torch.arange(z.shape[1], device=z.device).view(1, -1, 1, 1)
-        log_odds = z.amax(1) - z.masked_fill(is_top, -INF).logsumexp(1)
+        rest = z.masked_fill(is_top, -INF)
+        second = rest.amax(1, keepdim=True)
+        log_odds = z.amax(1) - second.squeeze(1) - (rest - second).logsumexp(1)
         top = (log_odds + math.log(z.shape[1] - 1)).clamp(min=0)
         signed = torch.where(terms.right, top, -top)
     signed = signed.where(terms.finite, math.nan)
@@ -172,9 +177,7 @@ def next_tau(
     return torch.where(movement.isnan(), math.nan, torch.where(valid == 0, TAU_FLOOR, tau))
 
 
-def erode(
-    scores: Tensor, valid: Tensor | None, radius: int, cone: Tensor, predicted: Tensor | None = None
-) -> Tensor:
+def erode(scores: Tensor, valid: Tensor | None, radius: int, cone: Tensor, predicted: Tensor | None = None) -> Tensor:
     """Greyscale erosion with a cone: ``q_i = min over valid j, d(i,j) <= radius, of scores_j + cone * d``.
 
     d is the chessboard distance. It is computed as ``radius`` erosions by a 3x3 element whose eight outer values are

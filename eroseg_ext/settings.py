@@ -53,7 +53,7 @@ class AttackSettings:
     keep: str = "last"
     """``last`` iterate, or the ``best``: fewest right pixels (most, if targeted), per image"""
     early_stop: bool = False
-    """an image with no right pixel left (all right, if targeted) leaves the batch; reads counts on the host each step"""
+    """an image with no right pixel left (all, if targeted) leaves the batch; the host reads the counts in each step"""
     clip: tuple[float, float] = (0.0, 1.0)
     """range of pixel values"""
     mean: Sequence[float] | None = None
@@ -85,7 +85,7 @@ class AttackSettings:
     threshold: str = "lagged"
     """eroseg: tau from the step before (``lagged``), or from the step's own scores (``exact``, reads logits twice)"""
     schedule: str = "movement"
-    """eroseg: the front's width follows the measured ``movement``, or is kth(rho) with rho ``geometric`` or ``linear``"""
+    """eroseg: the front's width follows the ``movement``, or is kth(rho) with rho ``geometric`` or ``linear`` in t"""
     reach: float = 1.0
     """eroseg, movement: how many times the expected movement the front is wide, > 0"""
     front_first: float = 0.3
@@ -130,14 +130,14 @@ class AttackSettings:
         _check_number("q", self.q, 1, math.inf)
         for name in ("front_first", "front_min", "front_max"):
             _check_number(name, getattr(self, name), 0, 1)
-        _require(
-            self.front_min <= self.front_max, "front_min", self.front_min, f"at most front_max = {self.front_max}"
-        )
+        _require(self.front_min <= self.front_max, "front_min", self.front_min, f"at most front_max = {self.front_max}")
         _check_pair("clip", self.clip)
         _require(self.clip[0] < self.clip[1], "clip", self.clip, "a pair (low, high) with low < high")
         if self.rho_range is not None:
             _check_pair("rho_range", self.rho_range)
-            _require(all(0 < rho <= 1 for rho in self.rho_range), "rho_range", self.rho_range, "two fractions in (0, 1]")
+            _require(
+                all(0 < rho <= 1 for rho in self.rho_range), "rho_range", self.rho_range, "two fractions in (0, 1]"
+            )
         _require(
             (self.mean is None) == (self.std is None), "std" if self.std is None else "mean", None, "both mean and std"
         )

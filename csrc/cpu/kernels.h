@@ -1,5 +1,5 @@
-// The fused CPU kernels: plain pointers in, plain pointers out, no torch header. kernels_impl.h implements them once; the
-// files level_*.cpp compile it for the SIMD levels, and dispatch.cpp picks the level of the CPU it runs on.
+// The fused CPU kernels: plain pointers in, plain pointers out, no torch header. kernels_impl.h implements them once;
+// the files level_*.cpp compile it for the SIMD levels, and dispatch.cpp picks the level of the CPU it runs on.
 #pragma once
 
 #include <cstdint>
@@ -118,8 +118,7 @@ struct Kernels {
   const char* level;
   void (*erosion_grad)(const ErosionGrad&, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch);
   void (*pixel_grad)(const PixelGrad&, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch);
-  void (*confidence)(const ConfidenceMap&, int64_t image, int64_t row_begin, int64_t row_end,
-                     Scratch& scratch);
+  void (*confidence)(const ConfidenceMap&, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch);
   // counts[classes * classes] += the matrix of these rows.
   void (*confusion)(const Confusion&, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch,
                     int64_t* counts);

@@ -62,6 +62,24 @@ EROSEG_INLINE void store(void* to, V v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+// Stores past the cache: memory is written without being read first. `to` is aligned to V.
+template <class V>
+EROSEG_INLINE void stream(void* to, V v) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) == 64) {
+    _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)v);
+  } else if constexpr (sizeof(V) == 32) {
+    _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)v);
+  } else if constexpr (sizeof(V) == 16) {
+    _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)v);
+  } else {
+    store(to, v);
+  }
+#else
+  store(to, v);
+#endif
+}
+
 EROSEG_INLINE F minimum(F a, F b) { return a < b ? a : b; }
 EROSEG_INLINE F maximum(F a, F b) { return a > b ? a : b; }
 
@@ -70,7 +88,8 @@ EROSEG_INLINE F maximum(F a, F b) { return a > b ? a : b; }
 struct Float32 {
   using Element = float;
   static EROSEG_INLINE F load_vector(const float* from) { return load<F>(from); }
-  static EROSEG_INLINE void store_vector(float* to, F v) { store(to, v); }
+  using Vector = F;
+  static EROSEG_INLINE F pack(F v) { return v; }
 };
 
 struct BFloat16 {
@@ -78,9 +97,10 @@ struct BFloat16 {
   static EROSEG_INLINE F load_vector(const uint16_t* from) {
     return (F)(__builtin_convertvector(load<H>(from), U) << 16);
   }
-  static EROSEG_INLINE void store_vector(uint16_t* to, F v) {
+  using Vector = H;
+  static EROSEG_INLINE H pack(F v) {
     const U bits = (U)v;  // finite; rounds half to even
-    store(to, __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, H));
+    return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, H);
   }
 };
 
@@ -96,48 +116,64 @@ struct Float16 {
     const U bits = (magnitude >= (0x7c00u << 13)) ? special : scaled;
     return (F)(bits | ((half & 0x8000) << 16));
   }
-  static EROSEG_INLINE void store_vector(uint16_t* to, F v) {
+  using Vector = H;
+  static EROSEG_INLINE H pack(F v) {
     const U sign = ((U)v >> 16) & 0x8000;
     const U bits = (U)v & 0x7fffffff;  // finite and below 65520: a gradient is in [-1, 1]
     // Below 2^-14 a half is a multiple of 2^-24, the spacing of floats in [0.5, 1): adding 0.5 rounds to that.
     const U subnormal = (U)((F)bits + 0.5f) - 0x3f000000;
     const U normal = (bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13;
-    store(to, __builtin_convertvector((bits < 0x38800000 ? subnormal : normal) | sign, H));
+    return __builtin_convertvector((bits < 0x38800000 ? subnormal : normal) | sign, H);
   }
 };
 
-// Blocks at the right edge and channels_last memory go through a block-sized buffer in the type of the logits, so that
-// conversion is by vectors there as well.
+// Blocks at the right edge and channels_last memory go through a buffer in the type of the logits, so that conversion
+// is by vectors there as well. Its tiles are as many classes as a cache line of channels_last float32 holds.
+constexpr int64_t kTile = 16;
 
 template <class Type>
 void gather_block(const typename Type::Element* from, int64_t class_stride, int64_t pixel_stride, int64_t channels,
                   int64_t n, float* z) {
-  typename Type::Element buffer[kBlock] = {};
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t i = 0; i < n; ++i) buffer[i] = from[c * class_stride + i * pixel_stride];
-    for (int u = 0; u < kUnroll; ++u) store(z + c * kBlock + u * kLanes, Type::load_vector(buffer + u * kLanes));
+  typename Type::Element buffer[kTile][kBlock] = {};
+  for (int64_t first = 0; first < channels; first += kTile) {
+    const int64_t tile = channels - first < kTile ? channels - first : kTile;
+    const auto* corner = from + first * class_stride;
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t c = 0; c < tile; ++c) buffer[c][i] = corner[c * class_stride + i * pixel_stride];
+    }
+    for (int64_t c = 0; c < tile; ++c) {
+      float* row = z + (first + c) * kBlock;
+      for (int u = 0; u < kUnroll; ++u) store(row + u * kLanes, Type::load_vector(buffer[c] + u * kLanes));
+    }
   }
 }
 
 template <class Type>
 void scatter_block(const float* g, int64_t class_stride, int64_t pixel_stride, int64_t channels, int64_t n,
                    typename Type::Element* to) {
-  typename Type::Element buffer[kBlock];
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int u = 0; u < kUnroll; ++u) Type::store_vector(buffer + u * kLanes, load<F>(g + c * kBlock + u * kLanes));
-    for (int64_t i = 0; i < n; ++i) to[c * class_stride + i * pixel_stride] = buffer[i];
+  typename Type::Element buffer[kTile][kBlock];
+  for (int64_t first = 0; first < channels; first += kTile) {
+    const int64_t tile = channels - first < kTile ? channels - first : kTile;
+    for (int64_t c = 0; c < tile; ++c) {
+      const float* row = g + (first + c) * kBlock;
+      for (int u = 0; u < kUnroll; ++u) store(buffer[c] + u * kLanes, Type::pack(load<F>(row + u * kLanes)));
+    }
+    auto* corner = to + first * class_stride;
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t c = 0; c < tile; ++c) corner[c * class_stride + i * pixel_stride] = buffer[c][i];
+    }
   }
 }
 
 // What a row of pixels leaves between its reduction and its gradient; arrays of `stride` elements.
 struct Row {
-  float* e;  // [blocks][classes][kBlock]: logits, then exp(z_c - m), 0 at the label
-  int32_t* label;      // -1 on void pixels and beyond the image
-  int32_t* predicted;  // arg max
-  float* sum;          // S
-  float* log_odds;     // L
+  float* e;                  // [blocks][classes][kBlock]: logits, then exp(z_c - m), 0 at the label
+  int32_t* label;            // -1 on void pixels and beyond the image
+  int32_t* predicted;        // arg max
+  float* sum;                // S
+  float* log_odds;           // L
   float* signed_confidence;  // L, or the top class's; NaN where logits are not finite, +inf on void pixels
-  float* norm;         // method_weight's
+  float* norm;               // method_weight's
 };
 
 // Which further per-pixel reductions a caller needs.
@@ -333,7 +369,8 @@ void reduce_block(const Input& input, int64_t image, int64_t y, int64_t x, Extra
     const I predicted = is_right[u] ? labels : maxima.top[u];
     store(row.predicted + x + u * kLanes, predicted);
     if (extra == Extra::kTop) {
-      const F top = top_confidence(z + u * kLanes, classes, predicted, is_right[u] ? maxima.label[u] : maxima.others[u]);
+      const F top =
+          top_confidence(z + u * kLanes, classes, predicted, is_right[u] ? maxima.label[u] : maxima.others[u]);
       signed_confidence[u] = is_right[u] ? top : -top;
     }
     if (extra == Extra::kSigmoids) {
@@ -378,6 +415,26 @@ void reduce_row(const Input& input, int64_t image, int64_t y, Extra extra, int64
   for (int64_t x = 0; x < input.shape.width; x += kBlock) reduce_block(input, image, y, x, extra, row);
 }
 
+// A gradient larger than this does not stay in a cache until the model's backward reads it, and is streamed.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
+
+template <class Type, bool streams>
+void write_vectors(const BlockInMemory& block, const float* e, const I* label, const F* weight, const F* scale,
+                   typename Type::Element* to) {
+  for (int64_t c = 0; c < block.channels; ++c) {
+    const auto index = static_cast<int32_t>(c + block.first_class);
+    for (int u = 0; u < kUnroll; ++u) {
+      const F g = label[u] == index ? -weight[u] : load<F>(e + index * kBlock + u * kLanes) * scale[u];
+      auto* at = to + c * block.class_stride + u * kLanes;
+      if constexpr (streams) {
+        stream(at, Type::pack(g));
+      } else {
+        store(at, Type::pack(g));
+      }
+    }
+  }
+}
+
 // Writes weight * dl/dz of a block; the weight is 0 wherever there must be no gradient.
 template <class Type>
 void write_block(const Input& input, int64_t image, int64_t y, int64_t x, const Row& row, const F* weight, void* grad) {
@@ -393,21 +450,22 @@ void write_block(const Input& input, int64_t image, int64_t y, int64_t x, const 
     scale[u] = weight[u] == 0.0f ? F{} : weight[u] / load<F>(row.sum + x + u * kLanes);
     label[u] = load<I>(row.label + x + u * kLanes);
   }
+  if (block.vectors) {
+    const int64_t bytes = static_cast<int64_t>(sizeof(typename Type::Element));
+    const bool aligned =
+        (reinterpret_cast<uintptr_t>(to) | (block.class_stride * bytes)) % sizeof(typename Type::Vector) == 0;
+    const bool large = input.shape.batch * block.channels * input.shape.pixels() * bytes >= kStreamBytes;
+    (aligned && large ? write_vectors<Type, true> : write_vectors<Type, false>)(block, e, label, weight, scale, to);
+    return;
+  }
   for (int64_t c = block.first_class; c < classes; ++c) {
     for (int u = 0; u < kUnroll; ++u) {
       float* slot = e + c * kBlock + u * kLanes;
-      const F g = label[u] == static_cast<int32_t>(c) ? -weight[u] : load<F>(slot) * scale[u];
-      if (block.vectors) {
-        Type::store_vector(to + (c - block.first_class) * block.class_stride + u * kLanes, g);
-      } else {
-        store(slot, g);
-      }
+      store(slot, label[u] == static_cast<int32_t>(c) ? -weight[u] : load<F>(slot) * scale[u]);
     }
   }
-  if (!block.vectors) {
-    scatter_block<Type>(e + block.first_class * kBlock, block.class_stride, block.pixel_stride, block.channels, block.n,
-                        to);
-  }
+  scatter_block<Type>(e + block.first_class * kBlock, block.class_stride, block.pixel_stride, block.channels, block.n,
+                      to);
 }
 
 void write_block(const Input& input, int64_t image, int64_t y, int64_t x, const Row& row, const F* weight, void* grad) {
@@ -574,8 +632,7 @@ void write_erosion_row(const ErosionGrad& job, int64_t image, int64_t y, const R
   job.rows[image * job.input.shape.height + y] = counter.total();
 }
 
-void erosion_grad(const ErosionGrad& job, int64_t image, int64_t row_begin, int64_t row_end,
-                  Scratch& scratch) {
+void erosion_grad(const ErosionGrad& job, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch) {
   const Shape& shape = job.input.shape;
   const int64_t width = shape.width;
   const int radius = job.radius;
@@ -655,8 +712,7 @@ void pixel_grad(const PixelGrad& job, int64_t image, int64_t row_begin, int64_t 
   }
 }
 
-void confidence(const ConfidenceMap& job, int64_t image, int64_t row_begin, int64_t row_end,
-                Scratch& scratch) {
+void confidence(const ConfidenceMap& job, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch) {
   const Shape& shape = job.input.shape;
   const Workspace workspace(shape, 1, 0, scratch);
   const Row row = workspace.row(0);

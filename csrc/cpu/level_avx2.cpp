@@ -1,9 +1,11 @@
 // The kernels for x86-64-v3: AVX2, FMA.
 // Headers come before the target is set: nothing of theirs may be compiled for it.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__)
 #pragma GCC target("arch=x86-64-v3")
 #define EROSEG_LEVEL avx2
 #define EROSEG_LEVEL_NAME "avx2"

@@ -1,9 +1,11 @@
 // The kernels for x86-64-v4: AVX-512 F, BW, CD, DQ, VL.
 // Headers come before the target is set: nothing of theirs may be compiled for it.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__)
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 #define EROSEG_LEVEL avx512
 #define EROSEG_LEVEL_NAME "avx512"

@@ -1,4 +1,8 @@
 // The kernels for any CPU that the compiler targets by default.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 

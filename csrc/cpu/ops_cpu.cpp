@@ -277,8 +277,8 @@ Tensor erode(const Tensor& scores, const MaybeTensor& valid, int64_t radius, con
     Scratch scratch;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = i * pixels;
-      kernels().erode(job, from + at, mask == nullptr ? nullptr : mask + at, classes == nullptr ? nullptr : classes + at,
-                      rise[i], to + at, scratch);
+      kernels().erode(job, from + at, mask == nullptr ? nullptr : mask + at,
+                      classes == nullptr ? nullptr : classes + at, rise[i], to + at, scratch);
     }
   });
   return out;

@@ -1,0 +1,434 @@
+"""The fused operations against the reference, on every device they are built for."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from eroseg_ext import backend, reference
+
+if backend.why_not_fused(torch.device("cpu")):
+    pytest.skip(str(backend.why_not_fused(torch.device("cpu"))), allow_module_level=True)
+
+from eroseg_ext import ops
+
+# Largest deviations seen over 20,000 random cases on an AVX-512 CPU: float32 gradient 2e-6 relative; the half types
+# are off by one rounding of the result, half a unit in the last place each way.
+GRADIENT = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-7},
+    torch.bfloat16: {"rtol": 2**-7, "atol": 1e-7},
+    torch.float16: {"rtol": 2**-10, "atol": 1e-7},
+}
+FLOAT_TYPES = list(GRADIENT)
+LABEL_TYPES = [torch.int64, torch.int32, torch.uint8]
+
+PROPERTIES = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+class Case(NamedTuple):
+    logits: Tensor
+    labels: Tensor
+    ignore_index: int
+
+
+@st.composite
+def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = tuple(FLOAT_TYPES)) -> Case:
+    """Batches of any shape and layout, also empty, void, saturated or nearly flat ones."""
+    batch = draw(st.integers(0, 3))
+    classes = draw(st.one_of(st.integers(1, 24), st.sampled_from([63, 150, 256])))
+    height, width = draw(st.integers(0, 20)), draw(st.one_of(st.integers(0, 40), st.sampled_from([64, 65, 130])))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    dtype = draw(st.sampled_from(dtypes))
+    # Beyond these scales a float16 logit is no longer finite, or no longer distinguishable from 0.
+    scale = draw(st.sampled_from([1e-3, 1.0, 30.0] if dtype == torch.float16 else [1e-6, 1e-2, 1.0, 30.0, 1e4]))
+    shift = draw(st.sampled_from([0.0, 0.0, -50.0, 1000.0]))
+    logits = (torch.randn(batch, classes, height, width, generator=generator) * scale + shift).to(dtype)
+    layout = draw(st.sampled_from(["nchw", "channels_last", "strided"]))
+    if layout == "channels_last":
+        logits = logits.contiguous(memory_format=torch.channels_last)
+    elif layout == "strided":
+        logits = logits.transpose(2, 3).contiguous().transpose(2, 3)
+    ignore_index = draw(st.sampled_from([255, -1, -100, 0]))
+    labels = torch.randint(0, max(classes, 2), (batch, height, width), generator=generator)
+    void = torch.rand(labels.shape, generator=generator) < draw(st.sampled_from([0.0, 0.2, 1.0]))
+    label_type = draw(st.sampled_from(LABEL_TYPES))
+    if label_type == torch.uint8 and ignore_index < 0:
+        ignore_index = 255
+    return Case(logits, labels.masked_fill(void, ignore_index).to(label_type), ignore_index)
+
+
+def front_width(case: Case, confidence: str, fraction: float) -> Tensor:
+    """A tau as the attack would take it: between the scores of the image."""
+    scores = reference.confidence(case.logits, case.labels, ignore_index=case.ignore_index, confidence=confidence)
+    stats = torch.zeros(len(scores), 4, dtype=torch.float64)
+    stats[:, 0] = (scores < math.inf).sum((1, 2))
+    # Not a score itself: whether the k-th pixel is within its own threshold is a matter of rounding.
+    return reference.next_tau(scores, stats, 1, front_min=fraction, front_max=fraction) * 1.001
+
+
+def assert_same_maps(fused: Tensor, expected: Tensor) -> None:
+    """Equal infinities and NaNs, and log-odds to rounding: near 0 they are a difference of terms of a few units."""
+    torch.testing.assert_close(fused, expected, rtol=1e-5, atol=2e-6, equal_nan=True)
+
+
+@PROPERTIES
+@given(
+    case=cases(),
+    fraction=st.sampled_from([0.03, 0.3, 1.0]),
+    has_previous=st.booleans(),
+    choices=st.fixed_dictionaries(
+        {
+            "confidence": st.sampled_from(ops.CONFIDENCES),
+            "direction": st.sampled_from(ops.DIRECTIONS),
+            "radius": st.sampled_from([0, 1, 2, 8]),
+            "slope": st.sampled_from([0.0, 0.5, 1.0]),
+            "within": st.sampled_from(ops.WITHINS),
+            "targeted": st.booleans(),
+        }
+    ),
+)
+def test_soft_erosion_grad_is_the_reference(
+    case: Case, fraction: float, has_previous: bool, choices: dict[str, Any]
+) -> None:
+    tau = front_width(case, choices["confidence"], fraction)
+    scores = reference.confidence(
+        case.logits, case.labels, ignore_index=case.ignore_index, confidence=choices["confidence"]
+    )
+    previous = scores * torch.rand(scores.shape, generator=torch.Generator().manual_seed(0)) if has_previous else None
+    arguments = (case.logits, case.labels, tau, previous)
+    grad, log_odds, stats = ops.erosion_grad(*arguments, ignore_index=case.ignore_index, **choices)
+    expected = reference.erosion_grad(*arguments, ignore_index=case.ignore_index, **choices)
+    assert grad.dtype == case.logits.dtype
+    tolerance = GRADIENT[grad.dtype]
+    if choices["confidence"] == "top":
+        # log(C - 1) is added to terms of its own size: of nearly equal classes the confidence, and so the width of the
+        # front, is a small difference with an absolute error of a few 1e-7.
+        error = tolerance["rtol"] + 4e-7 / tau.view(-1, 1, 1, 1)
+        assert ((grad.float() - expected[0].float()).abs() <= error * expected[0].float().abs() + 1e-7).all()
+        assert (grad.float().abs() <= 1).all()
+    else:
+        torch.testing.assert_close(grad, expected[0], **tolerance)
+    assert_same_maps(log_odds, expected[1])
+    assert torch.equal(stats[:, :2], expected[2][:, :2])
+    # A pixel's own rounding decides whether it is in the front: at most those within 1e-5 of tau, none in most cases.
+    before = expected[1] if previous is None else previous
+    edge = ((before.abs() / tau.view(-1, 1, 1) - 1).abs() < 1e-5).sum((1, 2))
+    assert ((stats[:, 2] - expected[2][:, 2]).abs() <= edge).all()
+    if not edge.any():
+        scale = 1e-5 * (expected[2][:, 2] * tau + 1e-6 * expected[2][:, 0])
+        assert ((stats[:, 3] - expected[2][:, 3]).abs() <= scale + 1e-5 * expected[2][:, 3].abs()).all()
+
+
+@PROPERTIES
+@given(case=cases(dtypes=(torch.float32,)), fraction=st.sampled_from([0.03, 0.3]), radius=st.sampled_from([0, 1, 3]))
+def test_hard_erosion_grad_differs_only_on_the_edge_of_the_front(case: Case, fraction: float, radius: int) -> None:
+    tau = front_width(case, "label", fraction)
+    arguments: dict[str, Any] = {"ignore_index": case.ignore_index, "front": "hard", "radius": radius, "slope": 0.37}
+    grad, log_odds, _ = ops.erosion_grad(case.logits, case.labels, tau, **arguments)
+    expected, signed, _ = reference.erosion_grad(case.logits, case.labels, tau, **arguments)
+    assert_same_maps(log_odds, signed)
+    q = reference.erode(signed.abs(), None, radius, 0.37 * tau)
+    # Where all confidences are nearly equal (tiny logits), all pixels are on the edge; otherwise hardly any.
+    edge = (q / tau.view(-1, 1, 1) - 1).abs() < 1e-5
+    spread = signed.abs()[signed.isfinite()]
+    if spread.numel() > 1 and spread.std() > 0.1 * spread.mean():
+        assert edge.sum() <= 0.01 * edge.numel() + 9 * radius + 3
+    torch.testing.assert_close(
+        grad.where(~edge.unsqueeze(1), 0), expected.where(~edge.unsqueeze(1), 0), rtol=1e-5, atol=1e-7
+    )
+
+
+@PROPERTIES
+@given(
+    case=cases(),
+    method=st.sampled_from(reference.METHODS),
+    progress=st.sampled_from([0.0, 0.35, 0.9]),
+    targeted=st.booleans(),
+    balanced=st.booleans(),
+)
+def test_pixel_grad_is_the_reference(case: Case, method: str, progress: float, targeted: bool, balanced: bool) -> None:
+    classes = max(case.logits.shape[1], 2)
+    weight = reference.class_balance(case.labels, classes, ignore_index=case.ignore_index) if balanced else None
+    arguments: dict[str, Any] = {"ignore_index": case.ignore_index, "targeted": targeted, "class_weight": weight}
+    grad, stats = ops.pixel_grad(case.logits, case.labels, method, progress, **arguments)
+    expected, expected_stats = reference.pixel_grad(case.logits, case.labels, method, progress, **arguments)
+    tolerance = GRADIENT[grad.dtype]
+    if method.startswith("cospgd"):
+        # 1 - cosine cancels where a targeted pixel is nearly there, in either implementation.
+        tolerance = tolerance | {"atol": 1e-6, "rtol": max(tolerance["rtol"], 2e-5)}
+    torch.testing.assert_close(grad, expected, **tolerance)
+    assert torch.equal(stats, expected_stats)
+
+
+@PROPERTIES
+@given(case=cases(), kind=st.sampled_from(ops.CONFIDENCES))
+def test_confidence_is_the_reference(case: Case, kind: str) -> None:
+    arguments: dict[str, Any] = {"ignore_index": case.ignore_index, "confidence": kind}
+    assert_same_maps(
+        ops.confidence(case.logits, case.labels, **arguments),
+        reference.confidence(case.logits, case.labels, **arguments),
+    )
+
+
+@PROPERTIES
+@given(case=cases())
+def test_confusion_is_the_reference(case: Case) -> None:
+    classes = max(case.logits.shape[1], 2)
+    expected = reference.confusion(case.logits, case.labels, classes, ignore_index=case.ignore_index)
+    assert torch.equal(ops.confusion(case.logits, case.labels, classes, ignore_index=case.ignore_index), expected)
+    z = case.logits
+    predicted = (z[:, 0] > 0).long() if z.shape[1] == 1 else z.argmax(1)
+    assert torch.equal(ops.confusion(predicted, case.labels, classes, ignore_index=case.ignore_index), expected)
+
+
+@PROPERTIES
+@given(
+    rows=st.integers(0, 3),
+    length=st.sampled_from([0, 1, 2, 17, 1000, 5000]),
+    kind=st.sampled_from(["random", "equal", "two values", "sorted", "tiny", "huge range", "infinite"]),
+    seed=st.integers(0, 1000),
+    masked=st.booleans(),
+)
+def test_kth_value_is_exact(rows: int, length: int, kind: str, seed: int, masked: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(rows, length, generator=generator)
+    if kind == "equal":
+        scores = torch.full_like(scores, 0.1)
+    elif kind == "two values":
+        scores = (scores > 0.5).float() + 1
+    elif kind == "sorted":
+        scores = scores.sort(1).values
+    elif kind == "tiny":
+        scores = scores * 1e-42
+    elif kind == "huge range":
+        scores = (scores * 170 - 85).exp()
+    elif kind == "infinite":
+        scores = scores.masked_fill(scores > 0.5, math.inf)
+    valid = torch.rand(rows, length, generator=generator) > 0.4 if masked else None
+    k = torch.randint(-1, length + 3, (rows, 4), generator=generator)
+    assert torch.equal(ops.kth_value(scores, k, valid), reference.kth_value(scores, k, valid))
+
+
+@PROPERTIES
+@given(
+    case=cases(),
+    steps_left=st.integers(0, 9),
+    reach=st.sampled_from([0.5, 1.0]),
+    bounds=st.sampled_from([(0.03, 0.4), (0.2, 0.2), (0.0, 1.0)]),
+)
+def test_next_tau_is_the_reference(case: Case, steps_left: int, reach: float, bounds: tuple[float, float]) -> None:
+    tau = torch.ones(case.logits.shape[0])
+    previous = torch.zeros(case.labels.shape)
+    _, log_odds, stats = reference.erosion_grad(
+        case.logits, case.labels, tau, previous, ignore_index=case.ignore_index, targeted=True
+    )
+    arguments: dict[str, Any] = {"reach": reach, "front_min": bounds[0], "front_max": bounds[1]}
+    fused = ops.next_tau(log_odds, stats, steps_left, **arguments)
+    expected = reference.next_tau(log_odds, stats, steps_left, **arguments)
+    torch.testing.assert_close(fused, expected, rtol=1e-6, atol=0)
+    assert (fused >= reference.TAU_FLOOR).all()
+
+
+@PROPERTIES
+@given(
+    shape=st.tuples(st.integers(0, 2), st.integers(0, 20), st.sampled_from([0, 1, 5, 64, 70])),
+    radius=st.integers(0, 8),
+    seed=st.integers(0, 1000),
+    masked=st.booleans(),
+    geodesic=st.booleans(),
+)
+def test_erode_is_the_reference(
+    shape: tuple[int, int, int], radius: int, seed: int, masked: bool, geodesic: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(shape, generator=generator) * 10
+    scores[torch.rand(shape, generator=generator) < 0.05] = math.nan
+    valid = torch.rand(shape, generator=generator) > 0.3 if masked else None
+    predicted = torch.randint(0, 3, shape, generator=generator) if geodesic else None
+    cone = torch.rand(shape[0], generator=generator)
+    assert torch.equal(
+        ops.erode(scores, valid, radius, cone, predicted), reference.erode(scores, valid, radius, cone, predicted)
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 3, 9, 13), (1, 1, 1, 1), (0, 3, 4, 4), (2, 4, 0, 5), (1, 3, 190, 201)])
+def test_steps_are_the_reference(shape: tuple[int, ...], layout: torch.memory_format, masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(shape, generator=generator).contiguous(memory_format=layout)
+    grad = torch.randn(shape, generator=generator)
+    grad[torch.rand(shape, generator=generator) < 0.1] = 0
+    start = (x + 0.02 * torch.randn(shape, generator=generator)).clamp(0, 1)
+    mask = torch.rand(shape[0], 1, *shape[2:], generator=generator) > 0.5 if masked else None
+    a, b = start.clone(), start.clone()
+    ops.linf_step_(a, x, grad, 0.03, 0.01, 0.1, 0.9, mask)
+    reference.linf_step_(b, x, grad, 0.03, 0.01, 0.1, 0.9, mask)
+    assert torch.equal(a, b)
+    a, b = start.clone(), start.clone()
+    ops.l2_step_(a, x, grad, 0.3, 0.2, 0.1, 0.9, mask)
+    reference.l2_step_(b, x, grad, 0.3, 0.2, 0.1, 0.9, mask)
+    torch.testing.assert_close(a, b, rtol=0, atol=3e-7)
+
+
+def test_a_nan_gradient_makes_a_nan_pixel() -> None:
+    x = torch.full((1, 1, 5, 5), 0.5)
+    grad = torch.ones_like(x)
+    grad[0, 0, 2, 3] = math.nan
+    for step_ in (ops.linf_step_,):
+        assert torch.equal(step_(x.clone(), x, grad, 0.1, 0.1).isnan(), grad.isnan())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_logits_that_are_not_finite_are_told_in_the_stats(dtype: torch.dtype, value: float) -> None:
+    logits = torch.randn(3, 5, 8, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
+    labels = torch.full((3, 8, 70), 2)
+    labels[2, 4, 66] = 255
+    for image, channel in ((1, 2), (1, 3), (2, 0)):
+        logits[image, channel, 4, 66] = value  # image 1 at a valid pixel, image 2 at a void one
+        tau = torch.ones(3)
+        for fused, expected in (
+            (ops.erosion_grad(logits, labels, tau), reference.erosion_grad(logits, labels, tau)),
+            (ops.pixel_grad(logits, labels, "pgd"), reference.pixel_grad(logits, labels, "pgd")),
+        ):
+            torch.testing.assert_close(fused[0], expected[0], **GRADIENT[dtype])
+            assert fused[-1][:, 3].isnan().tolist() == expected[-1][:, 3].isnan().tolist() == [False, True, False]
+            assert (fused[0][1, :, 4, 66] == 0).all()
+    assert ops.erosion_grad(logits, labels, torch.ones(3))[1].isnan().nonzero().tolist() == [[1, 4, 66]]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradient_goes_into_a_kept_buffer(layout: torch.memory_format) -> None:
+    logits = torch.randn(2, 5, 9, 70).contiguous(memory_format=layout)
+    labels = torch.randint(0, 5, (2, 9, 70))
+    tau = torch.ones(2)
+    fresh, _, _ = ops.erosion_grad(logits, labels, tau)
+    for out in (torch.full_like(logits, 7.0), torch.full((2, 5, 9, 140), 7.0)[..., ::2]):
+        grad, _, _ = ops.erosion_grad(logits, labels, tau, out=out)
+        assert grad is out
+        assert torch.equal(out, fresh)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_a_gradient_large_enough_to_be_streamed_past_the_cache_is_the_reference(dtype: torch.dtype) -> None:
+    logits = torch.randn(1, 33, 512, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
+    labels = torch.randint(0, 33, (1, 512, 512))
+    grad, _, _ = ops.erosion_grad(logits, labels, torch.ones(1))
+    torch.testing.assert_close(grad, reference.erosion_grad(logits, labels, torch.ones(1))[0], **GRADIENT[dtype])
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    logits = torch.randn(2, 7, 130, 50)
+    labels = torch.randint(0, 7, (2, 130, 50))
+    previous = torch.randn(2, 130, 50)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(ops.erosion_grad(logits, labels, torch.ones(2), previous, radius=3))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+LEVEL_CHECK = """
+import torch
+from eroseg_ext import ops, reference
+print(ops.cpu_level())
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        logits = (torch.randn(2, 11, 20, 75) * 4).to(dtype).contiguous(memory_format=layout)
+        labels = torch.randint(0, 12, (2, 20, 75))
+        for kind in ("label", "top"):
+            got = ops.erosion_grad(logits, labels, torch.ones(2), ignore_index=11, radius=2, confidence=kind)
+            want = reference.erosion_grad(logits, labels, torch.ones(2), ignore_index=11, radius=2, confidence=kind)
+            torch.testing.assert_close(got[0], want[0], rtol=tolerance, atol=1e-7)
+            torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=2e-6)
+        for method in reference.METHODS:
+            got = ops.pixel_grad(logits, labels, method, 0.3, ignore_index=11)
+            want = reference.pixel_grad(logits, labels, method, 0.3, ignore_index=11)
+            torch.testing.assert_close(got[0], want[0], rtol=tolerance, atol=1e-6)
+"""
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2"])
+def test_lower_simd_levels_are_the_reference_too(level: str) -> None:
+    environment = os.environ | {"EROSEG_CPU_LEVEL": level}
+    done = subprocess.run([sys.executable, "-c", LEVEL_CHECK], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if done.stdout.strip() != level:
+        pytest.skip(f"this CPU has no {level}")
+
+
+def op_arguments() -> dict[str, tuple[Any, ...]]:
+    logits = torch.randn(2, 3, 5, 6)
+    labels = torch.randint(0, 3, (2, 5, 6))
+    maps, rows = torch.rand(2, 5, 6), torch.rand(2)
+    x = torch.rand(2, 3, 5, 6)
+    stats = torch.ones(2, 4, dtype=torch.float64)
+    mask = torch.ones(2, 1, 5, 6, dtype=torch.bool)
+    return {
+        "erosion_grad": (logits, labels, rows, maps, torch.empty_like(logits), 255, 0, 0, 0, 1, 1.0, 0, False),
+        "pixel_grad": (logits, labels, torch.rand(2, 3), torch.empty_like(logits), 2, 0.5, 255, False, 2.0),
+        "confidence": (logits, labels, 255, 0),
+        "kth_value": (maps.flatten(1), torch.ones(2, 2, dtype=torch.long), None),
+        "next_tau": (maps, stats, 3, 1.0, 0.03, 0.4),
+        "erode": (maps, None, 1, rows, None),
+        "linf_step_": (x.clone(), x, torch.randn_like(x), 0.1, 0.1, 0.0, 1.0, mask),
+        "l2_step_": (x.clone(), x, torch.randn_like(x), 0.1, 0.1, 0.0, 1.0, None),
+        "confusion": (logits, labels, 3, 255),
+    }
+
+
+@pytest.mark.parametrize("name", list(op_arguments()))
+def test_opcheck(name: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.eroseg, name).default, op_arguments()[name])
+
+
+def test_every_schema_has_an_opcheck() -> None:
+    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("eroseg::")}
+    assert names == set(op_arguments())
+
+
+def test_choices_are_numbered_as_in_the_kernels() -> None:
+    """A wrong order of names in ops.py would compute another choice: each gives a gradient of its own here."""
+    logits = torch.randn(1, 4, 12, 12, generator=torch.Generator().manual_seed(3)) * 3
+    labels = torch.randint(0, 4, (1, 12, 12), generator=torch.Generator().manual_seed(4))
+    tau = torch.ones(1)
+    grads = []
+    for kind, front, direction, within in itertools.product(ops.CONFIDENCES, ops.FRONTS, ops.DIRECTIONS, ops.WITHINS):
+        choices = {"confidence": kind, "front": front, "direction": direction, "within": within, "slope": 0.3}
+        grad, _, _ = ops.erosion_grad(logits, labels, tau, **choices)
+        torch.testing.assert_close(
+            grad, reference.erosion_grad(logits, labels, tau, **choices)[0], rtol=1e-5, atol=1e-7
+        )
+        grads.append(grad)
+    assert all(not torch.allclose(a, b) for a, b in itertools.combinations(grads, 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda z, y: ops.erosion_grad(z.double(), y, torch.ones(1)), "logits are Double"),
+        (lambda z, y: ops.erosion_grad(z, y.float(), torch.ones(1)), "labels are Float"),
+        (lambda z, y: ops.erosion_grad(z, y[:, 1:], torch.ones(1)), "labels has another shape"),
+        (lambda z, y: ops.erosion_grad(z, y, torch.ones(2)), "tau has another shape"),
+        (lambda z, y: ops.erosion_grad(z, y, torch.ones(1), radius=9), "radius is 9, wanted 0 to 8"),
+        (lambda z, y: ops.confusion(z, y, 7), "logits have 3 classes, wanted classes = 7"),
+        (lambda z, y: ops.linf_step_(z, z[..., 1:], z, 0.1, 0.1), "differ in shape"),
+    ],
+)
+def test_wrong_arguments_are_named(call: Any, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        call(torch.randn(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long))

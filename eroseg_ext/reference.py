@@ -263,8 +263,8 @@ def erosion_grad(
     Returns:
         G ``[B, C, H, W]`` in the logits' dtype; log_odds ``[B, H, W]`` float32, the signed confidence (L for
         ``label``; +s where right and -s where wrong for ``top``), +inf on void pixels; stats ``[B, 4]`` float64. The
-        front that stats count is |previous| <= tau, the sensitive pixels that the last step pushed, and their movement
-        is the log-odds they lost since (gained, if targeted); without ``previous`` it is |log_odds| <= tau, unmoved.
+        front that stats count are the sensitive pixels, s <= tau, and their movement is the log-odds they have lost
+        since ``previous`` (gained, if targeted); 0 without it.
 
     Source: DESIGN section 2, after arXiv 2601.14950.
     """
@@ -279,8 +279,8 @@ def erosion_grad(
         weight = weight * torch.sigmoid(-terms.log_odds)
     grad = weighted_direction(terms, -weight if targeted else weight, logits, out)
 
+    in_front = terms.valid & (signed.abs() <= width)
     before = signed if previous is None else previous
-    in_front = terms.valid & (before.abs() <= width)
     moved = (signed - before if targeted else before - signed).where(in_front, 0.0)
     broken = terms.valid & ~terms.finite
     return grad, signed, _stats(terms.valid, terms.right, in_front, moved.where(~broken, math.nan))

@@ -151,7 +151,7 @@ def test_stats_count_valid_right_and_front_pixels_and_their_movement() -> None:
     _, signed, stats = reference.erosion_grad(logits, labels, tau, previous)
     for image in range(2):
         valid = labels[image] != VOID
-        front = valid & (previous[image].abs() <= tau[image])
+        front = valid & (signed[image].abs() <= tau[image])
         right = valid & (logits[image].argmax(0) == labels[image])
         assert stats[image, :3].tolist() == [valid.sum(), right.sum(), front.sum()]
         moved = (previous[image] - signed[image])[front].double().sum()

@@ -1,0 +1,118 @@
+// Vectors of one SIMD level: types, loads and stores, conversions. Part of kernels_impl.h.
+//
+// The level has set EROSEG_LEVEL (a namespace), EROSEG_LANES (floats of a vector) and EROSEG_UNROLL (vectors worked on
+// at once, so that their accumulators fill the registers).
+
+namespace eroseg::cpu::EROSEG_LEVEL {
+namespace {
+
+constexpr int kLanes = EROSEG_LANES;
+constexpr int kUnroll = EROSEG_UNROLL;
+constexpr int64_t kBlock = kLanes * kUnroll;
+constexpr float kInf = __builtin_inff();
+
+}  // namespace
+
+// Not in the unnamed namespace: Bits<F> is specialised below.
+typedef float F __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
+
+}  // namespace eroseg::cpu::EROSEG_LEVEL
+
+namespace eroseg {
+
+template <>
+struct Bits<cpu::EROSEG_LEVEL::F> {
+  using F = cpu::EROSEG_LEVEL::F;
+  using Int = cpu::EROSEG_LEVEL::I;
+  static EROSEG_INLINE Int of(F x) { return (Int)x; }
+  static EROSEG_INLINE F from(Int bits) { return (F)bits; }
+  static EROSEG_INLINE F to_float(Int x) { return __builtin_convertvector(x, F); }
+};
+
+}  // namespace eroseg
+
+namespace eroseg::cpu::EROSEG_LEVEL {
+namespace {
+
+template <class V>
+EROSEG_INLINE V load(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class V>
+EROSEG_INLINE void store(void* to, V v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+// Stores past the cache: memory is written without being read first. `to` is aligned to V.
+template <class V>
+EROSEG_INLINE void stream(void* to, V v) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) == 64) {
+    _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)v);
+  } else if constexpr (sizeof(V) == 32) {
+    _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)v);
+  } else if constexpr (sizeof(V) == 16) {
+    _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)v);
+  } else {
+    store(to, v);
+  }
+#else
+  store(to, v);
+#endif
+}
+
+EROSEG_INLINE F minimum(F a, F b) { return a < b ? a : b; }
+EROSEG_INLINE F maximum(F a, F b) { return a > b ? a : b; }
+
+// Conversions between a type in memory and vectors of float32.
+
+struct Float32 {
+  using Element = float;
+  static EROSEG_INLINE F load_vector(const float* from) { return load<F>(from); }
+  using Vector = F;
+  static EROSEG_INLINE F pack(F v) { return v; }
+};
+
+struct BFloat16 {
+  using Element = uint16_t;
+  static EROSEG_INLINE F load_vector(const uint16_t* from) {
+    return (F)(__builtin_convertvector(load<H>(from), U) << 16);
+  }
+  using Vector = H;
+  static EROSEG_INLINE H pack(F v) {
+    const U bits = (U)v;  // finite; rounds half to even
+    return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, H);
+  }
+};
+
+struct Float16 {
+  using Element = uint16_t;
+  static EROSEG_INLINE F load_vector(const uint16_t* from) {
+    const U half = __builtin_convertvector(load<H>(from), U);
+    // The half's exponent and mantissa as a float's, 112 too small in the exponent: a product by 2^112 mends that, for
+    // subnormal halves too. Infinity and NaN had the largest exponent and keep it.
+    const U magnitude = (half & 0x7fff) << 13;
+    const U scaled = (U)((F)magnitude * 5.192296858534828e33f);
+    const U special = magnitude | 0x7f800000;
+    const U bits = (magnitude >= (0x7c00u << 13)) ? special : scaled;
+    return (F)(bits | ((half & 0x8000) << 16));
+  }
+  using Vector = H;
+  static EROSEG_INLINE H pack(F v) {
+    const U sign = ((U)v >> 16) & 0x8000;
+    const U bits = (U)v & 0x7fffffff;  // finite and below 65520: a gradient is in [-1, 1]
+    // Below 2^-14 a half is a multiple of 2^-24, the spacing of floats in [0.5, 1): adding 0.5 rounds to that.
+    const U subnormal = (U)((F)bits + 0.5f) - 0x3f000000;
+    const U normal = (bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13;
+    return __builtin_convertvector((bits < 0x38800000 ? subnormal : normal) | sign, H);
+  }
+};
+
+}  // namespace
+}  // namespace eroseg::cpu::EROSEG_LEVEL

@@ -193,6 +193,7 @@ class _Loop:
         # The row after the last step is for the final images, so that one look at the end covers every forward pass.
         self._stats = torch.zeros(config.restarts, self._steps + 1, batch, 4, dtype=torch.float64, device=device)
         self._tau = torch.zeros(config.restarts, self._steps, batch, device=device)
+        self._broken_images = torch.zeros(batch, dtype=torch.bool, device=device)
 
     def run(
         self, generator: torch.Generator | None, callback: Callback | None, return_info: bool
@@ -208,9 +209,13 @@ class _Loop:
                     self._ascend(restart, rows, x_adv, callback, bar)
                     if judge:
                         self._judge(restart, rows, x_adv[rows])
-        self._raise_unless_finite(x_adv)
+                self._broken_images |= x_adv.isnan().flatten(1).any(1)
+        self._raise_unless_finite()
         stats, tau = self._stats[:, :-1], self._tau if config.method == "eroseg" else None
         adversarial = self._best.images if judge else x_adv
+        # Images of void pixels only have no gradient of their own, but -0.0 becomes 0.0 in a step, and batch statistics
+        # (model_mode "train") couple the images.
+        adversarial = adversarial.where((self._valid > 0).view(-1, 1, 1, 1), self._clean)
         return adversarial.to(self._dtype), AttackInfo(stats, tau, self._best.right, self._valid)
 
     def _start(self, generator: torch.Generator | None) -> Tensor:
@@ -259,6 +264,7 @@ class _Loop:
             self._step_(x_adv, clean, grad, mask)
             if callback is not None:
                 callback(StepInfo(restart, step, rows, stats, method.tau, logits.detach(), x_adv))
+            del logits  # or they would live on beside those of the next forward
             bar.update()
             if config.early_stop:
                 going = right != (stats[:, 0] if config.targeted else 0)
@@ -297,13 +303,12 @@ class _Loop:
     def _predicted(self) -> Tensor:
         """The model's own prediction on the clean images, ``[B, H, W]`` int64."""
         with torch.no_grad():
-            logits = [self._forward(self._clean[rows]) for rows in self._parts]
+            logits = (self._forward(self._clean[rows]) for rows in self._parts)
             return torch.cat([(z[:, 0] > 0).long() if z.shape[1] == 1 else z.argmax(1) for z in logits])
 
-    def _raise_unless_finite(self, x_adv: Tensor) -> None:
+    def _raise_unless_finite(self) -> None:
         broken_logits = self._stats[..., 3].isnan()
-        broken_images = x_adv.isnan().flatten(1).any(1)
-        if bool(broken_logits.any() | broken_images.any()):
+        if bool(broken_logits.any() | self._broken_images.any()):
             if broken_logits.any():
                 restart, step, image = broken_logits.nonzero()[0].tolist()
                 where = "after the last step" if step == self._steps else f"at step {step}"
@@ -311,5 +316,5 @@ class _Loop:
                     f"the model's logits are NaN or infinite {where} for image {image}"
                     + (f" of restart {restart}" if self._config.restarts > 1 else "")
                 )
-            image = broken_images.nonzero()[0].item()
+            image = self._broken_images.nonzero()[0].item()
             raise RuntimeError(f"the model's gradient with respect to image {image} is NaN")

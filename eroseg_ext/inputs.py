@@ -51,7 +51,7 @@ def _check_map(name: str, value: object, images: Tensor, shape: list[int]) -> No
 def _check_range(images: Tensor, clip: tuple[float, float]) -> None:
     if images.numel() == 0:
         return
-    low, high = (float(value) for value in images.aminmax())
+    low, high = (float(value) for value in images.detach().aminmax())
     # The range's ends need not be representable in the images' dtype.
     slack = torch.finfo(images.dtype).eps * max(abs(clip[0]), abs(clip[1]))
     if not (clip[0] - slack <= low and high <= clip[1] + slack):
@@ -87,11 +87,12 @@ def check_first_logits(logits: Tensor, labels: Tensor, ignore_index: int) -> Non
         raise ValueError(
             f"labels has the value {wrong}, wanted classes from 0 to {classes - 1} or ignore_index={ignore_index}"
         )
-    first = logits[:1].detach().float()
-    if logits.shape[1] > 1 and float(first.amin()) >= 0 and float((first.sum(1) - 1).abs().max()) < 1e-2:
+    first = logits[:1].detach()
+    sums = first.sum(1, dtype=torch.float32)
+    if logits.shape[1] > 1 and float(first.amin()) >= 0 and float((sums - 1).abs().max()) < 1e-2:
         warnings.warn(
             "the model's output looks like probabilities (every pixel's classes sum to 1), wanted logits: remove the "
             "model's softmax, or the attack is weaker than it could be",
             UserWarning,
-            stacklevel=4,
+            stacklevel=6,
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Model = Callable[[Tensor], Any]
+LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def unwrapped(model: Model) -> Model:
@@ -32,12 +33,16 @@ def frozen(model: Model, mode: str) -> Iterator[None]:
         return
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    buffers: list[tuple[Tensor, Tensor]] = []
+    buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
     try:
         if mode != "keep":
             model.train(mode == "train")
         if any(module.training for module in model.modules()):
-            buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+            buffers = [
+                (module, name, buffer, buffer.detach().clone())
+                for module in model.modules()
+                for name, buffer in module.named_buffers(recurse=False)
+            ]
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield
@@ -45,8 +50,9 @@ def frozen(model: Model, mode: str) -> Iterator[None]:
         for parameter in trainable:
             parameter.requires_grad_(True)
         with torch.no_grad():
-            for buffer, before in buffers:
+            for module, name, buffer, before in buffers:
                 buffer.copy_(before)
+                setattr(module, name, buffer)  # a module may have put another tensor in its place
         for module, training in modes:
             module.training = training
 
@@ -92,12 +98,16 @@ class Logits:
         self._model = model
         self._mean = mean
         self._std = std
+        self._constants: tuple[Tensor, ...] | None = None
         self._autocast = autocast
 
     def __call__(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         """``images[B, K, H, W]`` -> logits ``[B, C, *size]``; TypeError or ValueError for an output of another form."""
         if self._mean is not None:
-            mean, std = (images.new_tensor(values).view(1, -1, 1, 1) for values in (self._mean, self._std))
+            if self._constants is None:
+                # Kept: an upload makes the host wait for the device, which no step may.
+                self._constants = tuple(images.new_tensor(v).view(1, -1, 1, 1) for v in (self._mean, self._std))
+            mean, std = self._constants
             images = (images - mean) / std
         if self._autocast is None:
             logits = logits_of(self._model(images))
@@ -108,8 +118,8 @@ class Logits:
             raise ValueError(
                 f"the model's logits have shape {list(logits.shape)}, wanted [B, C, H, W] with B = {images.shape[0]}"
             )
-        if not logits.is_floating_point():
-            raise TypeError(f"the model's logits are {logits.dtype}, wanted a floating-point dtype")
+        if logits.dtype not in LOGIT_DTYPES:
+            raise TypeError(f"the model's logits are {logits.dtype}, wanted float32, float16 or bfloat16")
         if logits.shape[-2:] != size:
             if logits.shape[-2] > size[0] or logits.shape[-1] > size[1]:
                 raise ValueError(

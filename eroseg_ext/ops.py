@@ -75,7 +75,7 @@ def erosion_grad(
     front: str = "soft",
     direction: str = "log_odds",
     radius: int = 1,
-    slope: float = 1.0,
+    slope: float = 2.0,
     within: str = "any",
     targeted: bool = False,
     out: Tensor | None = None,

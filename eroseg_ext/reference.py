@@ -222,6 +222,21 @@ def _lowest_neighbour_of_class(q: Tensor, predicted: Tensor) -> Tensor:
     return lowest
 
 
+def front_weight(q: Tensor, tau: Tensor, front: str = "soft") -> Tensor:
+    """How much a pixel counts in a step: ``soft`` sech^2(q / (2 tau)), ``hard`` 1[q <= tau].
+
+    Args:
+        q: ``[B, H, W]`` float32, eroded confidence; +inf weighs 0.
+        tau: ``[B]`` float32, the width of the front, > 0.
+        front: ``soft`` or ``hard``.
+
+    Returns:
+        ``[B, H, W]`` float32 in [0, 1].
+    """
+    width = tau.view(-1, 1, 1)
+    return 1 / torch.cosh(q / (2 * width)).square() if front == "soft" else (q <= width).float()
+
+
 def erosion_grad(
     logits: Tensor,
     labels: Tensor,
@@ -233,7 +248,7 @@ def erosion_grad(
     front: str = "soft",
     direction: str = "log_odds",
     radius: int = 1,
-    slope: float = 1.0,
+    slope: float = 2.0,
     within: str = "any",
     targeted: bool = False,
     out: Tensor | None = None,
@@ -270,16 +285,15 @@ def erosion_grad(
     """
     terms = pixel_terms(logits, labels, ignore_index)
     signed = _signed_confidence(terms, confidence)
-    width = tau.view(-1, 1, 1)
 
     predicted = terms.z.argmax(1) if within == "class" else None
     q = erode(signed.abs(), terms.valid, radius, slope * tau, predicted)
-    weight = 1 / torch.cosh(q / (2 * width)).square() if front == "soft" else (q <= width).float()
+    weight = front_weight(q, tau, front)
     if direction == "ce":
         weight = weight * torch.sigmoid(-terms.log_odds)
     grad = weighted_direction(terms, -weight if targeted else weight, logits, out)
 
-    in_front = terms.valid & (signed.abs() <= width)
+    in_front = terms.valid & (signed.abs() <= tau.view(-1, 1, 1))
     before = signed if previous is None else previous
     moved = (signed - before if targeted else before - signed).where(in_front, 0.0)
     broken = terms.valid & ~terms.finite

@@ -22,6 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "schedule": "linear",
     },
 }
+CALL_ARGUMENTS = ("mask", "generator", "callback", "return_info")
 RHO_RANGES = {"geometric": (0.4, 0.05), "linear": (0.1, 1.0)}
 """First and last fraction of sensitive pixels of the schedules that fix it in advance."""
 
@@ -78,7 +79,7 @@ class AttackSettings:
     """eroseg: descend the ``log_odds`` of the label, or ascend the cross-entropy ``ce``"""
     radius: int = 1
     """eroseg: of the erosion, 0 to 8 pixels of the logits"""
-    slope: float = 1.0
+    slope: float = 2.0
     """eroseg: rise of the erosion's cone per pixel, in units of tau, >= 0"""
     within: str = "any"
     """eroseg: the erosion crosses ``any`` pixels or only those within one predicted ``class``"""
@@ -88,7 +89,7 @@ class AttackSettings:
     """eroseg: the front's width follows the ``movement``, or is kth(rho) with rho ``geometric`` or ``linear`` in t"""
     reach: float = 1.0
     """eroseg, movement: how many times the expected movement the front is wide, > 0"""
-    front_first: float = 0.3
+    front_first: float = 0.2
     """eroseg, movement: fraction of sensitive pixels in the first two steps"""
     front_min: float = 0.03
     """eroseg, movement: lower bound of the front, as a fraction of the valid pixels"""
@@ -161,8 +162,11 @@ class AttackSettings:
         """
         names = [field.name for field in dataclasses.fields(cls)]
         for name in keywords:
+            if name in CALL_ARGUMENTS:
+                raise TypeError(f"{name} is an argument of each call, not a setting that is bound")
             if name not in names:
-                raise TypeError(f"{name} is not a setting of attack(){_near_misses(name, names)}")
+                choices = [*names, *CALL_ARGUMENTS, "preset"]
+                raise TypeError(f"{name} is not a setting of attack(){_near_misses(name, choices)}")
         if preset is not None:
             _check_choice("preset", preset, tuple(PRESETS))
             keywords = PRESETS[preset] | keywords

@@ -27,8 +27,13 @@ const Kernels& pick() {
     return wanted == nullptr || std::strcmp(wanted, level.level) == 0;
   };
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("x86-64-v4") && allowed(avx512::kKernels)) return avx512::kKernels;
-  if (__builtin_cpu_supports("x86-64-v3") && allowed(avx2::kKernels)) return avx2::kKernels;
+  // Feature by feature: not every compiler knows the names of the x86-64 levels.
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  if (v4 && allowed(avx512::kKernels)) return avx512::kKernels;
+  if (v3 && allowed(avx2::kKernels)) return avx2::kKernels;
 #endif
   return baseline::kKernels;
 }

@@ -6,11 +6,18 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
 #pragma GCC target("arch=x86-64-v3")
+#endif
 #define EROSEG_LEVEL avx2
 #define EROSEG_LEVEL_NAME "avx2"
 #define EROSEG_LANES 8
 #define EROSEG_UNROLL 2
 #include "kernels.h"
 #include "kernels_impl.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

@@ -1,0 +1,208 @@
+"""The command ``eroseg``: what it prints and writes, and how it fails."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eroseg_ext import cli, demo
+from eroseg_ext.data import generated_scenes
+
+TINY = ["--quick", "--train-steps", "3", "--steps", "3", "--size", "32x48"]
+
+
+def write_folder(root: Path, count: int, void: int = 255) -> Path:
+    """Drawn scenes as files, so that the folder's way is tried too."""
+    scenes = generated_scenes(count, (40, 64), seed=0)
+    for part in ("images", "labels"):
+        (root / part).mkdir(parents=True)
+    for index in range(count):
+        pixels = (scenes.images[index].permute(1, 2, 0) * 255).byte().numpy()
+        labels = scenes.labels[index].where(scenes.labels[index] != 255, void).byte().numpy()
+        Image.fromarray(pixels).save(root / "images" / f"{index}.jpg")
+        Image.fromarray(labels).save(root / "labels" / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
+    """One run of the demo in a pipe: its folder, its JSON, its output."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "eroseg_ext",
+            "demo",
+            *TINY,
+            "--out",
+            str(folder),
+            "--json",
+            str(folder / "result.json"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # No bars in a pipe. Other warnings of the interpreter are not ours to judge.
+    assert "%|" not in done.stderr
+    return folder, json.loads((folder / "result.json").read_text()), done.stdout
+
+
+def test_demo_prints_a_row_per_method(ran: tuple[Path, dict, str]) -> None:
+    _, result, output = ran
+    rows = {line.split()[0]: line.split() for line in output.splitlines() if line}
+    for method in demo.METHODS:
+        assert float(rows[method][1]) == pytest.approx(result["methods"][method]["miou"], abs=0.051)
+        assert float(rows[method][2]) == pytest.approx(result["methods"][method]["accuracy"], abs=0.051)
+    assert float(rows["none"][2]) == pytest.approx(result["unattacked"]["accuracy"], abs=0.051)
+
+
+def test_demo_json(ran: tuple[Path, dict, str]) -> None:
+    folder, result, _ = ran
+    assert set(result["methods"]) == set(demo.METHODS)
+    for row in result["methods"].values():
+        assert 0 <= row["miou"] <= 100
+        assert 0 <= row["accuracy"] <= 100
+        assert row["seconds_per_step"] > 0
+        assert row["reference_ms"] > 0
+        assert row["fused_ms"] is None or row["fused_ms"] > 0
+    assert result["settings"]["steps"] == 3
+    assert result["settings"]["eps"] == pytest.approx(2 / 255)
+    assert result["training"]["steps"] == 3
+    assert result["environment"]["torch"] == torch.__version__
+    assert not list(folder.glob("*.part"))
+
+
+def test_demo_pictures(ran: tuple[Path, dict, str]) -> None:
+    folder, result, _ = ran
+    assert [Path(name).name for name in result["pictures"]] == ["accuracy.png", "example-1.png"]
+    assert all(Path(name).parent == folder for name in result["pictures"])
+    for name in result["pictures"]:
+        with Image.open(name) as picture:
+            assert min(picture.size) > 300
+            assert np.asarray(picture.convert("L")).std() > 10
+
+
+def test_demo_on_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_folder(tmp_path / "data", 6, void=9)
+    names = ",".join(f"thing {index}" for index in range(8))
+    arguments = ["demo", *TINY, "--data", str(data), "--out", str(tmp_path / "new" / "out"), "--ignore-index", "9"]
+    code = cli.main([*arguments, "--class-names", names, "--eps", "0.01", "--json", str(tmp_path / "r.json")])
+    assert code == 0, capsys.readouterr().err
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["task"] == {"train": 5, "test": 1, "classes": names.split(",")}
+    assert result["settings"]["ignore_index"] == 9
+    assert (tmp_path / "new" / "out" / "example-1.png").is_file()
+
+
+def test_same_seed_same_scores(tmp_path: Path) -> None:
+    rows = []
+    for name in ("one", "two"):
+        assert cli.main(["demo", *TINY, "--out", str(tmp_path), "--json", str(tmp_path / name), "--seed", "4"]) == 0
+        rows.append(json.loads((tmp_path / name).read_text())["methods"]["eroseg"])
+    assert (rows[0]["miou"], rows[0]["accuracy"]) == (rows[1]["miou"], rows[1]["accuracy"])
+
+
+def test_zero_budget_changes_nothing(tmp_path: Path) -> None:
+    assert cli.main(["demo", *TINY, "--out", str(tmp_path), "--json", str(tmp_path / "r"), "--eps", "0"]) == 0
+    result = json.loads((tmp_path / "r").read_text())
+    assert all(row["accuracy"] == result["unattacked"]["accuracy"] for row in result["methods"].values())
+
+
+def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json", str(tmp_path / "info.json")]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "info.json").read_text())
+    assert report["torch"] in printed
+    assert report["backends"]["reference"] == "active"
+    for text in report["backends"].values():
+        assert text in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "the following arguments are required"),
+        (["dance"], "invalid choice: 'dance'"),
+        (["demo", "--eps", "8/0"], "8/0 is no budget, wanted a number from 0 to 1 such as 8/255"),
+        (["demo", "--eps", "8"], "8 is no budget"),
+        (["demo", "--steps", "0"], "0 is not a number of steps"),
+        (["demo", "--size", "100"], "100 is not a size, wanted HEIGHTxWIDTH"),
+        (["demo", "--class-names", "a,b"], "--class-names names the classes of --data, which is missing"),
+        (["demo", "--device", "toaster"], "device 'toaster' cannot be used"),
+        (["demo", "--json", "no/such/folder/x.json"], "--json no/such/folder/x.json cannot be written"),
+        (["info", "--json", "."], "--json . cannot be written"),
+        (["demo", "--data", "no/such/folder"], "no/such/folder must hold the folders images/ and labels/"),
+    ],
+)
+def test_errors_are_one_sentence(
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("eroseg: ")
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_bad_data_is_told_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_folder(tmp_path / "data", 3)
+    run = ["demo", *TINY, "--data", str(data), "--out", str(tmp_path / "out")]
+    assert cli.main([*run, "--class-names", "a,b"]) == 2
+    assert "class_names has 2 names, wanted 8" in capsys.readouterr().err
+    Image.fromarray(np.full((40, 64), 60000, np.uint16)).save(data / "labels" / "1.png")
+    assert cli.main(run) == 2
+    assert "go up to 60000, wanted class indices below 256" in capsys.readouterr().err
+    (data / "images" / "1.jpg").write_text("no image")
+    assert cli.main(run) == 2
+    assert "images/1.jpg cannot be read as an image" in capsys.readouterr().err
+
+
+def test_folder_of_one_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--data", str(write_folder(tmp_path, 1)), "--out", str(tmp_path / "out")]) == 2
+    assert "holds 1 image, wanted at least 2" in capsys.readouterr().err
+
+
+def test_folder_of_void(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_folder(tmp_path, 2)
+    for path in (data / "labels").iterdir():
+        Image.fromarray(np.full((40, 64), 255, np.uint8)).save(path)
+    assert cli.main(["demo", *TINY, "--data", str(data), "--out", str(tmp_path / "out")]) == 2
+    assert "no pixel with a label other than ignore_index 255" in capsys.readouterr().err
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    cli.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        cli.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_interrupt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupted)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "eroseg: interrupted\n"
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    assert cli.main(["demo", "--help"]) == 0
+    assert cli.main(["--version"]) == 0
+    assert "eroseg_ext" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -202,7 +203,7 @@ def _check_choice(name: str, came: object, choices: Sequence[str]) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_number(name: str, came: object, low: float, high: float) -> None:
@@ -212,7 +213,7 @@ def _check_number(name: str, came: object, low: float, high: float) -> None:
 
 def _check_integer(name: str, came: object, low: int, high: int | None = None) -> None:
     wanted = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
-    whole = isinstance(came, int) and not isinstance(came, bool)
+    whole = isinstance(came, numbers.Integral) and not isinstance(came, bool)
     _require(whole and low <= came and (high is None or came <= high), name, came, wanted)  # type: ignore[operator]
 
 

@@ -95,7 +95,11 @@ struct Step {
   int64_t channels, pixels;
   bool channels_last;
   float eps, alpha, low, high;
+  EROSEG_INLINE int64_t elements() const { return channels * pixels; }
 };
+
+// What l2_step_ takes the norm of: the gradient inside the mask, or x_adv + scale * gradient - x.
+enum class L2Term { kGradient, kDelta };
 
 // Working memory of one thread, kept from one band to the next. Not a std::vector: what a template of the standard
 // library would become in a file compiled for AVX-512, the linker might pick for every CPU.
@@ -127,6 +131,9 @@ struct Kernels {
                 Scratch& scratch);
   // Elements [begin, end) of one image, in memory order.
   void (*linf_step)(const Step&, int64_t image, int64_t begin, int64_t end);
+  double (*l2_sum_squares)(const Step&, int64_t image, int64_t begin, int64_t end, L2Term term, float scale);
+  // x + shrink * (x_adv + scale * gradient - x), clamped to the range.
+  void (*l2_step)(const Step&, int64_t image, int64_t begin, int64_t end, float scale, float shrink);
 };
 
 // The kernels of the best level that this CPU has, or of the one that the environment variable EROSEG_CPU_LEVEL names.

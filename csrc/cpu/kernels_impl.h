@@ -41,7 +41,6 @@ class RowCounter {
   }
 
  private:
-  typedef double D __attribute__((vector_size(8 * kLanes)));
   I valid_{}, right_{}, front_{};
   D movement_{};
 };
@@ -222,45 +221,75 @@ void erode(const Erode& job, const float* scores, const bool* valid, const int32
   }
 }
 
-// The loop's bounds come first, so that the remainder runs the same arithmetic as the vectors.
-EROSEG_INLINE F linf_stepped(F x_adv, F x, F grad, const Step& step) {
-  const F sign = grad > 0.0f ? splat<F>(1.0f) : (grad < 0.0f ? splat<F>(-1.0f) : grad);  // keeps NaN
-  const F moved = x_adv + step.alpha * sign;
-  const F least = x - step.eps, most = x + step.eps;
-  const F in_ball = moved < least ? least : (moved > most ? most : moved);
-  return in_ball < step.low ? splat<F>(step.low) : (in_ball > step.high ? splat<F>(step.high) : in_ball);
-}
-
-void linf_step(const Step& step, int64_t image, int64_t begin, int64_t end) {
-  const int64_t base = image * step.channels * step.pixels;
-  float* x_adv = step.x_adv + base;
-  const float* x = step.x + base;
-  const float* grad = step.grad + base;
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const int64_t n = end - i < kLanes ? end - i : kLanes;
-    F a{}, b{}, g{};
+// kLanes elements of the images from element i of an image on, of which the first n exist; the others are 0.
+struct Elements {
+  EROSEG_INLINE Elements(const Step& step, int64_t image, int64_t i, int64_t n)
+      : first(image * step.elements() + i), count(n) {
     if (n == kLanes) {
-      a = load<F>(x_adv + i), b = load<F>(x + i), g = load<F>(grad + i);
+      x_adv = load<F>(step.x_adv + first), x = load<F>(step.x + first), grad = load<F>(step.grad + first);
     } else {
-      std::memcpy(&a, x_adv + i, n * sizeof(float));
-      std::memcpy(&b, x + i, n * sizeof(float));
-      std::memcpy(&g, grad + i, n * sizeof(float));
+      std::memcpy(&x_adv, step.x_adv + first, n * sizeof(float));
+      std::memcpy(&x, step.x + first, n * sizeof(float));
+      std::memcpy(&grad, step.grad + first, n * sizeof(float));
     }
-    F stepped = linf_stepped(a, b, g, step);
     if (step.mask != nullptr) {
       const bool* mask = step.mask + image * step.pixels;
       for (int lane = 0; lane < n; ++lane) {
         const int64_t pixel = step.channels_last ? (i + lane) / step.channels : (i + lane) % step.pixels;
-        if (!mask[pixel]) stepped[lane] = a[lane];
+        inside[lane] = mask[pixel] ? -1 : 0;
       }
     }
-    std::memcpy(x_adv + i, &stepped, n * sizeof(float));
+  }
+  EROSEG_INLINE void write(const Step& step, F stepped) const {
+    const F result = inside ? stepped : x_adv;
+    std::memcpy(step.x_adv + first, &result, count * sizeof(float));
+  }
+  int64_t first, count;
+  F x_adv{}, x{}, grad{};
+  I inside = I{} - 1;
+};
+
+// Comparisons that are false for NaN, which then stays.
+EROSEG_INLINE F clamped(F value, F low, F high) { return value < low ? low : (value > high ? high : value); }
+
+void linf_step(const Step& step, int64_t image, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const Elements at(step, image, i, end - i < kLanes ? end - i : kLanes);
+    const F sign = at.grad > 0.0f ? splat<F>(1.0f) : (at.grad < 0.0f ? splat<F>(-1.0f) : at.grad);
+    const F in_ball = clamped(at.x_adv + step.alpha * sign, at.x - step.eps, at.x + step.eps);
+    at.write(step, clamped(in_ball, splat<F>(step.low), splat<F>(step.high)));
+  }
+}
+
+// x_adv + scale * grad - x, where only the pixels inside the mask move.
+EROSEG_INLINE F l2_delta(const Elements& at, float scale) {
+  return at.x_adv + scale * (at.inside ? at.grad : F{}) - at.x;
+}
+
+double l2_sum_squares(const Step& step, int64_t image, int64_t begin, int64_t end, L2Term term, float scale) {
+  D sum{};
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const Elements at(step, image, i, end - i < kLanes ? end - i : kLanes);
+    const F value = term == L2Term::kGradient ? (at.inside ? at.grad : F{}) : l2_delta(at, scale);
+    const D wide = __builtin_convertvector(value, D);
+    sum += wide * wide;
+  }
+  double total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+  return total;
+}
+
+void l2_step(const Step& step, int64_t image, int64_t begin, int64_t end, float scale, float shrink) {
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const Elements at(step, image, i, end - i < kLanes ? end - i : kLanes);
+    at.write(step, clamped(at.x + shrink * l2_delta(at, scale), splat<F>(step.low), splat<F>(step.high)));
   }
 }
 
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {EROSEG_LEVEL_NAME, erosion_grad, pixel_grad, confidence, confusion, erode, linf_step};
+const Kernels kKernels = {EROSEG_LEVEL_NAME, erosion_grad,   pixel_grad, confidence, confusion, erode,
+                          linf_step,         l2_sum_squares, l2_step};
 
 }  // namespace eroseg::cpu::EROSEG_LEVEL

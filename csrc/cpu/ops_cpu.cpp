@@ -327,62 +327,40 @@ Step checked_step(const Tensor& x_adv, const Tensor& x, const Tensor& grad, cons
 void linf_step_(const Tensor& x_adv, const Tensor& x, const Tensor& grad, double eps, double alpha, double low,
                 double high, const MaybeTensor& mask) {
   const Step step = checked_step(x_adv, x, grad, mask, eps, alpha, low, high, "linf_step_");
-  for_each_piece(x_adv.size(0), step.channels * step.pixels,
+  for_each_piece(x_adv.size(0), step.elements(),
                  [&](int64_t image, int64_t begin, int64_t end) { kernels().linf_step(step, image, begin, end); });
 }
 
-// Per image, f(i) summed in float64 over the elements i inside the mask; pieces are added in order.
-template <class F>
-std::vector<double> norms(const Step& step, int64_t batch, const F& f) {
-  const int64_t elements = step.channels * step.pixels;
-  const int64_t pieces = (elements + kPiece - 1) / kPiece;
+// The l_2 norm of a term for each image; the pieces' sums are added in order. `scale` has one number per image.
+std::vector<double> l2_norms(const Step& step, L2Term term, const std::vector<float>& scale) {
+  const int64_t batch = static_cast<int64_t>(scale.size());
+  const int64_t pieces = (step.elements() + kPiece - 1) / kPiece;
   std::vector<double> sums(batch * pieces);
-  for_each_piece(batch, elements, [&](int64_t image, int64_t begin, int64_t end) {
-    double sum = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      const double value = f(image, i);
-      sum += value * value;
-    }
-    sums[image * pieces + begin / kPiece] = sum;
+  for_each_piece(batch, step.elements(), [&](int64_t image, int64_t begin, int64_t end) {
+    sums[image * pieces + begin / kPiece] = kernels().l2_sum_squares(step, image, begin, end, term, scale[image]);
   });
-  std::vector<double> result(batch, 0.0);
-  for (int64_t i = 0; i < batch * pieces; ++i) result[i / pieces] += sums[i];
-  for (double& sum : result) sum = std::sqrt(sum);
-  return result;
+  std::vector<double> norms(batch, 0.0);
+  for (int64_t i = 0; i < batch * pieces; ++i) norms[i / pieces] += sums[i];
+  for (double& norm : norms) norm = std::sqrt(norm);
+  return norms;
 }
 
 // eroseg_ext/reference.py, l2_step_. Three passes over the images: ||grad||, ||delta||, the step.
 void l2_step_(const Tensor& x_adv, const Tensor& x, const Tensor& grad, double eps, double alpha, double low,
               double high, const MaybeTensor& mask) {
   const Step step = checked_step(x_adv, x, grad, mask, eps, alpha, low, high, "l2_step_");
-  const int64_t batch = x_adv.size(0), elements = step.channels * step.pixels;
-  if (batch * elements == 0) return;
-  const auto inside = [&](int64_t image, int64_t i) {
-    if (step.mask == nullptr) return true;
-    return step.mask[image * step.pixels + (step.channels_last ? i / step.channels : i % step.pixels)];
-  };
-  const auto gradient = [&](int64_t image, int64_t i) {
-    return inside(image, i) ? step.grad[image * elements + i] : 0.0f;
-  };
-  const std::vector<double> gradient_norm = norms(step, batch, gradient);
-  std::vector<float> scale(batch), shrink(batch);
+  const int64_t batch = x_adv.size(0);
+  std::vector<float> scale(batch, 0.0f), shrink(batch, 1.0f);
+  const std::vector<double> gradient = l2_norms(step, L2Term::kGradient, scale);
   for (int64_t i = 0; i < batch; ++i) {
-    scale[i] = gradient_norm[i] == 0 ? 0.0f : static_cast<float>(alpha / gradient_norm[i]);
+    if (gradient[i] != 0) scale[i] = static_cast<float>(alpha / gradient[i]);
   }
-  const auto delta = [&](int64_t image, int64_t i) {
-    const int64_t at = image * elements + i;
-    return step.x_adv[at] + scale[image] * gradient(image, i) - step.x[at];
-  };
-  const std::vector<double> length = norms(step, batch, delta);
-  for (int64_t i = 0; i < batch; ++i) shrink[i] = length[i] > eps ? static_cast<float>(eps / length[i]) : 1.0f;
-  for_each_piece(batch, elements, [&](int64_t image, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t at = image * elements + i;
-      const float stepped = step.x[at] + shrink[image] * delta(image, i);
-      // Comparisons that are false for NaN, which then stays.
-      const float clamped = stepped < step.low ? step.low : (stepped > step.high ? step.high : stepped);
-      if (inside(image, i)) step.x_adv[at] = clamped;
-    }
+  const std::vector<double> length = l2_norms(step, L2Term::kDelta, scale);
+  for (int64_t i = 0; i < batch; ++i) {
+    if (length[i] > eps) shrink[i] = static_cast<float>(eps / length[i]);
+  }
+  for_each_piece(batch, step.elements(), [&](int64_t image, int64_t begin, int64_t end) {
+    kernels().l2_step(step, image, begin, end, scale[image], shrink[image]);
   });
 }
 

@@ -116,7 +116,8 @@ void read_labels(const Input& input, int64_t image, int64_t y, int64_t stride, i
   }
 }
 
-// The first pass over a block: the logits go to scratch as float32, and the maxima are taken on the way.
+// The first pass over a block: the logits go to scratch as float32, the label's as -inf so that its exponential is 0,
+// and the maxima are taken on the way.
 struct Maxima {
   F others[kUnroll];  // m
   I top[kUnroll];     // the class of m, the lowest on ties
@@ -142,13 +143,13 @@ EROSEG_INLINE void take_maxima(const typename Type::Element* from, int64_t class
       F value;
       if constexpr (in_memory) {
         value = c < first_class ? F{} : Type::load_vector(from + (c - first_class) * class_stride + u * kLanes);
-        store(slot, value);
       } else {
         value = load<F>(slot);
       }
       const I is_label = labels[u] == index;
       of_label[u] = is_label ? value : of_label[u];
       const F other = is_label ? splat<F>(-kInf) : value;
+      store(slot, other);
       const I better = other > others[u];
       others[u] = better ? other : others[u];
       top[u] = better ? index : top[u];
@@ -163,14 +164,16 @@ EROSEG_INLINE void take_maxima(const typename Type::Element* from, int64_t class
   }
 }
 
-// Log-odds of the predicted class plus log(C - 1), in a pass of its own over the logits in scratch.
-F top_confidence(const float* z, int64_t classes, I predicted, F z_top) {
-  F rest = splat<F>(-kInf);
+// Log-odds of the predicted class plus log(C - 1), in a pass of its own over the logits in scratch. The label's logit
+// is not among them: it is z_top where the prediction is right, and one of the rest where it is not.
+F top_confidence(const float* z, int64_t classes, I predicted, I is_right, F z_top, F z_label) {
+  const F label_as_rest = is_right ? splat<F>(-kInf) : z_label;
+  F rest = label_as_rest;
   for (int64_t c = 0; c < classes; ++c) {
     const F value = load<F>(z + c * kBlock);
     rest = maximum(rest, predicted == static_cast<int32_t>(c) ? splat<F>(-kInf) : value);
   }
-  F sum = F{};
+  F sum = exponential(label_as_rest - rest);
   for (int64_t c = 0; c < classes; ++c) {
     const F e = exponential(load<F>(z + c * kBlock) - rest);
     sum += predicted == static_cast<int32_t>(c) ? F{} : e;
@@ -178,10 +181,10 @@ F top_confidence(const float* z, int64_t classes, I predicted, F z_top) {
   return maximum(F{}, (z_top - rest - log_positive(sum)) + __builtin_logf(static_cast<float>(classes - 1)));
 }
 
-// sum over c of (sigma(z_c) / sigma(z_y))^2, by logarithms: both sigmas may underflow.
+// sum over c of (sigma(z_c) / sigma(z_y))^2, by logarithms: both sigmas may underflow. The label's own term is 1.
 F sum_squared_sigmoids(const float* z, int64_t classes, F z_label) {
   const F label = log_sigmoid(z_label);
-  F sum = F{};
+  F sum = splat<F>(1.0f);
   for (int64_t c = 0; c < classes; ++c) {
     const F gap = 2.0f * (log_sigmoid(load<F>(z + c * kBlock)) - label);
     sum += exponential(gap > 80.0f ? splat<F>(80.0f) : gap);
@@ -248,8 +251,8 @@ void reduce_block(const Input& input, int64_t image, int64_t y, int64_t x, Extra
     const I predicted = is_right[u] ? labels : maxima.top[u];
     store(row.predicted + x + u * kLanes, predicted);
     if (extra == Extra::kTop) {
-      const F top =
-          top_confidence(z + u * kLanes, classes, predicted, is_right[u] ? maxima.label[u] : maxima.others[u]);
+      const F z_top = is_right[u] ? maxima.label[u] : maxima.others[u];
+      const F top = top_confidence(z + u * kLanes, classes, predicted, is_right[u], z_top, maxima.label[u]);
       signed_confidence[u] = is_right[u] ? top : -top;
     }
     if (extra == Extra::kSigmoids) {
@@ -261,8 +264,7 @@ void reduce_block(const Input& input, int64_t image, int64_t y, int64_t x, Extra
   for (int64_t c = 0; c < classes; ++c) {
     for (int u = 0; u < kUnroll; ++u) {
       float* slot = z + c * kBlock + u * kLanes;
-      const F all = exponential(load<F>(slot) - maxima.others[u]);
-      const F e = load<I>(label + u * kLanes) == static_cast<int32_t>(c) ? F{} : all;
+      const F e = exponential(load<F>(slot) - maxima.others[u]);
       store(slot, e);
       sum[u] += e;
     }

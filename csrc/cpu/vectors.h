@@ -18,6 +18,7 @@ typedef float F __attribute__((vector_size(4 * kLanes)));
 typedef int32_t I __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
+typedef double D __attribute__((vector_size(8 * kLanes)));
 
 }  // namespace eroseg::cpu::EROSEG_LEVEL
 

@@ -203,7 +203,13 @@ def _check_choice(name: str, came: object, choices: Sequence[str]) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def _is_integer(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, numbers.Integral)
 
 
 def _check_number(name: str, came: object, low: float, high: float) -> None:
@@ -213,8 +219,7 @@ def _check_number(name: str, came: object, low: float, high: float) -> None:
 
 def _check_integer(name: str, came: object, low: int, high: int | None = None) -> None:
     wanted = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
-    whole = isinstance(came, numbers.Integral) and not isinstance(came, bool)
-    _require(whole and low <= came and (high is None or came <= high), name, came, wanted)  # type: ignore[operator]
+    _require(_is_integer(came) and low <= came and (high is None or came <= high), name, came, wanted)  # type: ignore[operator]
 
 
 def _check_pair(name: str, came: object) -> None:

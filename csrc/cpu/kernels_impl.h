@@ -266,7 +266,9 @@ EROSEG_INLINE F l2_delta(const Elements& at, float scale) {
   return at.x_adv + scale * (at.inside ? at.grad : F{}) - at.x;
 }
 
-double l2_sum_squares(const Step& step, int64_t image, int64_t begin, int64_t end, L2Term term, float scale) {
+// The term is a template argument so that the gradient's norm does not load the images.
+template <L2Term term>
+double l2_sum_squares(const Step& step, int64_t image, int64_t begin, int64_t end, float scale) {
   D sum{};
   for (int64_t i = begin; i < end; i += kLanes) {
     const Elements at(step, image, i, end - i < kLanes ? end - i : kLanes);
@@ -277,6 +279,11 @@ double l2_sum_squares(const Step& step, int64_t image, int64_t begin, int64_t en
   double total = 0;
   for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
   return total;
+}
+
+double l2_sum_squares(const Step& step, int64_t image, int64_t begin, int64_t end, L2Term term, float scale) {
+  return term == L2Term::kGradient ? l2_sum_squares<L2Term::kGradient>(step, image, begin, end, scale)
+                                   : l2_sum_squares<L2Term::kDelta>(step, image, begin, end, scale);
 }
 
 void l2_step(const Step& step, int64_t image, int64_t begin, int64_t end, float scale, float shrink) {

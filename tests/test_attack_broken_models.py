@@ -1,0 +1,139 @@
+"""Models that return NaN, infinity or probabilities, or whose gradient is NaN."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from attack_common import (
+    Batch,
+    name_of,
+    run,
+    run_info,
+)
+from conftest import VOID
+from torch import Tensor, nn
+
+from eroseg_ext import attack
+from eroseg_ext.settings import METHODS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Sabotaged(nn.Module):
+    """A model one value of whose logits is ``value`` for one image in one call."""
+
+    def __init__(self, model: nn.Module, call: int, image: int, value: float) -> None:
+        super().__init__()
+        self.model, self.call, self.image, self.value = model, call, image, value
+        self.calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.model(images)
+        if self.calls == self.call:
+            logits = logits.clone()
+            logits[self.image, 1, 10, 12] = self.value
+        self.calls += 1
+        return logits
+
+
+@pytest.fixture
+def all_valid(batch: Batch) -> Batch:
+    return batch[0], torch.where(batch[1] == VOID, 0, batch[1])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_logits_that_are_not_finite_are_reported_at_the_end(
+    net: nn.Module, all_valid: Batch, backend: str, method: str, step: int, value: float
+) -> None:
+    model = Sabotaged(net, step, 1, value)
+    with pytest.raises(RuntimeError, match=rf"logits are NaN or infinite at step {step} for image 1$"):
+        run(model, all_valid, backend=backend, method=method, steps=5)
+    assert model.calls == 5
+
+
+@pytest.mark.parametrize("settings", [{"threshold": "exact"}, {"schedule": "linear"}, {"keep": "best"}], ids=name_of)
+def test_broken_logits_are_reported_under_other_settings(
+    net: nn.Module, all_valid: Batch, backend: str, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(RuntimeError, match=r"at step 1 for image 2$"):
+        run(Sabotaged(net, 1, 2, math.nan), all_valid, backend=backend, **settings)
+
+
+def test_broken_logits_name_image_and_restart_whatever_the_division(
+    net: nn.Module, all_valid: Batch, backend: str
+) -> None:
+    # Three steps and a judgement per part of one image: call 12 + 4 + 2 is image 1's last step in restart 1.
+    model = Sabotaged(net, 18, 0, math.nan)
+    with pytest.raises(RuntimeError, match=r"at step 2 for image 1 of restart 1$"):
+        run(model, all_valid, backend=backend, restarts=2, micro_batch=1)
+
+
+def test_broken_logits_of_the_final_images_are_reported(net: nn.Module, all_valid: Batch, backend: str) -> None:
+    with pytest.raises(RuntimeError, match=r"NaN or infinite after the last step for image 0$"):
+        run_info(Sabotaged(net, 3, 0, math.inf), all_valid, backend=backend)
+
+
+class _BrokenBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, broken: bool) -> Tensor:
+        ctx.broken = broken
+        return images.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone()
+        if ctx.broken:
+            grad[1, 0, 3, 4] = math.nan
+        return grad, None
+
+
+class BrokenBackward(nn.Module):
+    """Finite logits whatever the images; the gradient of the image 1 is NaN in one call."""
+
+    def __init__(self, model: nn.Module, call: int) -> None:
+        super().__init__()
+        self.model, self.call, self.calls = model, call, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return self.model(_BrokenBackward.apply(images.nan_to_num(), self.calls - 1 == self.call))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("settings", [{}, {"keep": "best"}, {"restarts": 2}], ids=name_of)
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_nan_gradient_is_reported_at_the_end(
+    net: nn.Module, all_valid: Batch, backend: str, norm: str, step: int, settings: dict[str, Any]
+) -> None:
+    model = BrokenBackward(net, step)
+    with pytest.raises(RuntimeError, match="gradient with respect to image 1 is NaN"):
+        run(model, all_valid, backend=backend, norm=norm, **settings)
+    assert model.calls == (4 if "keep" in settings else 8 if "restarts" in settings else 3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"micro_batch": 1, "restarts": 2, "keep": "best"}], ids=name_of)
+def test_probabilities_are_warned_of_once(net: nn.Module, batch: Batch, backend: str, settings: dict[str, Any]) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        run(lambda images: net(images).softmax(1), batch, backend=backend, **settings)
+    assert [warning.category for warning in seen] == [UserWarning]
+    assert "looks like probabilities" in str(seen[0].message)
+
+
+def test_the_warning_of_probabilities_points_at_the_caller(net: nn.Module, batch: Batch) -> None:
+    with pytest.warns(UserWarning, match="probabilities") as seen:
+        attack(lambda images: net(images).softmax(1), *batch, steps=1)
+    assert seen[0].filename == __file__
+
+
+def test_logits_are_not_warned_of(net: nn.Module, batch: Batch, backend: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(net, batch, backend=backend)
+        run(lambda images: net(images).abs(), batch, backend=backend)

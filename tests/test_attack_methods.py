@@ -1,0 +1,296 @@
+"""What each method ascends, EroSeg's settings, and how strong the methods are."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attack_common import (
+    Batch,
+    MakeNet,
+    Spied,
+    Times,
+    name_of,
+    outside_ball,
+    right_pixels,
+    run,
+    run_info,
+    seeded,
+)
+from conftest import CLASSES, SIZE, VOID
+from torch import Tensor, nn
+
+from eroseg_ext import StepInfo, reference
+from eroseg_ext.settings import METHODS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# What is ascended.
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "op_method", "options"),
+    [
+        ({"method": "pgd"}, "pgd", {}),
+        ({"method": "segpgd"}, "segpgd", {}),
+        ({"method": "cospgd"}, "cospgd", {}),
+        ({"method": "cospgd", "variant": "sigmoid"}, "cospgd_sigmoid", {}),
+        ({"method": "mce"}, "mce", {}),
+        ({"method": "mce_bal"}, "mce", {"balanced": True}),
+        ({"method": "js"}, "js", {}),
+        ({"method": "tsallis"}, "tsallis", {"q": 2.0}),
+        ({"method": "tsallis", "q": 1.3}, "tsallis", {"q": 1.3}),
+    ],
+    ids=name_of,
+)
+def test_a_method_ascends_its_own_gradient_at_every_step(
+    net: nn.Module,
+    batch: Batch,
+    backend: str,
+    settings: dict[str, Any],
+    op_method: str,
+    options: dict[str, Any],
+    targeted: bool,
+) -> None:
+    ignore_index = 2
+    labels = torch.where(batch[1] == VOID, ignore_index, batch[1])
+    pairs: list[tuple[Tensor, Tensor]] = []
+
+    def model(images: Tensor) -> Tensor:
+        logits = net(images)
+        # Cloned, since the buffer is written to again in the next step.
+        logits.register_hook(lambda grad: pairs.append((logits.detach(), grad.clone())))
+        return logits
+
+    run(model, (batch[0], labels), backend=backend, targeted=targeted, ignore_index=ignore_index, **settings)
+    assert len(pairs) == 3
+    if "balanced" in options:
+        options = {"class_weight": reference.class_balance(labels, CLASSES, ignore_index=ignore_index)}
+    for step, (logits, grad) in enumerate(pairs):
+        expected, _ = reference.pixel_grad(
+            logits, labels, op_method, step / 3, ignore_index=ignore_index, targeted=targeted, **options
+        )
+        torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6)
+
+
+# EroSeg's settings.
+
+
+def test_preset_progressive_is_the_settings_it_stands_for(net: nn.Module, batch: Batch, backend: str) -> None:
+    spelled = {"confidence": "top", "front": "hard", "direction": "ce", "radius": 1, "schedule": "linear"}
+    expected = run(net, batch, backend=backend, **spelled)
+    assert torch.equal(run(net, batch, backend=backend, preset="progressive"), expected)
+    assert not torch.equal(run(net, batch, backend=backend), expected)
+
+
+def test_a_keyword_beside_a_preset_wins(net: nn.Module, batch: Batch, backend: str) -> None:
+    spelled = {"confidence": "top", "front": "soft", "direction": "ce", "radius": 1, "schedule": "linear"}
+    expected = run(net, batch, backend=backend, **spelled)
+    assert torch.equal(run(net, batch, backend=backend, preset="progressive", front="soft"), expected)
+
+
+@pytest.mark.parametrize("confidence", ["label", "top"])
+@pytest.mark.parametrize("threshold", ["lagged", "exact"])
+@pytest.mark.parametrize(
+    ("schedule", "rho_range", "rhos"),
+    [
+        ("linear", None, [0.1, 0.4, 0.7, 1.0]),
+        ("linear", (0.5, 0.2), [0.5, 0.4, 0.3, 0.2]),
+        ("geometric", None, [0.4, 0.2, 0.1, 0.05]),
+    ],
+)
+def test_a_schedule_takes_a_fraction_of_the_pixels_at_each_step(
+    net: nn.Module,
+    batch: Batch,
+    backend: str,
+    schedule: str,
+    rho_range: tuple[float, float] | None,
+    rhos: list[float],
+    threshold: str,
+    confidence: str,
+) -> None:
+    labels = batch[1]
+    seen: list[StepInfo] = []
+    settings: dict[str, Any] = {"schedule": schedule, "threshold": threshold, "confidence": confidence}
+    run(net, batch, backend=backend, steps=4, rho_range=rho_range, callback=seen.append, **settings)
+    for step, (info, rho) in enumerate(zip(seen, rhos, strict=True)):
+        # "lagged" knows the scores of the step before, except in the first step.
+        known = info if threshold == "exact" else seen[max(step - 1, 0)]
+        scores = reference.confidence(known.logits, labels, confidence=confidence).flatten(1)
+        k = (rho * (labels != VOID).sum((1, 2))).round().clamp(min=1).long()
+        assert info.tau is not None
+        torch.testing.assert_close(info.tau, reference.kth_value(scores, k[:, None])[:, 0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("threshold", ["lagged", "exact"])
+def test_the_front_is_as_wide_as_the_movement_that_is_left(
+    net: nn.Module, batch: Batch, backend: str, threshold: str, targeted: bool
+) -> None:
+    labels = batch[1]
+    n = (labels != VOID).sum((1, 2))
+    seen: list[StepInfo] = []
+    bounds = {"front_first": 0.25, "front_min": 0.02, "front_max": 0.9, "reach": 0.5}
+    run(net, batch, backend=backend, steps=6, threshold=threshold, targeted=targeted, callback=seen.append, **bounds)
+
+    def kth(info: StepInfo, rho: float) -> Tensor:
+        scores = reference.confidence(info.logits, labels).flatten(1)
+        return reference.kth_value(scores, (rho * n).round().long()[:, None])[:, 0]
+
+    within = 0
+    for step, info in enumerate(seen):
+        assert info.tau is not None
+        known = info if threshold == "exact" else seen[max(step - 1, 0)]
+        if step < 2:
+            expected = kth(known if threshold == "exact" else seen[0], 0.25)
+        else:
+            last = seen[step - 1].stats
+            movement = (last[:, 3] / last[:, 2]).clamp(min=0)
+            reach = (0.5 * movement * math.sqrt(6 - step)).float()
+            low, high = kth(known, 0.02), kth(known, 0.9)
+            expected = reach.clamp(low, high)
+            within += int(((low < reach) & (reach < high)).sum())
+        torch.testing.assert_close(info.tau, expected, rtol=1e-5, atol=1e-6)
+    assert within > 0  # or only the bounds were tried
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_stats_hold_the_front_and_how_far_its_pixels_moved_in_a_step(
+    net: nn.Module, batch: Batch, backend: str, targeted: bool
+) -> None:
+    labels = batch[1]
+    seen: list[StepInfo] = []
+    run(net, batch, backend=backend, targeted=targeted, callback=seen.append)
+    log_odds = [reference.pixel_terms(info.logits, labels, VOID).log_odds for info in seen]
+    assert not seen[0].stats[:, 3].any()  # nothing has moved yet
+    for step in (1, 2):
+        stats, tau = seen[step].stats, seen[step].tau
+        assert tau is not None
+        in_front = (log_odds[step].abs() <= tau.view(-1, 1, 1)) & (labels != VOID)
+        lost = ((log_odds[step - 1] - log_odds[step]) * in_front).double().sum((1, 2))
+        assert torch.equal(stats[:, 2], in_front.sum((1, 2)).double())
+        torch.testing.assert_close(stats[:, 3], -lost if targeted else lost, rtol=1e-5, atol=1e-4)
+        assert (stats[:, 3] > 0).all()  # the attack goes the right way
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"threshold": "exact"},
+        {"schedule": "geometric"},
+        {"schedule": "linear"},
+        {"within": "class", "radius": 2},
+        {"confidence": "top"},
+        {"front": "hard"},
+        {"direction": "ce"},
+        {"radius": 0},
+        {"slope": 0.3},
+        {"front_first": 0.05},
+        {"front_min": 0.3},
+        {"schedule": "linear", "rho_range": (0.3, 0.1)},
+    ],
+    ids=name_of,
+)
+def test_each_setting_of_the_front_has_an_effect(
+    net: nn.Module, batch: Batch, backend: str, settings: dict[str, Any]
+) -> None:
+    adversarial, info = run_info(net, batch, backend=backend, steps=4, **settings)
+    assert not torch.equal(adversarial, run(net, batch, backend=backend, steps=4))
+    assert (info.right < info.stats[0, 0, :, 1]).all()
+    assert outside_ball(adversarial, batch[0], 8 / 255, "linf") <= 1
+
+
+@pytest.mark.parametrize(("classes", "base", "rounding"), [(1, 1, 1e-5), (2, 1, 1e-5), (4, 25, 0.01)])
+def test_multiplied_logits_widen_the_front_and_leave_its_directions(
+    make_net: MakeNet, batch: Batch, backend: str, classes: int, base: float, rounding: float
+) -> None:
+    """25 times the logits are 25 times the log-odds: exactly so with two classes.
+
+    With more of them to within log(C-1), which becomes small beside the logits of a sure model (``base``).
+    """
+    labels = torch.where(batch[1] == VOID, VOID, batch[1] % max(classes, 2))
+    taus: list[Any] = []
+    signs: list[Tensor] = []
+    for factor in (base, 25 * base):
+        model = Spied(nn.Sequential(make_net(classes), Times(factor)))
+        info = run_info(model, (batch[0], labels), backend=backend, steps=1, random_start=False)[1]
+        taus.append(info.tau)
+        signs.append(model.gradients[0].sign())
+    torch.testing.assert_close(taus[1], 25 * taus[0], rtol=rounding, atol=0)
+    same = (signs[0] == signs[1]).float().mean()
+    assert same > (0.999 if classes < 4 else 0.95)  # seen: 1.0 and 0.98
+
+
+def test_multiplied_logits_turn_the_directions_of_cospgd(make_net: MakeNet, batch: Batch, backend: str) -> None:
+    """What the test above is about: the weight of a method that reads probabilities saturates."""
+    labels = torch.where(batch[1] == VOID, VOID, batch[1] % 2)
+    signs = []
+    for factor in (1, 25):
+        model = Spied(nn.Sequential(make_net(2), Times(factor)))
+        run(model, (batch[0], labels), backend=backend, steps=1, random_start=False, method="cospgd")
+        signs.append(model.gradients[0].sign())
+    same = (signs[0] == signs[1]).float().mean()
+    assert same < 0.8  # seen: 0.65
+
+
+# Strength.
+
+
+@pytest.fixture(scope="module")
+def fitted() -> tuple[nn.Module, Tensor, Tensor]:
+    """A network that has learnt which of three channels is locally the brightest; images and labels to attack."""
+    torch.manual_seed(0)
+    images = torch.rand(12, 3, *SIZE)
+    images = F.avg_pool2d(images, 5, 1, 2) + 0.05 * (images - 0.5)
+    labels = F.avg_pool2d(images, 3, 1, 1).argmax(1)
+    net = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 3, 3, padding=1))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    for _ in range(60):
+        loss = F.cross_entropy(net(images[:8]), labels[:8])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    labels[:, :2] = VOID
+    return net.eval(), images[8:], labels[8:]
+
+
+def on(device: torch.device, fitted: tuple[nn.Module, Tensor, Tensor]) -> tuple[nn.Module, Batch]:
+    net, images, labels = fitted
+    return copy.deepcopy(net).to(device), (images.to(device), labels.to(device))
+
+
+def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
+    return float(right_pixels(net(images), labels).sum() / (labels != VOID).sum())
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_far_stronger_than_noise(
+    fitted: tuple[nn.Module, Tensor, Tensor], device: torch.device, backend: str, method: str, norm: str
+) -> None:
+    net, (images, labels) = on(device, fitted)
+    # In l_2 the same mean square as in l_inf.
+    eps = 0.05 if norm == "linf" else 0.05 * math.sqrt(images[0].numel())
+    settings: dict[str, Any] = {"backend": backend, "method": method, "eps": eps, "norm": norm, "steps": 6}
+    sign = torch.rand(images.shape, generator=seeded()).to(device).sub(0.5).sign()
+    noise = accuracy(net, (images + 0.05 * sign).clamp(0, 1), labels)
+    attacked = accuracy(net, run(net, (images, labels), **settings), labels)
+    assert accuracy(net, images, labels) > 0.85  # seen: 0.87
+    assert noise > 0.8  # seen: 0.83
+    assert attacked < noise - 0.3  # seen: 0.16 to 0.45
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_moves_pixels_to_the_wanted_class(
+    fitted: tuple[nn.Module, Tensor, Tensor], device: torch.device, backend: str, method: str
+) -> None:
+    net, (images, labels) = on(device, fitted)
+    wanted = torch.where(labels == VOID, VOID, (labels + 1) % 3)
+    adversarial = run(net, (images, wanted), backend=backend, method=method, eps=0.05, steps=6, targeted=True)
+    before, after = accuracy(net, images, wanted), accuracy(net, adversarial, wanted)
+    assert after > before + 0.3  # seen: 0.07 before, 0.54 to 0.61 after

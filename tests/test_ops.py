@@ -286,8 +286,10 @@ def test_a_nan_gradient_makes_a_nan_pixel() -> None:
     x = torch.full((1, 1, 5, 5), 0.5)
     grad = torch.ones_like(x)
     grad[0, 0, 2, 3] = math.nan
-    for step_ in (ops.linf_step_,):
-        assert torch.equal(step_(x.clone(), x, grad, 0.1, 0.1).isnan(), grad.isnan())
+    assert torch.equal(ops.linf_step_(x.clone(), x, grad, 0.1, 0.1).isnan(), grad.isnan())
+    # Its norm is NaN too, so the whole image is.
+    assert ops.l2_step_(x.clone(), x, grad, 0.1, 0.1).isnan().all()
+    assert reference.l2_step_(x.clone(), x, grad, 0.1, 0.1).isnan().all()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

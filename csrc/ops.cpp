@@ -6,7 +6,8 @@
 
 STABLE_TORCH_LIBRARY(eroseg, m) {
   m.def(
-      "erosion_grad(Tensor logits, Tensor labels, Tensor tau, Tensor? previous, Tensor(a!) grad, int ignore_index, "
+      "erosion_grad(Tensor logits, Tensor labels, Tensor tau, Tensor? previous, Tensor? class_weight, Tensor(a!) grad, "
+      "int ignore_index, "
       "int confidence, int front, int direction, int radius, float slope, int within, bool targeted) "
       "-> (Tensor log_odds, Tensor stats)");
   m.def(

@@ -118,8 +118,8 @@ def attack(
             ``mean=None, std=None`` (the model wants normalised input; eps and clip stay in pixel values),
             ``autocast=None``, ``micro_batch=None``, ``backend="auto"``, ``model_mode="eval"``, ``progress=False``; for
             eroseg ``confidence``, ``front``, ``direction``, ``radius``, ``slope``, ``within``, ``threshold``,
-            ``schedule``, ``reach``, ``front_first``, ``front_min``, ``front_max``, ``rho_range``; for cospgd
-            ``variant``; for tsallis ``q``.
+            ``schedule``, ``reach``, ``front_first``, ``front_min``, ``front_max``, ``balance``, ``rho_range``; for
+            cospgd ``variant``; for tsallis ``q``.
 
     Returns:
         Images like ``images`` (shape, dtype), ``|result - images| <= eps`` and within ``clip``, to rounding; with

@@ -41,6 +41,7 @@ class ErosionFront:
         self._ops = ops
         self._labels = labels
         self._buffer = buffer
+        self._class_weight: Tensor | None = None
         self._last: LastStep | None = None
 
     @property
@@ -51,6 +52,10 @@ class ErosionFront:
     def gradient(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """G in the logits' shape, and stats ``[B, 4]``."""
         settings, last = self._settings, self._last
+        if settings.balance > 0 and self._class_weight is None:
+            classes = max(logits.shape[1], 2)
+            balance = self._ops.class_balance(self._labels, classes, ignore_index=settings.ignore_index)
+            self._class_weight = balance**settings.balance
         if last is None or settings.threshold == "exact":
             tau = self._tau_from_own_scores(logits, step)
         elif settings.schedule == "movement" and step == 1:
@@ -70,6 +75,7 @@ class ErosionFront:
             slope=settings.slope,
             within=settings.within,
             targeted=settings.targeted,
+            class_weight=self._class_weight,
             out=self._buffer.like(logits),
         )
         self._last = LastStep(log_odds, stats, tau)
@@ -78,6 +84,8 @@ class ErosionFront:
     def select(self, rows: Tensor) -> None:
         """Continues with these images of the batch only."""
         self._labels = self._labels[rows]
+        if self._class_weight is not None:
+            self._class_weight = self._class_weight[rows]
         if self._last is not None:
             self._last = LastStep(*(kept[rows] for kept in self._last))
 

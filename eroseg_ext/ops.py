@@ -78,6 +78,7 @@ def erosion_grad(
     slope: float = 2.0,
     within: str = "any",
     targeted: bool = False,
+    class_weight: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`eroseg_ext.reference.erosion_grad`."""
@@ -88,6 +89,7 @@ def erosion_grad(
         labels.contiguous(),
         tau.contiguous(),
         None if previous is None else previous.contiguous(),
+        None if class_weight is None else class_weight.contiguous(),
         grad,
         ignore_index,
         CONFIDENCES.index(confidence),
@@ -207,9 +209,7 @@ def confusion(prediction: Tensor, labels: Tensor, classes: int, *, ignore_index:
 
 
 @torch.library.register_fake("eroseg::erosion_grad")
-def _(
-    logits: Tensor, labels: Tensor, tau: Tensor, previous: Tensor | None, grad: Tensor, *settings: object
-) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
     batch, _, height, width = logits.shape
     log_odds = logits.new_empty(batch, height, width, dtype=torch.float32)
     return log_odds, logits.new_empty(batch, 4, dtype=torch.float64)

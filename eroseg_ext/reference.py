@@ -86,6 +86,13 @@ def weighted_direction(terms: PixelTerms, weight: Tensor, logits: Tensor, out: T
     return grad if out is None else out.copy_(grad)
 
 
+def _weighted_by_label(weight: Tensor, class_weight: Tensor | None, terms: PixelTerms, labels: Tensor) -> Tensor:
+    if class_weight is None:
+        return weight
+    index = labels.long().where(terms.valid, 0).flatten(1)
+    return weight * class_weight.gather(1, index).view_as(weight)
+
+
 def _signed_confidence(terms: PixelTerms, confidence: str) -> Tensor:
     """L for ``label``; for ``top`` the confidence in the predicted class, negative where that class is wrong."""
     signed = terms.log_odds
@@ -251,6 +258,7 @@ def erosion_grad(
     slope: float = 2.0,
     within: str = "any",
     targeted: bool = False,
+    class_weight: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of the EroSeg loss with respect to the logits.
@@ -273,6 +281,7 @@ def erosion_grad(
         slope: rise of the cone per pixel, in units of tau.
         within: ``any``, or ``class``: the erosion crosses only between neighbours of one predicted class.
         targeted: flips the sign of G and of the movement.
+        class_weight: ``[B, max(C, 2)]`` float32 factor of w by label, in [0, 1], or None; see :func:`class_balance`.
         out: the gradient is written here, if given: shape, dtype of the logits.
 
     Returns:
@@ -291,6 +300,7 @@ def erosion_grad(
     weight = front_weight(q, tau, front)
     if direction == "ce":
         weight = weight * torch.sigmoid(-terms.log_odds)
+    weight = _weighted_by_label(weight, class_weight, terms, labels)
     grad = weighted_direction(terms, -weight if targeted else weight, logits, out)
 
     in_front = terms.valid & (signed.abs() <= tau.view(-1, 1, 1))
@@ -366,10 +376,7 @@ def pixel_grad(
         weight = ((q - 1) * F.logsigmoid(terms.log_odds)).exp()
     else:
         raise ValueError(f"method is {method!r}, wanted one of {', '.join(METHODS)}")
-    weight = weight * p_rest
-    if class_weight is not None:
-        index = labels.long().where(terms.valid, 0).flatten(1)
-        weight = weight * class_weight.gather(1, index).view_as(weight)
+    weight = _weighted_by_label(weight * p_rest, class_weight, terms, labels)
     grad = weighted_direction(terms, -weight if targeted else weight, logits, out)
 
     broken = terms.valid & ~terms.finite
@@ -377,7 +384,7 @@ def pixel_grad(
 
 
 def class_balance(labels: Tensor, classes: int, *, ignore_index: int = 255) -> Tensor:
-    """Weights of the class-balanced masked cross-entropy: inversely proportional to the class's pixels in the image.
+    """Class weights inversely proportional to the class's pixels in the image: ``mce_bal``, and by a power eroseg.
 
     Divided by the largest of them, so that the rarest class present has weight 1 and a half-precision gradient does
     not underflow; a factor per image changes neither a sign step nor a normalised one.

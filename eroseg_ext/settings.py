@@ -21,6 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "direction": "ce",
         "radius": 1,
         "schedule": "linear",
+        "balance": 0.0,
     },
 }
 CALL_ARGUMENTS = ("mask", "generator", "callback", "return_info")
@@ -96,6 +97,8 @@ class AttackSettings:
     """eroseg, movement: lower bound of the front, as a fraction of the valid pixels"""
     front_max: float = 0.4
     """eroseg, movement: upper bound"""
+    balance: float = 0.15
+    """eroseg: exponent from 0 (off) to 1 of a pixel's weight by how rare its class is in the image"""
     rho_range: tuple[float, float] | None = None
     """eroseg, geometric or linear: first and last rho; default (0.4, 0.05) and (0.1, 1.0)"""
     variant: str = "softmax"
@@ -130,7 +133,7 @@ class AttackSettings:
         _check_number("slope", self.slope, 0, math.inf)
         _check_number("reach", self.reach, 0, math.inf)
         _check_number("q", self.q, 1, math.inf)
-        for name in ("front_first", "front_min", "front_max"):
+        for name in ("front_first", "front_min", "front_max", "balance"):
             _check_number(name, getattr(self, name), 0, 1)
         _require(self.front_min <= self.front_max, "front_min", self.front_min, f"at most front_max = {self.front_max}")
         _check_pair("clip", self.clip)

@@ -82,14 +82,28 @@ def test_a_method_ascends_its_own_gradient_at_every_step(
 
 
 def test_preset_progressive_is_the_settings_it_stands_for(net: nn.Module, batch: Batch, backend: str) -> None:
-    spelled = {"confidence": "top", "front": "hard", "direction": "ce", "radius": 1, "schedule": "linear"}
+    spelled = {
+        "confidence": "top",
+        "front": "hard",
+        "direction": "ce",
+        "radius": 1,
+        "schedule": "linear",
+        "balance": 0.0,
+    }
     expected = run(net, batch, backend=backend, **spelled)
     assert torch.equal(run(net, batch, backend=backend, preset="progressive"), expected)
     assert not torch.equal(run(net, batch, backend=backend), expected)
 
 
 def test_a_keyword_beside_a_preset_wins(net: nn.Module, batch: Batch, backend: str) -> None:
-    spelled = {"confidence": "top", "front": "soft", "direction": "ce", "radius": 1, "schedule": "linear"}
+    spelled = {
+        "confidence": "top",
+        "front": "soft",
+        "direction": "ce",
+        "radius": 1,
+        "schedule": "linear",
+        "balance": 0.0,
+    }
     expected = run(net, batch, backend=backend, **spelled)
     assert torch.equal(run(net, batch, backend=backend, preset="progressive", front="soft"), expected)
 
@@ -192,6 +206,7 @@ def test_stats_hold_the_front_and_how_far_its_pixels_moved_in_a_step(
         {"slope": 0.3},
         {"front_first": 0.05},
         {"front_min": 0.3},
+        {"balance": 0.0},
         {"schedule": "linear", "rho_range": (0.3, 0.1)},
     ],
     ids=name_of,

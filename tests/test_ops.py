@@ -100,10 +100,14 @@ def assert_same_maps(fused: Tensor, expected: Tensor, case: Case) -> None:
             "targeted": st.booleans(),
         }
     ),
+    balanced=st.booleans(),
 )
 def test_soft_erosion_grad_is_the_reference(
-    case: Case, fraction: float, has_previous: bool, choices: dict[str, Any]
+    case: Case, fraction: float, has_previous: bool, choices: dict[str, Any], balanced: bool
 ) -> None:
+    if balanced:
+        classes = max(case.logits.shape[1], 2)
+        choices["class_weight"] = reference.class_balance(case.labels, classes, ignore_index=case.ignore_index) ** 0.3
     tau = front_width(case, choices["confidence"], fraction)
     scores = reference.confidence(
         case.logits, case.labels, ignore_index=case.ignore_index, confidence=choices["confidence"]
@@ -381,13 +385,13 @@ def test_lower_simd_levels_are_the_reference_too(level: str, tmp_path: Path) -> 
 def op_arguments() -> dict[str, tuple[Any, ...]]:
     logits = torch.randn(2, 3, 5, 6)
     labels = torch.randint(0, 3, (2, 5, 6))
-    maps, rows = torch.rand(2, 5, 6), torch.rand(2)
+    maps, rows, weight = torch.rand(2, 5, 6), torch.rand(2), torch.rand(2, 3)
     x = torch.rand(2, 3, 5, 6)
     stats = torch.ones(2, 4, dtype=torch.float64)
     mask = torch.ones(2, 1, 5, 6, dtype=torch.bool)
     return {
-        "erosion_grad": (logits, labels, rows, maps, torch.empty_like(logits), 255, 0, 0, 0, 1, 1.0, 0, False),
-        "pixel_grad": (logits, labels, torch.rand(2, 3), torch.empty_like(logits), 2, 0.5, 255, False, 2.0),
+        "erosion_grad": (logits, labels, rows, maps, weight, torch.empty_like(logits), 255, 0, 0, 0, 1, 1.0, 0, False),
+        "pixel_grad": (logits, labels, weight, torch.empty_like(logits), 2, 0.5, 255, False, 2.0),
         "confidence": (logits, labels, 255, 0),
         "kth_value": (maps.flatten(1), torch.ones(2, 2, dtype=torch.long), None),
         "next_tau": (maps, stats, 3, 1.0, 0.03, 0.4),

@@ -243,6 +243,16 @@ def test_class_balance_is_inverse_to_the_count_and_ignores_void() -> None:
     assert reference.class_balance(labels, 3).tolist() == [[0.5, 1.0, 0.0]]
 
 
+def test_class_weight_is_a_factor_by_label() -> None:
+    logits, labels = case(3)
+    weight = torch.tensor([[0.5, 1.0, 0.25], [1.0, 0.0, 2.0]])
+    plain, _, stats = reference.erosion_grad(logits, labels, torch.ones(2))
+    weighted, _, weighted_stats = reference.erosion_grad(logits, labels, torch.ones(2), class_weight=weight)
+    factor = torch.stack([weight[image][labels[image].clamp(max=2)] for image in range(2)]).unsqueeze(1)
+    torch.testing.assert_close(weighted, plain * factor)
+    assert torch.equal(weighted_stats, stats)
+
+
 def test_linf_step_keeps_ball_range_and_mask() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(2, 3, 4, 5, generator=generator)

@@ -47,8 +47,9 @@ struct RowStats {
 
 struct ErosionGrad {
   Input input;
-  const float* tau;       // [B]
-  const float* previous;  // [B, H, W] or null
+  const float* tau;           // [B]
+  const float* previous;      // [B, H, W] or null
+  const float* class_weight;  // [B, classes] or null
   Confidence confidence;
   Front front;
   Direction direction;

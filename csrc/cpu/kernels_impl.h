@@ -53,10 +53,21 @@ EROSEG_INLINE F score_of(F signed_confidence) {
 
 Extra extra_of(Confidence confidence) { return confidence == Confidence::kTop ? Extra::kTop : Extra::kNone; }
 
+// The weights of the labels' classes; 0 on void pixels.
+EROSEG_INLINE F weight_of(I label, const float* class_weight) {
+  F weight{};
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (label[lane] >= 0) weight[lane] = class_weight[label[lane]];
+  }
+  return weight;
+}
+
 // `before` is the row's previous log-odds, or its present ones; q has been through the erosion.
 void write_erosion_row(const ErosionGrad& job, int64_t image, int64_t y, const Row& row, const float* q,
                        const float* before) {
   const float tau = job.tau[image];
+  const float* class_weight =
+      job.class_weight == nullptr ? nullptr : job.class_weight + image * job.input.shape.classes();
   RowCounter counter;
   for (int64_t x = 0; x < job.input.shape.width; x += kBlock) {
     F weight[kUnroll];
@@ -68,6 +79,7 @@ void write_erosion_row(const ErosionGrad& job, int64_t image, int64_t y, const R
       const I finite = now == now;
       F w = front_weight(job.front, load<F>(q + i), tau);
       if (job.direction == Direction::kCrossEntropy) w *= sigmoid(-load<F>(row.log_odds + i));
+      if (class_weight != nullptr) w *= weight_of(label, class_weight);
       weight[u] = (valid & finite) ? (job.targeted ? -w : w) : F{};
 
       const F was = load<F>(before + i);
@@ -149,9 +161,7 @@ void pixel_grad(const PixelGrad& job, int64_t image, int64_t row_begin, int64_t 
         const I right = valid & (load<I>(row.predicted + i) == label);
         const I weighty = job.method.targeted ? ~right : right;
         F w = method_weight(job.method, load<F>(row.log_odds + i), weighty, load<F>(row.norm + i));
-        if (class_weight != nullptr) {
-          for (int lane = 0; lane < kLanes; ++lane) w[lane] *= label[lane] < 0 ? 0.0f : class_weight[label[lane]];
-        }
+        if (class_weight != nullptr) w *= weight_of(label, class_weight);
         weight[u] = (valid & finite) ? (job.method.targeted ? -w : w) : F{};
         counter.add(valid, right, valid, (valid & ~finite) ? now : F{});
       }

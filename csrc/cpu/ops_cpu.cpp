@@ -149,9 +149,10 @@ Tensor summed(const std::vector<RowStats>& rows, const Shape& shape, const Tenso
 }
 
 std::tuple<Tensor, Tensor> erosion_grad(const Tensor& logits, const Tensor& labels, const Tensor& tau,
-                                        const MaybeTensor& previous, const Tensor& grad, int64_t ignore_index,
-                                        int64_t confidence, int64_t front, int64_t direction, int64_t radius,
-                                        double slope, int64_t within, bool targeted) {
+                                        const MaybeTensor& previous, const MaybeTensor& class_weight,
+                                        const Tensor& grad, int64_t ignore_index, int64_t confidence, int64_t front,
+                                        int64_t direction, int64_t radius, double slope, int64_t within,
+                                        bool targeted) {
   constexpr const char* kOp = "erosion_grad";
   ErosionGrad job{};
   job.input = checked_input(logits, labels, ignore_index, kOp);
@@ -159,6 +160,9 @@ std::tuple<Tensor, Tensor> erosion_grad(const Tensor& logits, const Tensor& labe
   const std::vector<int64_t> map{shape.batch, shape.height, shape.width};
   check(tau, kOp, "tau", ScalarType::Float, {shape.batch});
   if (previous.has_value()) check(*previous, kOp, "previous", ScalarType::Float, map);
+  if (class_weight.has_value()) {
+    check(*class_weight, kOp, "class_weight", ScalarType::Float, {shape.batch, shape.classes()});
+  }
   STD_TORCH_CHECK(radius >= 0 && radius <= kMaxRadius, kOp, ": radius is ", radius, ", wanted 0 to ", kMaxRadius);
   job.grad = checked_grad(grad, logits, job.input, kOp);
 
@@ -166,6 +170,7 @@ std::tuple<Tensor, Tensor> erosion_grad(const Tensor& logits, const Tensor& labe
   std::vector<RowStats> rows(shape.batch * shape.height);
   job.tau = static_cast<const float*>(tau.const_data_ptr());
   job.previous = data_or_null<float>(previous);
+  job.class_weight = data_or_null<float>(class_weight);
   job.confidence = static_cast<Confidence>(confidence);
   job.front = static_cast<Front>(front);
   job.direction = static_cast<Direction>(direction);

@@ -14,7 +14,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from eroseg_ext import backend, reference
+from eroseg_ext import AttackSettings, backend, reference
 
 CPU = torch.device("cpu")
 CASES = {
@@ -64,12 +64,18 @@ def test_erosion_grad(benchmark: BenchmarkFixture, case: str, implementation: st
     shape, dtype, layout = CASES[case]
     logits, labels, previous = scene(shape, dtype, layout)
     out, tau = torch.empty_like(logits), torch.ones(shape[0])
+    weight = reference.class_balance(labels, max(shape[1], 2)) ** AttackSettings().balance
     if implementation == "copy":
         measure(benchmark, f"erosion_grad {case}", 20, lambda: out.copy_(logits))
         return
     run = function(implementation, "erosion_grad")
     rounds = 20 if implementation == "fused" else 5
-    measure(benchmark, f"erosion_grad {case}", rounds, lambda: run(logits, labels, tau, previous, out=out))
+    measure(
+        benchmark,
+        f"erosion_grad {case}",
+        rounds,
+        lambda: run(logits, labels, tau, previous, class_weight=weight, out=out),
+    )
 
 
 @pytest.mark.parametrize("method", ["pgd", "cospgd"])

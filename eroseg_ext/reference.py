@@ -78,7 +78,7 @@ def pixel_terms(logits: Tensor, labels: Tensor, ignore_index: int) -> PixelTerms
 def weighted_direction(terms: PixelTerms, weight: Tensor, logits: Tensor, out: Tensor | None) -> Tensor:
     """``weight[B, H, W]`` times the gradient of the negative log-odds, in the logits' shape and dtype.
 
-    dl/dz_c is the softmax over the other classes for c != y, and -1 for c = y (DESIGN section 2, "Direction").
+    dl/dz_c is the softmax over the other classes for c != y, and -1 for c = y.
     """
     weight = weight.where(terms.valid & terms.finite, 0.0).unsqueeze(1)
     grad = torch.where(weight == 0, 0.0, weight * (terms.others - terms.onehot.float()))
@@ -290,7 +290,7 @@ def erosion_grad(
         front that stats count are the sensitive pixels, s <= tau, and their movement is the log-odds they have lost
         since ``previous`` (gained, if targeted); 0 without it.
 
-    Source: DESIGN section 2, after arXiv 2601.14950.
+    Source: after arXiv 2601.14950; README.md, "How it works".
     """
     terms = pixel_terms(logits, labels, ignore_index)
     signed = _signed_confidence(terms, confidence)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from attack_common import Counted
 from torch import Tensor, nn
 
 import eroseg_ext
@@ -18,19 +19,6 @@ from eroseg_ext import backend as backends
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
-
-
-class Counted(nn.Module):
-    """Counts the calls of a model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.calls = 0
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.calls += 1
-        return self.model(images)
 
 
 def refused(net: nn.Module, arguments: dict[str, Any], kind: type[Exception], message: str, forwards: int = 0) -> None:

@@ -53,6 +53,19 @@ EROSEG_INLINE F score_of(F signed_confidence) {
 
 Extra extra_of(Confidence confidence) { return confidence == Confidence::kTop ? Extra::kTop : Extra::kNone; }
 
+// What a weight and the counts look at, of the kLanes pixels from i on.
+struct Pixels {
+  EROSEG_INLINE Pixels(const Row& row, int64_t i)
+      : label(load<I>(row.label + i)),
+        now(load<F>(row.signed_confidence + i)),
+        valid(label >= 0),
+        finite(now == now),
+        right(valid & (load<I>(row.predicted + i) == label)) {}
+  I label;
+  F now;  // signed confidence
+  I valid, finite, right;
+};
+
 // The weights of the labels' classes; 0 on void pixels.
 EROSEG_INLINE F weight_of(I label, const float* class_weight) {
   F weight{};
@@ -73,20 +86,17 @@ void write_erosion_row(const ErosionGrad& job, int64_t image, int64_t y, const R
     F weight[kUnroll];
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t i = x + u * kLanes;
-      const I label = load<I>(row.label + i);
-      const I valid = label >= 0;
-      const F now = load<F>(row.signed_confidence + i);
-      const I finite = now == now;
+      const Pixels at(row, i);
       F w = front_weight(job.front, load<F>(q + i), tau);
       if (job.direction == Direction::kCrossEntropy) w *= sigmoid(-load<F>(row.log_odds + i));
-      if (class_weight != nullptr) w *= weight_of(label, class_weight);
-      weight[u] = (valid & finite) ? (job.targeted ? -w : w) : F{};
+      if (class_weight != nullptr) w *= weight_of(at.label, class_weight);
+      weight[u] = (at.valid & at.finite) ? (job.targeted ? -w : w) : F{};
 
       const F was = load<F>(before + i);
-      const I in_front = valid & (absolute(now) <= tau);
-      F moved = in_front ? (job.targeted ? now - was : was - now) : F{};
-      moved = (valid & ~finite) ? now : moved;
-      counter.add(valid, valid & (load<I>(row.predicted + i) == label), in_front, moved);
+      const I in_front = at.valid & (absolute(at.now) <= tau);
+      F moved = in_front ? (job.targeted ? at.now - was : was - at.now) : F{};
+      moved = (at.valid & ~at.finite) ? at.now : moved;
+      counter.add(at.valid, at.right, in_front, moved);
     }
     write_block(job.input, image, y, x, row, weight, job.grad);
   }
@@ -154,16 +164,12 @@ void pixel_grad(const PixelGrad& job, int64_t image, int64_t row_begin, int64_t 
       F weight[kUnroll];
       for (int u = 0; u < kUnroll; ++u) {
         const int64_t i = x + u * kLanes;
-        const I label = load<I>(row.label + i);
-        const I valid = label >= 0;
-        const F now = load<F>(row.signed_confidence + i);
-        const I finite = now == now;
-        const I right = valid & (load<I>(row.predicted + i) == label);
-        const I weighty = job.method.targeted ? ~right : right;
+        const Pixels at(row, i);
+        const I weighty = job.method.targeted ? ~at.right : at.right;
         F w = method_weight(job.method, load<F>(row.log_odds + i), weighty, load<F>(row.norm + i));
-        if (class_weight != nullptr) w *= weight_of(label, class_weight);
-        weight[u] = (valid & finite) ? (job.method.targeted ? -w : w) : F{};
-        counter.add(valid, right, valid, (valid & ~finite) ? now : F{});
+        if (class_weight != nullptr) w *= weight_of(at.label, class_weight);
+        weight[u] = (at.valid & at.finite) ? (job.method.targeted ? -w : w) : F{};
+        counter.add(at.valid, at.right, at.valid, (at.valid & ~at.finite) ? at.now : F{});
       }
       write_block(job.input, image, y, x, row, weight, job.grad);
     }

@@ -4,99 +4,14 @@
 
 #include <cstdint>
 
-#include "../pixel_math.h"
+#include "../jobs.h"
 
 namespace eroseg::cpu {
-
-enum class FloatType { kFloat32, kFloat16, kBFloat16 };
-enum class LabelType { kInt64, kInt32, kUInt8 };
-
-// [B, C, H, W] logits or their gradient, dense, either NCHW or channels_last.
-struct Planes {
-  const void* data;
-  FloatType type;
-  bool channels_last;
-};
-
-// The image batch that an operation runs over.
-struct Shape {
-  int64_t batch, channels, height, width;
-  // One-logit binary segmentation has a class 0 whose logit is the constant 0.
-  EROSEG_INLINE int64_t classes() const { return channels == 1 ? 2 : channels; }
-  EROSEG_INLINE int64_t pixels() const { return height * width; }
-};
-
-struct Labels {
-  const void* data;  // [B, H, W], dense
-  LabelType type;
-  int64_t ignore_index;
-};
-
-// What every operation on logits reads.
-struct Input {
-  Shape shape;
-  Planes logits;
-  Labels labels;
-};
 
 // Counts of one row of pixels; summed in row order, so that no result depends on the number of threads.
 struct RowStats {
   int64_t valid = 0, right = 0, front = 0;
   double movement = 0;  // NaN if a valid pixel's logits are not finite
-};
-
-struct ErosionGrad {
-  Input input;
-  const float* tau;           // [B]
-  const float* previous;      // [B, H, W] or null
-  const float* class_weight;  // [B, classes] or null
-  Confidence confidence;
-  Front front;
-  Direction direction;
-  Within within;
-  int radius;
-  float slope;
-  bool targeted;
-  void* grad;       // like the logits
-  float* log_odds;  // [B, H, W]
-  RowStats* rows;   // [B * H]
-};
-
-struct PixelGrad {
-  Input input;
-  MethodSettings method;
-  const float* class_weight;  // [B, classes] or null
-  void* grad;
-  RowStats* rows;
-};
-
-struct ConfidenceMap {
-  Input input;
-  Confidence confidence;
-  float* out;  // [B, H, W]
-};
-
-struct Confusion {
-  Input input;
-  const int64_t* prediction;  // [B, H, W], or null: arg max of the logits
-  int64_t classes;
-};
-
-struct Erode {
-  int64_t height, width;
-  int radius;
-};
-
-// [B, K, H, W] images, all of one dense layout; steps change x_adv in place.
-struct Step {
-  float* x_adv;
-  const float* x;
-  const float* grad;
-  const bool* mask;  // [B, 1, H, W] dense, or null
-  int64_t channels, pixels;
-  bool channels_last;
-  float eps, alpha, low, high;
-  EROSEG_INLINE int64_t elements() const { return channels * pixels; }
 };
 
 // What l2_step_ takes the norm of: the gradient inside the mask, or x_adv + scale * gradient - x.
@@ -121,8 +36,11 @@ class Scratch {
 // Row ranges are half open.
 struct Kernels {
   const char* level;
-  void (*erosion_grad)(const ErosionGrad&, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch);
-  void (*pixel_grad)(const PixelGrad&, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch);
+  // rows[B * H] receives the counts of these rows.
+  void (*erosion_grad)(const ErosionGrad&, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch,
+                       RowStats* rows);
+  void (*pixel_grad)(const PixelGrad&, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch,
+                     RowStats* rows);
   void (*confidence)(const ConfidenceMap&, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch);
   // counts[classes * classes] += the matrix of these rows.
   void (*confusion)(const Confusion&, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch,

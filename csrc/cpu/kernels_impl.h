@@ -77,7 +77,7 @@ EROSEG_INLINE F weight_of(I label, const float* class_weight) {
 
 // `before` is the row's previous log-odds, or its present ones; q has been through the erosion.
 void write_erosion_row(const ErosionGrad& job, int64_t image, int64_t y, const Row& row, const float* q,
-                       const float* before) {
+                       const float* before, RowStats* rows) {
   const float tau = job.tau[image];
   const float* class_weight =
       job.class_weight == nullptr ? nullptr : job.class_weight + image * job.input.shape.classes();
@@ -100,10 +100,11 @@ void write_erosion_row(const ErosionGrad& job, int64_t image, int64_t y, const R
     }
     write_block(job.input, image, y, x, row, weight, job.grad);
   }
-  job.rows[image * job.input.shape.height + y] = counter.total();
+  rows[image * job.input.shape.height + y] = counter.total();
 }
 
-void erosion_grad(const ErosionGrad& job, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch) {
+void erosion_grad(const ErosionGrad& job, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch,
+                  RowStats* rows) {
   const Shape& shape = job.input.shape;
   const int64_t width = shape.width;
   const int radius = job.radius;
@@ -144,12 +145,13 @@ void erosion_grad(const ErosionGrad& job, int64_t image, int64_t row_begin, int6
       for (int64_t x = width; x < stride; ++x) before[x] = kInf;
       was = before;
     }
-    write_erosion_row(job, image, done, row, q, was);
+    write_erosion_row(job, image, done, row, q, was, rows);
     std::memcpy(job.log_odds + first, row.signed_confidence, width * sizeof(float));
   }
 }
 
-void pixel_grad(const PixelGrad& job, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch) {
+void pixel_grad(const PixelGrad& job, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch,
+                RowStats* rows) {
   const Shape& shape = job.input.shape;
   const Workspace workspace(shape, 1, 0, scratch);
   const Row row = workspace.row(0);
@@ -173,7 +175,7 @@ void pixel_grad(const PixelGrad& job, int64_t image, int64_t row_begin, int64_t 
       }
       write_block(job.input, image, y, x, row, weight, job.grad);
     }
-    job.rows[image * shape.height + y] = counter.total();
+    rows[image * shape.height + y] = counter.total();
   }
 }
 

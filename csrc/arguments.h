@@ -1,0 +1,134 @@
+// Checks of the arguments of the operators, for every backend: tensors in, the jobs of jobs.h out.
+//
+// ops.py brings tensors to these forms; who calls torch.ops.eroseg directly is told what is wrong.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+#include "jobs.h"
+
+namespace eroseg {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline bool has_shape(const Tensor& tensor, const std::vector<int64_t>& shape) {
+  if (tensor.dim() != static_cast<int64_t>(shape.size())) return false;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    if (tensor.size(static_cast<int64_t>(i)) != shape[i]) return false;
+  }
+  return true;
+}
+
+// Whether the elements lie densely with the dimensions nested in this order, the last one innermost; strides of an
+// empty tensor mean nothing.
+inline bool is_dense(const Tensor& tensor, const std::vector<int64_t>& order) {
+  if (tensor.numel() == 0) return true;
+  int64_t stride = 1;
+  for (size_t i = order.size(); i-- > 0;) {
+    if (tensor.size(order[i]) != 1 && tensor.stride(order[i]) != stride) return false;
+    stride *= tensor.size(order[i]);
+  }
+  return true;
+}
+
+inline bool is_nchw(const Tensor& tensor) { return is_dense(tensor, {0, 1, 2, 3}); }
+inline bool is_nhwc(const Tensor& tensor) { return is_dense(tensor, {0, 2, 3, 1}); }
+
+inline void check(const Tensor& tensor, const char* op, const char* name, ScalarType dtype,
+                  const std::vector<int64_t>& shape) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " is ",
+                  torch::headeronly::toString(tensor.scalar_type()), ", wanted ", torch::headeronly::toString(dtype));
+  STD_TORCH_CHECK(has_shape(tensor, shape), op, ": ", name, " has another shape than its companions need");
+  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " is not contiguous");
+}
+
+inline FloatType float_type(const Tensor& tensor, const char* op) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return FloatType::kFloat32;
+    case ScalarType::Half:
+      return FloatType::kFloat16;
+    case ScalarType::BFloat16:
+      return FloatType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, op, ": logits are ", torch::headeronly::toString(tensor.scalar_type()),
+                      ", wanted float32, float16 or bfloat16");
+  }
+}
+
+inline LabelType label_type(const Tensor& tensor, const char* op) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Long:
+      return LabelType::kInt64;
+    case ScalarType::Int:
+      return LabelType::kInt32;
+    case ScalarType::Byte:
+      return LabelType::kUInt8;
+    default:
+      STD_TORCH_CHECK(false, op, ": labels are ", torch::headeronly::toString(tensor.scalar_type()),
+                      ", wanted int64, int32 or uint8");
+  }
+}
+
+inline Labels checked_labels(const Tensor& labels, const Shape& shape, int64_t ignore_index, const char* op) {
+  const LabelType type = label_type(labels, op);
+  check(labels, op, "labels", labels.scalar_type(), {shape.batch, shape.height, shape.width});
+  return {labels.const_data_ptr(), type, ignore_index};
+}
+
+inline Input checked_input(const Tensor& logits, const Tensor& labels, int64_t ignore_index, const char* op) {
+  const FloatType type = float_type(logits, op);
+  STD_TORCH_CHECK(logits.dim() == 4 && logits.size(1) > 0, op, ": logits have ", logits.dim(),
+                  " dimensions, wanted [B, C, H, W] with C > 0");
+  const Shape shape{logits.size(0), logits.size(1), logits.size(2), logits.size(3)};
+  STD_TORCH_CHECK(is_nchw(logits) || is_nhwc(logits), op, ": logits are neither contiguous nor channels_last");
+  return {shape, {logits.const_data_ptr(), type, !is_nchw(logits)}, checked_labels(labels, shape, ignore_index, op)};
+}
+
+inline void* checked_grad(const Tensor& grad, const Tensor& logits, const Input& input, const char* op) {
+  const Shape& shape = input.shape;
+  STD_TORCH_CHECK(grad.scalar_type() == logits.scalar_type() &&
+                      has_shape(grad, {shape.batch, shape.channels, shape.height, shape.width}) &&
+                      (input.logits.channels_last ? is_nhwc(grad) : is_nchw(grad)),
+                  op, ": grad differs from logits in dtype, shape or memory layout");
+  return grad.mutable_data_ptr();
+}
+
+template <class T>
+const T* data_or_null(const MaybeTensor& tensor) {
+  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+inline Step checked_step(const Tensor& x_adv, const Tensor& x, const Tensor& grad, const MaybeTensor& mask, double eps,
+                         double alpha, double low, double high, const char* op) {
+  STD_TORCH_CHECK(x_adv.dim() == 4, op, ": x_adv has ", x_adv.dim(), " dimensions, wanted [B, K, H, W]");
+  const std::vector<int64_t> shape{x_adv.size(0), x_adv.size(1), x_adv.size(2), x_adv.size(3)};
+  const bool channels_last = !is_nchw(x_adv);
+  for (const Tensor* tensor : {&x_adv, &x, &grad}) {
+    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && has_shape(*tensor, shape) &&
+                        (channels_last ? is_nhwc(*tensor) : is_nchw(*tensor)),
+                    op, ": x_adv, x and grad differ in shape or layout, or are not float32");
+  }
+  if (mask.has_value()) check(*mask, op, "mask", ScalarType::Bool, {shape[0], 1, shape[2], shape[3]});
+  Step step{};
+  step.x_adv = static_cast<float*>(x_adv.mutable_data_ptr());
+  step.x = static_cast<const float*>(x.const_data_ptr());
+  step.grad = static_cast<const float*>(grad.const_data_ptr());
+  step.mask = data_or_null<bool>(mask);
+  step.channels = shape[1];
+  step.pixels = shape[2] * shape[3];
+  step.channels_last = channels_last;
+  step.eps = static_cast<float>(eps);
+  step.alpha = static_cast<float>(alpha);
+  step.low = static_cast<float>(low);
+  step.high = static_cast<float>(high);
+  return step;
+}
+
+}  // namespace eroseg

@@ -67,19 +67,13 @@ void kth_values(const float* values, const bool* valid, int64_t n, const int64_t
 }
 
 float next_tau(const float* log_odds, int64_t n, const double* stats, const TauSettings& settings) {
-  const double valid = stats[0], front = stats[2], movement = stats[3];
-  if (std::isnan(movement)) return std::numeric_limits<float>::quiet_NaN();
-  if (valid == 0) return kTauFloor;
-  const auto k_of = [valid](double rho) {
-    return static_cast<int64_t>(std::max(std::min(std::nearbyint(rho * valid), valid), 1.0));
-  };
-  const int64_t k[2] = {k_of(settings.front_min), k_of(settings.front_max)};
-  float bounds[2];
-  kth_values(log_odds, nullptr, n, k, k[0] == k[1] ? 1 : 2, bounds);
-  if (k[0] == k[1]) bounds[1] = bounds[0];
-  const double velocity = std::max(movement / std::max(front, 1.0), 0.0);
-  const auto tau = static_cast<float>(settings.reach * velocity * std::sqrt(static_cast<double>(settings.steps_left)));
-  return std::min(std::max(tau, std::max(bounds[0], kTauFloor)), std::max(bounds[1], kTauFloor));
+  float bounds[2] = {};
+  if (stats[0] > 0) {
+    const int64_t k[2] = {rank_of(settings.front_min, stats[0]), rank_of(settings.front_max, stats[0])};
+    kth_values(log_odds, nullptr, n, k, k[0] == k[1] ? 1 : 2, bounds);
+    if (k[0] == k[1]) bounds[1] = bounds[0];
+  }
+  return tau_between(bounds[0], bounds[1], stats, settings);
 }
 
 }  // namespace eroseg::cpu

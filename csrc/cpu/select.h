@@ -3,16 +3,13 @@
 
 #include <cstdint>
 
+#include "../tau.h"
+
 namespace eroseg::cpu {
 
 // The k-th smallest of |scores[i]| (k from 1, clamped to [1, n]) over the valid i, others counting as +inf, for each of
 // the `count` values in k. NaN sorts last. n = 0 gives +inf.
 void kth_values(const float* scores, const bool* valid, int64_t n, const int64_t* k, int64_t count, float* out);
-
-struct TauSettings {
-  int64_t steps_left;
-  double reach, front_min, front_max;
-};
 
 // eroseg_ext/reference.py, next_tau, for one image; stats are its four.
 float next_tau(const float* log_odds, int64_t n, const double* stats, const TauSettings& settings);

@@ -1,0 +1,46 @@
+// The CUDA kernels' launchers: plain pointers on the device, a stream, and an error code. No torch header.
+#pragma once
+
+#include <algorithm>
+
+#include "../jobs.h"
+#include "../tau.h"
+#include "platform.cuh"
+
+namespace eroseg::cuda {
+
+// The counts of a gradient, and memory that summing them needs.
+struct Counting {
+  double* stats;     // [B, 4]
+  double* partials;  // [most_blocks(shape), 4]
+  unsigned* ticket;  // 0 before and after every launch; launches that may overlap need one each
+};
+
+// No launch over these images has more blocks than this: the narrowest strip has 16 pixels, see strips.h.
+inline int64_t most_blocks(const Shape& shape) {
+  return shape.batch * ((shape.width + 15) / 16) * std::min<int64_t>(shape.height, 256);
+}
+
+cudaError_t launch_erosion_grad(const ErosionGrad& job, const Counting& counting, cudaStream_t stream);
+cudaError_t launch_pixel_grad(const PixelGrad& job, const Counting& counting, cudaStream_t stream);
+cudaError_t launch_confidence(const ConfidenceMap& job, cudaStream_t stream);
+// counts[classes * classes] += the confusion matrix.
+cudaError_t launch_confusion(const Confusion& job, unsigned long long* counts, cudaStream_t stream);
+
+// [batch, n] scores, k[batch, count], and for out; valid may be null.
+cudaError_t launch_kth_value(const float* scores, const bool* valid, int64_t batch, int64_t n, const int64_t* k,
+                             int64_t count, float* out, cudaStream_t stream);
+cudaError_t launch_next_tau(const float* log_odds, const double* stats, int64_t batch, int64_t n,
+                            const TauSettings& settings, float* tau, cudaStream_t stream);
+
+// All [batch, height, width]; valid and predicted may be null; rise[batch]; spare is as large as out, for radius > 1.
+cudaError_t launch_erode(const Erode& job, int64_t batch, const float* scores, const bool* valid,
+                         const int32_t* predicted, const float* rise, float* out, float* spare, cudaStream_t stream);
+
+cudaError_t launch_linf_step(const Step& step, int64_t batch, cudaStream_t stream);
+// eps and alpha once more, in double precision; `sums` is [batch, 2, kSumsOfImage].
+constexpr int64_t kSumsOfImage = 128;
+cudaError_t launch_l2_step(const Step& step, int64_t batch, double eps, double alpha, double* sums,
+                           cudaStream_t stream);
+
+}  // namespace eroseg::cuda

@@ -1,0 +1,130 @@
+// pixel_grad: the weighted cross-entropy of the other methods. A pixel's gradient needs that pixel only, so a block goes
+// down its band of rows and loads, reduces and writes one row after the other (rows.cuh). More than 256 classes, and
+// cospgd's sigmoid variant, which needs another pass over the classes, take a kernel with one thread for each pixel.
+#include "counts.cuh"
+#include "general.cuh"
+#include "rows.cuh"
+
+namespace eroseg::cuda {
+namespace {
+
+// The weight of a valid, finite pixel; `norm` is method_weight's.
+__device__ __forceinline__ float weight_of(const PixelGrad& job, const float* class_weight, int label, bool right,
+                                           float log_odds, float norm) {
+  const bool weighty = job.method.targeted ? !right : right;
+  float weight = method_weight(job.method, log_odds, weighty, norm);
+  if (class_weight != nullptr) weight *= class_weight[label];
+  return job.method.targeted ? -weight : weight;
+}
+
+__device__ __forceinline__ const float* class_weight_of(const PixelGrad& job, int64_t image) {
+  return job.class_weight == nullptr ? nullptr : job.class_weight + image * job.input.shape.classes();
+}
+
+__device__ __forceinline__ void count(Counts& counts, bool valid, bool right, float log_odds) {
+  counts.valid += valid;
+  counts.front += valid;
+  counts.right += right;
+  if (valid && log_odds != log_odds) counts.movement += log_odds;
+}
+
+template <class Type, int kPer, bool kChannelsLast>
+__global__ void __launch_bounds__(kMostThreads)
+    pixel_grad_kernel(const __grid_constant__ PixelGrad job, const __grid_constant__ Strips strips,
+                      const __grid_constant__ Counting counting) {
+  constexpr int kPixels = Type::kPixels;
+  const Place place = Place::of<Type>(job.input.shape, strips);
+  unsigned char* memory = shared_memory();
+  Rows<Type, kPer, kChannelsLast, true> rows(job.input, strips, place, memory);
+  const float* class_weight = class_weight_of(job, place.image);
+  const int pixels = place.pixels<Type>(static_cast<int>(job.input.shape.width));
+  Counts counts;
+  for (int y = place.begin; y < place.end; ++y) {
+    uint32_t z[kPer] = {};
+    rows.load(y, z);
+    const Terms<kPixels> terms = rows.reduce(y, z);
+    float weight[kPixels];
+#pragma unroll
+    for (int v = 0; v < kPixels; ++v) {
+      const bool valid = terms.label[v] >= 0;
+      const float log_odds = terms.log_odds[v];
+      weight[v] = 0.0f;
+      if (valid && log_odds == log_odds) {
+        const float norm = terms.squares[v] / (terms.sum[v] * terms.sum[v]);
+        weight[v] = weight_of(job, class_weight, terms.label[v], terms.right[v], log_odds, norm);
+      }
+      if (place.own && place.group == 0 && v < pixels) count(counts, valid, terms.right[v], log_odds);
+    }
+    rows.write(y, z, terms.label, terms.largest, terms.sum, weight, job.grad);
+  }
+  add_up(counts, job.input.shape.batch, counting, memory);
+}
+
+template <class Type>
+__global__ void __launch_bounds__(kPixelThreads)
+    pixel_grad_general_kernel(const __grid_constant__ PixelGrad job, int blocks_of_image,
+                              const __grid_constant__ Counting counting) {
+  const int64_t image_index = blockIdx.x / blocks_of_image;
+  const int first = static_cast<int>(blockIdx.x % blocks_of_image) * kPixelThreads + static_cast<int>(threadIdx.x);
+  const Image<Type> image(job.input, image_index);
+  const int pixels = static_cast<int>(job.input.shape.pixels());
+  const float* class_weight = class_weight_of(job, image_index);
+  Counts counts;
+  for (int pixel = first; pixel < pixels; pixel += blocks_of_image * kPixelThreads) {
+    const int label = read_label(job.input.labels, image.classes, image_index * pixels + pixel);
+    const PixelTerms terms = reduce_pixel(image, pixel, label);
+    const float log_odds = signed_confidence(image, pixel, label, terms, Confidence::kLabel);
+    float weight = 0.0f;
+    if (label >= 0 && terms.finite) {
+      float norm = 0.0f;
+      if (job.method.method == Method::kCosPgd) {
+        for (int c = 0; c < image.classes; ++c) {
+          const float e = exp2_approx((image.logit(c, pixel) - terms.largest) * kLog2E) / terms.sum;
+          if (c != label) norm += e * e;
+        }
+      } else if (job.method.method == Method::kCosPgdSigmoid) {
+        const float of_label = log_sigmoid(terms.of_label);
+        for (int c = 0; c < image.classes; ++c) {
+          norm += exponential(2.0f * (log_sigmoid(image.logit(c, pixel)) - of_label));
+        }
+      }
+      weight = weight_of(job, class_weight, label, terms.right, log_odds, norm);
+    }
+    count(counts, label >= 0, terms.right, log_odds);
+    image.write(job.grad, pixel, label, terms.largest, terms.sum, weight);
+  }
+  add_up(counts, job.input.shape.batch, counting, shared_memory());
+}
+
+template <class Type, int kPer, bool kChannelsLast>
+cudaError_t launch_rows(const PixelGrad& job, const Counting& counting, cudaStream_t stream) {
+  const Shape& shape = job.input.shape;
+  const auto kernel = pixel_grad_kernel<Type, kPer, kChannelsLast>;
+  Strips strips = cut_strips(shape.width, 0, Type::kPixels, groups_for(shape.classes()), kMostThreads);
+  const int all = strips.slots * strips.groups;
+  const int64_t shared = std::max(rows_bytes(strips, Type::kPixels, job.input), counts_bytes(all));
+  int resident = 1;
+  const cudaError_t error = resident_blocks(kernel, all, shared, &resident);
+  if (error != cudaSuccess) return error;
+  cut_bands(strips, shape.batch, shape.height, 0, resident);
+  return launch(kernel, shape.batch * strips.count * strips.bands, dim3(strips.slots, strips.groups), shared, stream,
+                job, strips, counting);
+}
+
+}  // namespace
+
+cudaError_t launch_pixel_grad(const PixelGrad& job, const Counting& counting, cudaStream_t stream) {
+  const Shape& shape = job.input.shape;
+  if (job.method.method == Method::kCosPgdSigmoid || !fits_rows(shape)) {
+    const int blocks = pixel_blocks(shape);
+    return for_type(job.input.logits.type, [&](auto type) {
+      return launch(pixel_grad_general_kernel<decltype(type)>, shape.batch * blocks, dim3(kPixelThreads),
+                    counts_bytes(kPixelThreads), stream, job, blocks, counting);
+    });
+  }
+  return for_rows(job.input, [&](auto type, auto per, auto channels_last) {
+    return launch_rows<decltype(type), decltype(per)::value, decltype(channels_last)::value>(job, counting, stream);
+  });
+}
+
+}  // namespace eroseg::cuda

@@ -1,0 +1,88 @@
+// What the kernels take from CUDA, in one place: everything they use beyond this is plain C++.
+//
+// tests/cuda_kernels_module.cpp compiles the same kernel files for the host, where cuda_on_host.h runs a block's threads
+// as coroutines: what is proven there without a GPU are the kernels themselves, not a model of them.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#else
+#include "cuda_on_host.h"
+#endif
+
+namespace eroseg::cuda {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr int kWarp = 32;
+
+// 2^x, to 2 units in the last place; 0 below 2^-126.
+__device__ __forceinline__ float exp2_approx(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#elif defined(__CUDACC__)
+  return x;  // never called: nvcc parses device code for the host, too
+#else
+  return x < -126.0f ? 0.0f : std::exp2(x);
+#endif
+}
+
+#if defined(__CUDACC__)
+// The block's shared memory; kernels lay it out themselves.
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+}
+
+// Launches; more than 48 KB of shared memory have to be asked for.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, int64_t shared, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
+  if (shared > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared), stream>>>(arguments...);
+  return cudaGetLastError();
+}
+
+// How many blocks of the kernel the current device holds at a time.
+template <class... Parameters>
+cudaError_t resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shared, int* count) {
+  int device = 0, processors = 0, each = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess && shared > 48 * 1024) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  }
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, static_cast<size_t>(shared));
+  }
+  *count = processors * (each > 0 ? each : 1);
+  return error;
+}
+#endif
+
+__device__ __forceinline__ int thread_of_block() {
+  return static_cast<int>(threadIdx.x + threadIdx.y * blockDim.x);
+}
+
+__device__ __forceinline__ int threads_of_block() { return static_cast<int>(blockDim.x * blockDim.y); }
+
+// The sum over a warp, the same in all its lanes and in the same order every time.
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+}  // namespace eroseg::cuda

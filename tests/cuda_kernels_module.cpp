@@ -1,0 +1,122 @@
+// The CUDA kernels compiled for the host, for pytest; tests/cuda_kernels.py builds it and gives it the face of ops.py.
+// Tensors come as addresses.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cuda/launchers.h"
+
+namespace py = pybind11;
+using namespace eroseg;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error("the launcher returned error " + std::to_string(error));
+}
+
+Input input_of(const std::vector<int64_t>& shape, uintptr_t logits, int type, bool channels_last, uintptr_t labels,
+               int label_type, int64_t ignore_index) {
+  return {{shape.at(0), shape.at(1), shape.at(2), shape.at(3)},
+          {at<void>(logits), static_cast<FloatType>(type), channels_last},
+          {at<void>(labels), static_cast<LabelType>(label_type), ignore_index}};
+}
+
+// The ticket is kept between calls, as the operators keep theirs: every launch has to leave it at 0.
+class Summing {
+ public:
+  Summing(const Shape& shape, uintptr_t stats) : partials_(cuda::most_blocks(shape) * 4 + 1, -1.0), stats_(stats) {}
+  cuda::Counting counting() { return {at<double>(stats_), partials_.data(), &ticket_}; }
+  ~Summing() noexcept(false) {
+    if (ticket_ != 0) throw std::logic_error("a launch left its ticket at another number than 0");
+  }
+
+ private:
+  std::vector<double> partials_;
+  uintptr_t stats_;
+  static inline unsigned ticket_ = 0;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(cuda_kernels_module, m) {
+  py::class_<Input>(m, "Input").def(py::init(&input_of));
+  m.def("set_machine", [](unsigned seed, int resident) {
+    cuda_on_host::machine().order.seed(seed);
+    cuda_on_host::machine().resident = resident;
+  });
+  m.def("erosion_grad", [](const Input& input, uintptr_t tau, uintptr_t previous, uintptr_t class_weight,
+                           uintptr_t grad, uintptr_t log_odds, uintptr_t stats, int confidence, int front,
+                           int direction, int within, int radius, float slope, bool targeted) {
+    const ErosionGrad job{input,
+                          at<float>(tau),
+                          at<float>(previous),
+                          at<float>(class_weight),
+                          static_cast<Confidence>(confidence),
+                          static_cast<Front>(front),
+                          static_cast<Direction>(direction),
+                          static_cast<Within>(within),
+                          radius,
+                          slope,
+                          targeted,
+                          at<void>(grad),
+                          at<float>(log_odds)};
+    Summing summing(input.shape, stats);
+    check(cuda::launch_erosion_grad(job, summing.counting(), nullptr));
+  });
+  m.def("pixel_grad", [](const Input& input, uintptr_t class_weight, uintptr_t grad, uintptr_t stats, int method,
+                         bool targeted, float lambda, float q_minus_one) {
+    const PixelGrad job{input,
+                        {static_cast<Method>(method), targeted, lambda, q_minus_one},
+                        at<float>(class_weight),
+                        at<void>(grad)};
+    Summing summing(input.shape, stats);
+    check(cuda::launch_pixel_grad(job, summing.counting(), nullptr));
+  });
+  m.def("confidence", [](const Input& input, int kind, uintptr_t out) {
+    check(cuda::launch_confidence({input, static_cast<Confidence>(kind), at<float>(out)}, nullptr));
+  });
+  m.def("confusion", [](const Input& input, uintptr_t prediction, int64_t classes, uintptr_t counts) {
+    check(cuda::launch_confusion({input, at<int64_t>(prediction), classes}, at<unsigned long long>(counts), nullptr));
+  });
+  m.def("kth_value", [](uintptr_t scores, uintptr_t valid, int64_t batch, int64_t n, uintptr_t k, int64_t count,
+                        uintptr_t out) {
+    check(cuda::launch_kth_value(at<float>(scores), at<bool>(valid), batch, n, at<int64_t>(k), count, at<float>(out),
+                                 nullptr));
+  });
+  m.def("next_tau", [](uintptr_t log_odds, uintptr_t stats, int64_t batch, int64_t n, int64_t steps_left, double reach,
+                       double front_min, double front_max, uintptr_t tau) {
+    check(cuda::launch_next_tau(at<float>(log_odds), at<double>(stats), batch, n,
+                                {steps_left, reach, front_min, front_max}, at<float>(tau), nullptr));
+  });
+  m.def("erode", [](int64_t batch, int64_t height, int64_t width, int radius, uintptr_t scores, uintptr_t valid,
+                    uintptr_t predicted, uintptr_t rise, uintptr_t out, uintptr_t spare) {
+    check(cuda::launch_erode({height, width, radius}, batch, at<float>(scores), at<bool>(valid),
+                             at<int32_t>(predicted), at<float>(rise), at<float>(out), at<float>(spare), nullptr));
+  });
+  m.def("step", [](bool l2, uintptr_t x_adv, uintptr_t x, uintptr_t grad, uintptr_t mask, int64_t batch,
+                   int64_t channels, int64_t pixels, bool channels_last, double eps, double alpha, double low,
+                   double high) {
+    const Step step{at<float>(x_adv),
+                    at<float>(x),
+                    at<float>(grad),
+                    at<bool>(mask),
+                    channels,
+                    pixels,
+                    channels_last,
+                    static_cast<float>(eps),
+                    static_cast<float>(alpha),
+                    static_cast<float>(low),
+                    static_cast<float>(high)};
+    if (l2) {
+      std::vector<double> sums(batch * 2 * cuda::kSumsOfImage, std::nan(""));
+      check(cuda::launch_l2_step(step, batch, eps, alpha, sums.data(), nullptr));
+    } else {
+      check(cuda::launch_linf_step(step, batch, nullptr));
+    }
+  });
+}

@@ -100,6 +100,13 @@ EROSEG_INLINE F log_sigmoid(F x) {
   return (x < 0.0f ? x : splat<F>(0.0f)) - log_positive(1.0f + exponential(-absolute(x)));
 }
 
+// (sigma(z) / sigma(z_y))^2 from z and log sigma(z_y), since both sigmas may underflow; bounded at e^80.
+template <class F>
+EROSEG_INLINE F squared_sigmoid_ratio(F z, F log_sigmoid_of_label) {
+  const F gap = 2.0f * (log_sigmoid(z) - log_sigmoid_of_label);
+  return exponential(gap > 80.0f ? splat<F>(80.0f) : gap);
+}
+
 // The weight of a pixel with eroded confidence q >= 0 in a front of width tau; q = +inf weighs 0.
 template <class F>
 EROSEG_INLINE F front_weight(Front front, F q, float tau) {

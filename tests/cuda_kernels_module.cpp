@@ -70,10 +70,8 @@ PYBIND11_MODULE(cuda_kernels_module, m) {
   });
   m.def("pixel_grad", [](const Input& input, uintptr_t class_weight, uintptr_t grad, uintptr_t stats, int method,
                          bool targeted, float lambda, float q_minus_one) {
-    const PixelGrad job{input,
-                        {static_cast<Method>(method), targeted, lambda, q_minus_one},
-                        at<float>(class_weight),
-                        at<void>(grad)};
+    const PixelGrad job{
+        input, {static_cast<Method>(method), targeted, lambda, q_minus_one}, at<float>(class_weight), at<void>(grad)};
     Summing summing(input.shape, stats);
     check(cuda::launch_pixel_grad(job, summing.counting(), nullptr));
   });
@@ -83,11 +81,11 @@ PYBIND11_MODULE(cuda_kernels_module, m) {
   m.def("confusion", [](const Input& input, uintptr_t prediction, int64_t classes, uintptr_t counts) {
     check(cuda::launch_confusion({input, at<int64_t>(prediction), classes}, at<unsigned long long>(counts), nullptr));
   });
-  m.def("kth_value", [](uintptr_t scores, uintptr_t valid, int64_t batch, int64_t n, uintptr_t k, int64_t count,
-                        uintptr_t out) {
-    check(cuda::launch_kth_value(at<float>(scores), at<bool>(valid), batch, n, at<int64_t>(k), count, at<float>(out),
-                                 nullptr));
-  });
+  m.def("kth_value",
+        [](uintptr_t scores, uintptr_t valid, int64_t batch, int64_t n, uintptr_t k, int64_t count, uintptr_t out) {
+          check(cuda::launch_kth_value(at<float>(scores), at<bool>(valid), batch, n, at<int64_t>(k), count,
+                                       at<float>(out), nullptr));
+        });
   m.def("next_tau", [](uintptr_t log_odds, uintptr_t stats, int64_t batch, int64_t n, int64_t steps_left, double reach,
                        double front_min, double front_max, uintptr_t tau) {
     check(cuda::launch_next_tau(at<float>(log_odds), at<double>(stats), batch, n,
@@ -95,28 +93,28 @@ PYBIND11_MODULE(cuda_kernels_module, m) {
   });
   m.def("erode", [](int64_t batch, int64_t height, int64_t width, int radius, uintptr_t scores, uintptr_t valid,
                     uintptr_t predicted, uintptr_t rise, uintptr_t out, uintptr_t spare) {
-    check(cuda::launch_erode({height, width, radius}, batch, at<float>(scores), at<bool>(valid),
-                             at<int32_t>(predicted), at<float>(rise), at<float>(out), at<float>(spare), nullptr));
+    check(cuda::launch_erode({height, width, radius}, batch, at<float>(scores), at<bool>(valid), at<int32_t>(predicted),
+                             at<float>(rise), at<float>(out), at<float>(spare), nullptr));
   });
-  m.def("step", [](bool l2, uintptr_t x_adv, uintptr_t x, uintptr_t grad, uintptr_t mask, int64_t batch,
-                   int64_t channels, int64_t pixels, bool channels_last, double eps, double alpha, double low,
-                   double high) {
-    const Step step{at<float>(x_adv),
-                    at<float>(x),
-                    at<float>(grad),
-                    at<bool>(mask),
-                    channels,
-                    pixels,
-                    channels_last,
-                    static_cast<float>(eps),
-                    static_cast<float>(alpha),
-                    static_cast<float>(low),
-                    static_cast<float>(high)};
-    if (l2) {
-      std::vector<double> sums(batch * 2 * cuda::kSumsOfImage, std::nan(""));
-      check(cuda::launch_l2_step(step, batch, eps, alpha, sums.data(), nullptr));
-    } else {
-      check(cuda::launch_linf_step(step, batch, nullptr));
-    }
-  });
+  m.def("step",
+        [](bool l2, uintptr_t x_adv, uintptr_t x, uintptr_t grad, uintptr_t mask, int64_t batch, int64_t channels,
+           int64_t pixels, bool channels_last, double eps, double alpha, double low, double high) {
+          const Step step{at<float>(x_adv),
+                          at<float>(x),
+                          at<float>(grad),
+                          at<bool>(mask),
+                          channels,
+                          pixels,
+                          channels_last,
+                          static_cast<float>(eps),
+                          static_cast<float>(alpha),
+                          static_cast<float>(low),
+                          static_cast<float>(high)};
+          if (l2) {
+            std::vector<double> sums(batch * 2 * cuda::kSumsOfImage, std::nan(""));
+            check(cuda::launch_l2_step(step, batch, eps, alpha, sums.data(), nullptr));
+          } else {
+            check(cuda::launch_linf_step(step, batch, nullptr));
+          }
+        });
 }

@@ -1,9 +1,9 @@
 // Runs CUDA kernels on the host, one block after another, a block's threads as coroutines.
 //
-// A thread runs until it meets a barrier or ends; the threads that may run are taken in a random order, another one after
-// each barrier, so that a result which depends on the order shows. Shared memory is allocated for each block at its exact
-// size and filled with NaN; writing beyond it is noticed. A barrier that only some of a block's threads reach is an
-// error, as are lanes missing from a shuffle.
+// A thread runs until it meets a barrier or ends; the threads that may run are taken in a random order, another one
+// after each barrier, so that a result which depends on the order shows. Shared memory is allocated for each block at
+// its exact size and filled with NaN; writing beyond it is noticed. A barrier that only some of a block's threads reach
+// is an error, as are lanes missing from a shuffle.
 #pragma once
 
 #include <ucontext.h>

@@ -1,4 +1,7 @@
-"""The fused operations against the reference, on every device they are built for."""
+"""The fused operations against the reference: on every device they are built for, and the CUDA kernels on the host.
+
+The tests that take ``fused`` hold for all of these; they give it CPU tensors and get CPU tensors back.
+"""
 
 import itertools
 import math
@@ -8,8 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cuda_kernels
 import pytest
 import torch
+from conftest import DEVICES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -31,7 +36,43 @@ GRADIENT = {
 FLOAT_TYPES = list(GRADIENT)
 LABEL_TYPES = [torch.int64, torch.int32, torch.uint8]
 
-PROPERTIES = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTIES = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+class OnDevice:
+    """The fused operations on another device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        operation = getattr(ops, name)
+
+        def moved(value: Any) -> Any:
+            return value.to(self._device) if isinstance(value, Tensor) else value
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            result = operation(*map(moved, arguments), **{key: moved(value) for key, value in keywords.items()})
+            if name.endswith("_"):
+                return arguments[0].copy_(result)
+            return tuple(part.cpu() for part in result) if isinstance(result, tuple) else result.cpu()
+
+        return call
+
+
+@pytest.fixture(params=[*DEVICES, "cuda kernels on the host"])
+def fused(request: pytest.FixtureRequest) -> Any:
+    """Whatever computes the operations, with the functions of ``ops.py``."""
+    if request.param == "cpu":
+        return ops
+    if request.param == "cuda kernels on the host":
+        if why_not := cuda_kernels.why_not():
+            pytest.skip(why_not)
+        return cuda_kernels
+    device = torch.device(request.param)
+    if why_not := backend.why_not_fused(device):
+        pytest.skip(why_not)
+    return OnDevice(device)
 
 
 class Case(NamedTuple):
@@ -80,9 +121,9 @@ def rounding_of_log_odds(case: Case) -> float:
     return 2e-6 + case.logits.shape[1] * 2**-25
 
 
-def assert_same_maps(fused: Tensor, expected: Tensor, case: Case) -> None:
+def assert_same_maps(got: Tensor, expected: Tensor, case: Case) -> None:
     """Log-odds or confidences to rounding, equal infinities and NaNs."""
-    torch.testing.assert_close(fused, expected, rtol=1e-5, atol=rounding_of_log_odds(case), equal_nan=True)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=rounding_of_log_odds(case), equal_nan=True)
 
 
 @PROPERTIES
@@ -103,7 +144,7 @@ def assert_same_maps(fused: Tensor, expected: Tensor, case: Case) -> None:
     balanced=st.booleans(),
 )
 def test_soft_erosion_grad_is_the_reference(
-    case: Case, fraction: float, has_previous: bool, choices: dict[str, Any], balanced: bool
+    fused: Any, case: Case, fraction: float, has_previous: bool, choices: dict[str, Any], balanced: bool
 ) -> None:
     if balanced:
         classes = max(case.logits.shape[1], 2)
@@ -114,7 +155,7 @@ def test_soft_erosion_grad_is_the_reference(
     )
     previous = scores * torch.rand(scores.shape, generator=torch.Generator().manual_seed(0)) if has_previous else None
     arguments = (case.logits, case.labels, tau, previous)
-    grad, log_odds, stats = ops.erosion_grad(*arguments, ignore_index=case.ignore_index, **choices)
+    grad, log_odds, stats = fused.erosion_grad(*arguments, ignore_index=case.ignore_index, **choices)
     expected = reference.erosion_grad(*arguments, ignore_index=case.ignore_index, **choices)
     assert grad.dtype == case.logits.dtype
     # `top` of nearly equal classes is 0 but for that rounding, and so is the width of the front, in the exponent of w.
@@ -135,10 +176,12 @@ def test_soft_erosion_grad_is_the_reference(
 
 @PROPERTIES
 @given(case=cases(dtypes=(torch.float32,)), fraction=st.sampled_from([0.03, 0.3]), radius=st.sampled_from([0, 1, 3]))
-def test_hard_erosion_grad_differs_only_on_the_edge_of_the_front(case: Case, fraction: float, radius: int) -> None:
+def test_hard_erosion_grad_differs_only_on_the_edge_of_the_front(
+    fused: Any, case: Case, fraction: float, radius: int
+) -> None:
     tau = front_width(case, "label", fraction)
     arguments: dict[str, Any] = {"ignore_index": case.ignore_index, "front": "hard", "radius": radius, "slope": 0.37}
-    grad, log_odds, _ = ops.erosion_grad(case.logits, case.labels, tau, **arguments)
+    grad, log_odds, _ = fused.erosion_grad(case.logits, case.labels, tau, **arguments)
     expected, signed, _ = reference.erosion_grad(case.logits, case.labels, tau, **arguments)
     assert_same_maps(log_odds, signed, case)
     q = reference.erode(signed.abs(), None, radius, 0.37 * tau)
@@ -160,11 +203,13 @@ def test_hard_erosion_grad_differs_only_on_the_edge_of_the_front(case: Case, fra
     targeted=st.booleans(),
     balanced=st.booleans(),
 )
-def test_pixel_grad_is_the_reference(case: Case, method: str, progress: float, targeted: bool, balanced: bool) -> None:
+def test_pixel_grad_is_the_reference(
+    fused: Any, case: Case, method: str, progress: float, targeted: bool, balanced: bool
+) -> None:
     classes = max(case.logits.shape[1], 2)
     weight = reference.class_balance(case.labels, classes, ignore_index=case.ignore_index) if balanced else None
     arguments: dict[str, Any] = {"ignore_index": case.ignore_index, "targeted": targeted, "class_weight": weight}
-    grad, stats = ops.pixel_grad(case.logits, case.labels, method, progress, **arguments)
+    grad, stats = fused.pixel_grad(case.logits, case.labels, method, progress, **arguments)
     expected, expected_stats = reference.pixel_grad(case.logits, case.labels, method, progress, **arguments)
     tolerance = GRADIENT[grad.dtype]
     if method.startswith("cospgd"):
@@ -176,10 +221,10 @@ def test_pixel_grad_is_the_reference(case: Case, method: str, progress: float, t
 
 @PROPERTIES
 @given(case=cases(), kind=st.sampled_from(ops.CONFIDENCES))
-def test_confidence_is_the_reference(case: Case, kind: str) -> None:
+def test_confidence_is_the_reference(fused: Any, case: Case, kind: str) -> None:
     arguments: dict[str, Any] = {"ignore_index": case.ignore_index, "confidence": kind}
     assert_same_maps(
-        ops.confidence(case.logits, case.labels, **arguments),
+        fused.confidence(case.logits, case.labels, **arguments),
         reference.confidence(case.logits, case.labels, **arguments),
         case,
     )
@@ -187,13 +232,13 @@ def test_confidence_is_the_reference(case: Case, kind: str) -> None:
 
 @PROPERTIES
 @given(case=cases())
-def test_confusion_is_the_reference(case: Case) -> None:
+def test_confusion_is_the_reference(fused: Any, case: Case) -> None:
     classes = max(case.logits.shape[1], 2)
     expected = reference.confusion(case.logits, case.labels, classes, ignore_index=case.ignore_index)
-    assert torch.equal(ops.confusion(case.logits, case.labels, classes, ignore_index=case.ignore_index), expected)
+    assert torch.equal(fused.confusion(case.logits, case.labels, classes, ignore_index=case.ignore_index), expected)
     z = case.logits
     predicted = (z[:, 0] > 0).long() if z.shape[1] == 1 else z.argmax(1)
-    assert torch.equal(ops.confusion(predicted, case.labels, classes, ignore_index=case.ignore_index), expected)
+    assert torch.equal(fused.confusion(predicted, case.labels, classes, ignore_index=case.ignore_index), expected)
 
 
 @PROPERTIES
@@ -204,7 +249,7 @@ def test_confusion_is_the_reference(case: Case) -> None:
     seed=st.integers(0, 1000),
     masked=st.booleans(),
 )
-def test_kth_value_is_exact(rows: int, length: int, kind: str, seed: int, masked: bool) -> None:
+def test_kth_value_is_exact(fused: Any, rows: int, length: int, kind: str, seed: int, masked: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(rows, length, generator=generator)
     if kind == "equal":
@@ -221,7 +266,7 @@ def test_kth_value_is_exact(rows: int, length: int, kind: str, seed: int, masked
         scores = scores.masked_fill(scores > 0.5, math.inf)
     valid = torch.rand(rows, length, generator=generator) > 0.4 if masked else None
     k = torch.randint(-1, length + 3, (rows, 4), generator=generator)
-    assert torch.equal(ops.kth_value(scores, k, valid), reference.kth_value(scores, k, valid))
+    assert torch.equal(fused.kth_value(scores, k, valid), reference.kth_value(scores, k, valid))
 
 
 @PROPERTIES
@@ -231,17 +276,19 @@ def test_kth_value_is_exact(rows: int, length: int, kind: str, seed: int, masked
     reach=st.sampled_from([0.5, 1.0]),
     bounds=st.sampled_from([(0.03, 0.4), (0.2, 0.2), (0.0, 1.0)]),
 )
-def test_next_tau_is_the_reference(case: Case, steps_left: int, reach: float, bounds: tuple[float, float]) -> None:
-    tau = torch.ones(case.logits.shape[0])
+def test_next_tau_is_the_reference(
+    fused: Any, case: Case, steps_left: int, reach: float, bounds: tuple[float, float]
+) -> None:
+    width = torch.ones(case.logits.shape[0])
     previous = torch.zeros(case.labels.shape)
     _, log_odds, stats = reference.erosion_grad(
-        case.logits, case.labels, tau, previous, ignore_index=case.ignore_index, targeted=True
+        case.logits, case.labels, width, previous, ignore_index=case.ignore_index, targeted=True
     )
     arguments: dict[str, Any] = {"reach": reach, "front_min": bounds[0], "front_max": bounds[1]}
-    fused = ops.next_tau(log_odds, stats, steps_left, **arguments)
+    tau = fused.next_tau(log_odds, stats, steps_left, **arguments)
     expected = reference.next_tau(log_odds, stats, steps_left, **arguments)
-    torch.testing.assert_close(fused, expected, rtol=1e-6, atol=0)
-    assert (fused >= reference.TAU_FLOOR).all()
+    torch.testing.assert_close(tau, expected, rtol=1e-6, atol=0)
+    assert (tau >= reference.TAU_FLOOR).all()
 
 
 @PROPERTIES
@@ -253,7 +300,7 @@ def test_next_tau_is_the_reference(case: Case, steps_left: int, reach: float, bo
     geodesic=st.booleans(),
 )
 def test_erode_is_the_reference(
-    shape: tuple[int, int, int], radius: int, seed: int, masked: bool, geodesic: bool
+    fused: Any, shape: tuple[int, int, int], radius: int, seed: int, masked: bool, geodesic: bool
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(shape, generator=generator) * 10
@@ -262,14 +309,14 @@ def test_erode_is_the_reference(
     predicted = torch.randint(0, 3, shape, generator=generator) if geodesic else None
     cone = torch.rand(shape[0], generator=generator)
     assert torch.equal(
-        ops.erode(scores, valid, radius, cone, predicted), reference.erode(scores, valid, radius, cone, predicted)
+        fused.erode(scores, valid, radius, cone, predicted), reference.erode(scores, valid, radius, cone, predicted)
     )
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [(2, 3, 9, 13), (1, 1, 1, 1), (0, 3, 4, 4), (2, 4, 0, 5), (1, 3, 190, 201)])
-def test_steps_are_the_reference(shape: tuple[int, ...], layout: torch.memory_format, masked: bool) -> None:
+def test_steps_are_the_reference(fused: Any, shape: tuple[int, ...], layout: torch.memory_format, masked: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(shape, generator=generator).contiguous(memory_format=layout)
     grad = torch.randn(shape, generator=generator)
@@ -277,42 +324,42 @@ def test_steps_are_the_reference(shape: tuple[int, ...], layout: torch.memory_fo
     start = (x + 0.02 * torch.randn(shape, generator=generator)).clamp(0, 1)
     mask = torch.rand(shape[0], 1, *shape[2:], generator=generator) > 0.5 if masked else None
     a, b = start.clone(), start.clone()
-    ops.linf_step_(a, x, grad, 0.03, 0.01, 0.1, 0.9, mask)
+    fused.linf_step_(a, x, grad, 0.03, 0.01, 0.1, 0.9, mask)
     reference.linf_step_(b, x, grad, 0.03, 0.01, 0.1, 0.9, mask)
     assert torch.equal(a, b)
     a, b = start.clone(), start.clone()
-    ops.l2_step_(a, x, grad, 0.3, 0.2, 0.1, 0.9, mask)
+    fused.l2_step_(a, x, grad, 0.3, 0.2, 0.1, 0.9, mask)
     reference.l2_step_(b, x, grad, 0.3, 0.2, 0.1, 0.9, mask)
     torch.testing.assert_close(a, b, rtol=0, atol=3e-7)
 
 
-def test_a_nan_gradient_makes_a_nan_pixel() -> None:
+def test_a_nan_gradient_makes_a_nan_pixel(fused: Any) -> None:
     x = torch.full((1, 1, 5, 5), 0.5)
     grad = torch.ones_like(x)
     grad[0, 0, 2, 3] = math.nan
-    assert torch.equal(ops.linf_step_(x.clone(), x, grad, 0.1, 0.1).isnan(), grad.isnan())
+    assert torch.equal(fused.linf_step_(x.clone(), x, grad, 0.1, 0.1).isnan(), grad.isnan())
     # Its norm is NaN too, so the whole image is.
-    assert ops.l2_step_(x.clone(), x, grad, 0.1, 0.1).isnan().all()
+    assert fused.l2_step_(x.clone(), x, grad, 0.1, 0.1).isnan().all()
     assert reference.l2_step_(x.clone(), x, grad, 0.1, 0.1).isnan().all()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
-def test_logits_that_are_not_finite_are_told_in_the_stats(dtype: torch.dtype, value: float) -> None:
+def test_logits_that_are_not_finite_are_told_in_the_stats(fused: Any, dtype: torch.dtype, value: float) -> None:
     logits = torch.randn(3, 5, 8, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
     labels = torch.full((3, 8, 70), 2)
     labels[2, 4, 66] = 255
     for image, channel in ((1, 2), (1, 3), (2, 0)):
         logits[image, channel, 4, 66] = value  # image 1 at a valid pixel, image 2 at a void one
         tau = torch.ones(3)
-        for fused, expected in (
-            (ops.erosion_grad(logits, labels, tau), reference.erosion_grad(logits, labels, tau)),
-            (ops.pixel_grad(logits, labels, "pgd"), reference.pixel_grad(logits, labels, "pgd")),
+        for got, expected in (
+            (fused.erosion_grad(logits, labels, tau), reference.erosion_grad(logits, labels, tau)),
+            (fused.pixel_grad(logits, labels, "pgd"), reference.pixel_grad(logits, labels, "pgd")),
         ):
-            torch.testing.assert_close(fused[0], expected[0], **GRADIENT[dtype])
-            assert fused[-1][:, 3].isnan().tolist() == expected[-1][:, 3].isnan().tolist() == [False, True, False]
-            assert (fused[0][1, :, 4, 66] == 0).all()
-    assert ops.erosion_grad(logits, labels, torch.ones(3))[1].isnan().nonzero().tolist() == [[1, 4, 66]]
+            torch.testing.assert_close(got[0], expected[0], **GRADIENT[dtype])
+            assert got[-1][:, 3].isnan().tolist() == expected[-1][:, 3].isnan().tolist() == [False, True, False]
+            assert (got[0][1, :, 4, 66] == 0).all()
+    assert fused.erosion_grad(logits, labels, torch.ones(3))[1].isnan().nonzero().tolist() == [[1, 4, 66]]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -412,7 +459,7 @@ def test_every_schema_has_an_opcheck() -> None:
     assert names == set(op_arguments())
 
 
-def test_choices_are_numbered_as_in_the_kernels() -> None:
+def test_choices_are_numbered_as_in_the_kernels(fused: Any) -> None:
     """A wrong order of names in ops.py would compute another choice: each gives a gradient of its own here."""
     logits = torch.randn(1, 4, 12, 12, generator=torch.Generator().manual_seed(3)) * 3
     labels = torch.randint(0, 4, (1, 12, 12), generator=torch.Generator().manual_seed(4))
@@ -420,7 +467,7 @@ def test_choices_are_numbered_as_in_the_kernels() -> None:
     grads = []
     for kind, front, direction, within in itertools.product(ops.CONFIDENCES, ops.FRONTS, ops.DIRECTIONS, ops.WITHINS):
         choices = {"confidence": kind, "front": front, "direction": direction, "within": within, "slope": 0.3}
-        grad, _, _ = ops.erosion_grad(logits, labels, tau, **choices)
+        grad, _, _ = fused.erosion_grad(logits, labels, tau, **choices)
         torch.testing.assert_close(
             grad, reference.erosion_grad(logits, labels, tau, **choices)[0], rtol=1e-5, atol=1e-7
         )

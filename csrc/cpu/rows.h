@@ -181,13 +181,12 @@ F top_confidence(const float* z, int64_t classes, I predicted, I is_right, F z_t
   return maximum(F{}, (z_top - rest - log_positive(sum)) + __builtin_logf(static_cast<float>(classes - 1)));
 }
 
-// sum over c of (sigma(z_c) / sigma(z_y))^2, by logarithms: both sigmas may underflow. The label's own term is 1.
+// sum over c of (sigma(z_c) / sigma(z_y))^2. The label's own term is 1.
 F sum_squared_sigmoids(const float* z, int64_t classes, F z_label) {
   const F label = log_sigmoid(z_label);
   F sum = splat<F>(1.0f);
   for (int64_t c = 0; c < classes; ++c) {
-    const F gap = 2.0f * (log_sigmoid(load<F>(z + c * kBlock)) - label);
-    sum += exponential(gap > 80.0f ? splat<F>(80.0f) : gap);
+    sum += squared_sigmoid_ratio(load<F>(z + c * kBlock), label);
   }
   return sum;
 }

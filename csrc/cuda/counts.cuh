@@ -56,4 +56,16 @@ __device__ inline void add_up(const Counts& counts, int64_t batch, const Countin
   }
 }
 
+template <class T>
+__global__ void fill_kernel(T* out, int64_t n, T value) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < n) out[i] = value;
+}
+
+// The counts of images without pixels, over which no other kernel runs.
+inline cudaError_t count_nothing(const Shape& shape, const Counting& counting, cudaStream_t stream) {
+  const int64_t n = shape.batch * kCounts;
+  return launch(fill_kernel<double>, (n + 255) / 256, dim3(256), 0, stream, counting.stats, n, 0.0);
+}
+
 }  // namespace eroseg::cuda

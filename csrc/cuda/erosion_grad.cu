@@ -2,7 +2,8 @@
 //
 // A block goes down a band of rows of a strip (strips.h). For each row y, from one above the band to one below it:
 //   1. Load the row's logits into registers and reduce them over the classes (rows.cuh).
-//   2. Count the row's pixels if it is the block's own, write their log-odds, and put all confidences, those of the halo
+//   2. Count the row's pixels if it is the block's own, write their log-odds, and put all confidences, those of the
+//   halo
 //      too, into shared memory, where the last four rows stand in a ring.
 //   3. Barrier. Then the 3x3 erosion of row y - 1 is known: write its gradient from the logits of row y - 1, which this
 //      thread has kept in registers, and keep those of row y.
@@ -37,13 +38,12 @@ __global__ void __launch_bounds__(kMostThreads)
   unsigned char* memory = shared_memory();
   const int pitch = strips.width + 2 * strips.halo + 2;
   auto* ring = reinterpret_cast<float*>(memory);
-  Rows<Type, kPer, kChannelsLast, false> rows(job.input, strips, place,
-                                              memory + (kRing * pitch * static_cast<int>(sizeof(float)) + 15) / 16 * 16);
+  Rows<Type, kPer, kChannelsLast, false> rows(
+      job.input, strips, place, memory + (kRing * pitch * static_cast<int>(sizeof(float)) + 15) / 16 * 16);
 
   const float tau = job.tau[place.image];
   const float rise = job.radius == 0 ? kInf : job.slope * tau;
-  const float* class_weight =
-      job.class_weight == nullptr ? nullptr : job.class_weight + place.image * shape.classes();
+  const float* class_weight = job.class_weight == nullptr ? nullptr : job.class_weight + place.image * shape.classes();
   const int pixels = place.pixels<Type>(width);
   const int position = place.x - place.left + strips.halo + 1;
   // Words beyond the strip and its halo have no place in the ring.
@@ -150,8 +150,10 @@ cudaError_t launch_rows(const ErosionGrad& job, const Counting& counting, cudaSt
 }  // namespace
 
 cudaError_t launch_erosion_grad(const ErosionGrad& job, const Counting& counting, cudaStream_t stream) {
+  const Shape& shape = job.input.shape;
+  if (shape.pixels() == 0) return count_nothing(shape, counting, stream);
   const bool fits = job.radius <= 1 && job.within == Within::kAny && job.confidence == Confidence::kLabel;
-  if (!fits || !fits_rows(job.input.shape)) return launch_erosion_grad_general(job, counting, stream);
+  if (!fits || !fits_rows(shape)) return launch_erosion_grad_general(job, counting, stream);
   return for_rows(job.input, [&](auto type, auto per, auto channels_last) {
     return launch_rows<decltype(type), decltype(per)::value, decltype(channels_last)::value>(job, counting, stream);
   });

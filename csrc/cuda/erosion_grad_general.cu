@@ -1,11 +1,11 @@
-// erosion_grad for everything that erosion_grad.cu does not take: radius up to 8, the top class's confidence, a geodesic
-// erosion, any number of classes. One thread for each pixel of a row, which reads its logits from memory where it needs
-// them.
+// erosion_grad for everything that erosion_grad.cu does not take: radius up to 8, the top class's confidence, a
+// geodesic erosion, any number of classes. One thread for each pixel of a row, which reads its logits from memory where
+// it needs them.
 //
 // A block goes down a band of rows of a strip, as there. The erosion is a pipeline over rows: level 0 of row y are its
 // confidences; level i of row y - i is the 3x3 erosion of level i - 1, whose row y - i + 1 has just become known; level
-// `radius` is final. The last four rows of each level stand in a ring in shared memory, with a barrier after each level.
-// A thread's own pixels of the radius + 1 rows under way wait there too, with what their gradient needs.
+// `radius` is final. The last four rows of each level stand in a ring in shared memory, with a barrier after each
+// level. A thread's own pixels of the radius + 1 rows under way wait there too, with what their gradient needs.
 #include "counts.cuh"
 #include "general.cuh"
 #include "strips.h"
@@ -60,8 +60,7 @@ __global__ void __launch_bounds__(kThreads)
   const float tau = job.tau[image_index];
   const float rise = job.slope * tau;
   const bool geodesic = job.within == Within::kClass;
-  const float* class_weight =
-      job.class_weight == nullptr ? nullptr : job.class_weight + image_index * shape.classes();
+  const float* class_weight = job.class_weight == nullptr ? nullptr : job.class_weight + image_index * shape.classes();
   Counts counts;
 
   const auto eroded = [&](int i, int y) {

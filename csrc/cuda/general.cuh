@@ -1,5 +1,5 @@
-// Single pixels, for what rows.cuh does not take: a thread goes over its pixel's classes as often as it needs to and reads
-// them again each time, mostly out of a cache. Any number of classes, both memory layouts, one text.
+// Single pixels, for what rows.cuh does not take: a thread goes over its pixel's classes as often as it needs to and
+// reads them again each time, mostly out of a cache. Any number of classes, both memory layouts, one text.
 #pragma once
 
 #include "launchers.h"

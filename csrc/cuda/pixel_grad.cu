@@ -1,6 +1,7 @@
-// pixel_grad: the weighted cross-entropy of the other methods. A pixel's gradient needs that pixel only, so a block goes
-// down its band of rows and loads, reduces and writes one row after the other (rows.cuh). More than 256 classes, and
-// cospgd's sigmoid variant, which needs another pass over the classes, take a kernel with one thread for each pixel.
+// pixel_grad: the weighted cross-entropy of the other methods. A pixel's gradient needs that pixel only, so a block
+// goes down its band of rows and loads, reduces and writes one row after the other (rows.cuh). More than 256 classes,
+// and cospgd's sigmoid variant, which needs another pass over the classes, take a kernel with one thread for each
+// pixel.
 #include "counts.cuh"
 #include "general.cuh"
 #include "rows.cuh"
@@ -84,9 +85,7 @@ __global__ void __launch_bounds__(kPixelThreads)
         }
       } else if (job.method.method == Method::kCosPgdSigmoid) {
         const float of_label = log_sigmoid(terms.of_label);
-        for (int c = 0; c < image.classes; ++c) {
-          norm += exponential(2.0f * (log_sigmoid(image.logit(c, pixel)) - of_label));
-        }
+        for (int c = 0; c < image.classes; ++c) norm += squared_sigmoid_ratio(image.logit(c, pixel), of_label);
       }
       weight = weight_of(job, class_weight, label, terms.right, log_odds, norm);
     }
@@ -115,6 +114,7 @@ cudaError_t launch_rows(const PixelGrad& job, const Counting& counting, cudaStre
 
 cudaError_t launch_pixel_grad(const PixelGrad& job, const Counting& counting, cudaStream_t stream) {
   const Shape& shape = job.input.shape;
+  if (shape.pixels() == 0) return count_nothing(shape, counting, stream);
   if (job.method.method == Method::kCosPgdSigmoid || !fits_rows(shape)) {
     const int blocks = pixel_blocks(shape);
     return for_type(job.input.logits.type, [&](auto type) {

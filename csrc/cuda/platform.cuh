@@ -1,7 +1,7 @@
 // What the kernels take from CUDA, in one place: everything they use beyond this is plain C++.
 //
-// tests/cuda_kernels_module.cpp compiles the same kernel files for the host, where cuda_on_host.h runs a block's threads
-// as coroutines: what is proven there without a GPU are the kernels themselves, not a model of them.
+// tests/cuda_kernels_module.cpp compiles the same kernel files for the host, where cuda_on_host.h runs a block's
+// threads as coroutines: what is proven there without a GPU are the kernels themselves, not a model of them.
 #pragma once
 
 #include <cstdint>
@@ -72,9 +72,7 @@ cudaError_t resident_blocks(void (*kernel)(Parameters...), int threads, int64_t 
 }
 #endif
 
-__device__ __forceinline__ int thread_of_block() {
-  return static_cast<int>(threadIdx.x + threadIdx.y * blockDim.x);
-}
+__device__ __forceinline__ int thread_of_block() { return static_cast<int>(threadIdx.x + threadIdx.y * blockDim.x); }
 
 __device__ __forceinline__ int threads_of_block() { return static_cast<int>(blockDim.x * blockDim.y); }
 

@@ -1,13 +1,13 @@
 // Rows of pixels in registers: read once, reduced over the classes, and their gradient written.
 //
 // A thread holds a word of neighbouring pixels (one of float32, two of 16 bits) for up to kPer classes, all in
-// registers: the class loops are unrolled, so that every load of a row is issued before the first is used. With more than
-// kPer classes, `groups` threads share a pixel; they exchange the maximum and the sum through shared memory.
+// registers: the class loops are unrolled, so that every load of a row is issued before the first is used. With more
+// than kPer classes, `groups` threads share a pixel; they exchange the maximum and the sum through shared memory.
 // channels_last rows pass through shared memory as they lie in global memory, to be read and written in whole words of
 // 16 bytes; from there on nothing differs.
 //
-// Invariants: all threads of a block call load, reduce and write together, since these have barriers; a thread beyond the
-// image or the strip takes part with no pixels of its own. The order of every sum is fixed.
+// Invariants: all threads of a block call load, reduce and write together, since these have barriers; a thread beyond
+// the image or the strip takes part with no pixels of its own. The order of every sum is fixed.
 #pragma once
 
 #include <type_traits>
@@ -164,8 +164,8 @@ class Rows {
     }
   }
 
-  // Reduces the row in z; void pixels and pixels that are not finite are made harmless there: their gradient comes out as
-  // 0 if their weight is 0.
+  // Reduces the row in z; void pixels and pixels that are not finite are made harmless there: their gradient comes out
+  // as 0 if their weight is 0.
   __device__ __forceinline__ Terms<kPixels> reduce(int y, uint32_t (&z)[kPer]) {
     Terms<kPixels> terms;
     float of_label[kPixels], before[kPixels], poison[kPixels];
@@ -298,8 +298,8 @@ class Rows {
            reinterpret_cast<uintptr_t>(at) % sizeof(uint32_t) == 0;
   }
 
-  // The word's pixels of this thread's classes; `at` is the first pixel's first channel. Registers beyond the classes are
-  // -inf, words beyond the image 0.
+  // The word's pixels of this thread's classes; `at` is the first pixel's first channel. Registers beyond the classes
+  // are -inf, words beyond the image 0.
   __device__ __forceinline__ void read(const Element* at, int pixel_stride, int class_stride, uint32_t (&z)[kPer]) {
     const int skipped = place_.first - first_class_;  // channels before this thread's
     if (together(at, pixel_stride, class_stride)) {
@@ -376,8 +376,8 @@ class Rows {
     }
   }
 
-  // Shared memory between groups: [groups] maxima, [groups] sums, the label's logit and `before`, each for every pixel of
-  // the row. Of the last two only the label's group knows what to write.
+  // Shared memory between groups: [groups] maxima, [groups] sums, the label's logit and `before`, each for every pixel
+  // of the row. Of the last two only the label's group knows what to write.
   __device__ __forceinline__ float& shared_value(int part, int v) {
     return exchange_[(part * static_cast<int>(blockDim.x) + place_.slot) * kPixels + v];
   }

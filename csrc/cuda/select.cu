@@ -8,7 +8,7 @@
 // Two ranks at a time, each with its own prefix and histogram: the scores are read three times, whatever their values.
 // Counts are integers, so the order in which threads add does not matter; ties need no rule, since equal keys are equal
 // values.
-#include "launchers.h"
+#include "counts.cuh"
 
 namespace eroseg::cuda {
 namespace {
@@ -139,18 +139,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-__global__ void fill_kernel(float* out, int64_t n, float value) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < n) out[i] = value;
-}
-
 }  // namespace
 
 cudaError_t launch_kth_value(const float* scores, const bool* valid, int64_t batch, int64_t n, const int64_t* k,
                              int64_t count, float* out, cudaStream_t stream) {
   if (n == 0) {
     const int64_t results = batch * count;
-    return launch(fill_kernel, (results + 255) / 256, dim3(256), 0, stream, out, results, kInf);
+    return launch(fill_kernel<float>, (results + 255) / 256, dim3(256), 0, stream, out, results, kInf);
   }
   const int64_t blocks = batch * ((count + kRanks - 1) / kRanks);
   return launch(kth_value_kernel, blocks, dim3(kThreads), sizeof(Workspace), stream, scores, valid, n, k, count, out);

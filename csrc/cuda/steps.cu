@@ -1,8 +1,8 @@
 // linf_step_ and l2_step_: a thread for each word of neighbouring elements of the images.
 //
 // The l_2 step takes three passes, since the norms of an image's gradient and of its perturbation are known only after
-// all of it has been read: kSumsOfImage blocks write partial sums of squares, and every block of the next pass adds them
-// up again, in one order.
+// all of it has been read: kSumsOfImage blocks write partial sums of squares, and every block of the next pass adds
+// them up again, in one order.
 #include "launchers.h"
 
 namespace eroseg::cuda {
@@ -67,7 +67,8 @@ __device__ __forceinline__ float delta_of(const Step& step, int64_t image, int64
 
 // Partial sums of squares of the gradient, or of the perturbation it leads to.
 template <bool kOfDelta>
-__global__ void __launch_bounds__(kThreads) l2_sums_kernel(const __grid_constant__ Step step, double alpha, double* sums) {
+__global__ void __launch_bounds__(kThreads)
+    l2_sums_kernel(const __grid_constant__ Step step, double alpha, double* sums) {
   auto* of_warp = reinterpret_cast<double*>(shared_memory());
   const int64_t image = blockIdx.x / kSumsOfImage, part = blockIdx.x % kSumsOfImage;
   const float scale = kOfDelta ? scale_of(alpha, sums, image) : 0.0f;
@@ -92,9 +93,8 @@ __global__ void __launch_bounds__(kThreads) l2_sums_kernel(const __grid_constant
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    l2_step_kernel(const __grid_constant__ Step step, double eps, double alpha, int64_t blocks_of_image,
-                   const double* sums) {
+__global__ void __launch_bounds__(kThreads) l2_step_kernel(const __grid_constant__ Step step, double eps, double alpha,
+                                                           int64_t blocks_of_image, const double* sums) {
   const int64_t image = blockIdx.x / blocks_of_image;
   const float scale = scale_of(alpha, sums, image);
   const double length = norm_of(sums + (image * 2 + 1) * kSumsOfImage);
@@ -117,7 +117,8 @@ cudaError_t launch_linf_step(const Step& step, int64_t batch, cudaStream_t strea
   return launch(linf_step_kernel<1>, (total + kThreads - 1) / kThreads, dim3(kThreads), 0, stream, step, total);
 }
 
-cudaError_t launch_l2_step(const Step& step, int64_t batch, double eps, double alpha, double* sums, cudaStream_t stream) {
+cudaError_t launch_l2_step(const Step& step, int64_t batch, double eps, double alpha, double* sums,
+                           cudaStream_t stream) {
   constexpr int64_t kShared = kThreads / kWarp * sizeof(double);
   cudaError_t error =
       launch(l2_sums_kernel<false>, batch * kSumsOfImage, dim3(kThreads), kShared, stream, step, alpha, sums);

@@ -22,8 +22,8 @@ struct Strips {
   int rows;    // own rows of a band
 };
 
-// The widths with the fewest warps per row of the image; of equal ones the widest strips, which overlap the least. A block
-// has at most `most_threads`, or one warp for each group.
+// The widths with the fewest warps per row of the image; of equal ones the widest strips, which overlap the least. A
+// block has at most `most_threads`, or one warp for each group.
 inline Strips cut_strips(int64_t width, int radius, int pixels_of_word, int groups, int most_threads) {
   const auto words = [&](int64_t pixels) { return (pixels + pixels_of_word - 1) / pixels_of_word; };
   const int64_t total = std::max<int64_t>(words(width), 1);

@@ -131,4 +131,103 @@ inline Step checked_step(const Tensor& x_adv, const Tensor& x, const Tensor& gra
   return step;
 }
 
+// All of the job but log_odds, which the caller allocates.
+inline ErosionGrad checked_erosion_grad(const Tensor& logits, const Tensor& labels, const Tensor& tau,
+                                        const MaybeTensor& previous, const MaybeTensor& class_weight,
+                                        const Tensor& grad, int64_t ignore_index, int64_t confidence, int64_t front,
+                                        int64_t direction, int64_t radius, double slope, int64_t within,
+                                        bool targeted) {
+  constexpr const char* kOp = "erosion_grad";
+  ErosionGrad job{};
+  job.input = checked_input(logits, labels, ignore_index, kOp);
+  const Shape& shape = job.input.shape;
+  check(tau, kOp, "tau", ScalarType::Float, {shape.batch});
+  if (previous.has_value()) {
+    check(*previous, kOp, "previous", ScalarType::Float, {shape.batch, shape.height, shape.width});
+  }
+  if (class_weight.has_value()) {
+    check(*class_weight, kOp, "class_weight", ScalarType::Float, {shape.batch, shape.classes()});
+  }
+  STD_TORCH_CHECK(radius >= 0 && radius <= kMaxRadius, kOp, ": radius is ", radius, ", wanted 0 to ", kMaxRadius);
+  job.tau = static_cast<const float*>(tau.const_data_ptr());
+  job.previous = data_or_null<float>(previous);
+  job.class_weight = data_or_null<float>(class_weight);
+  job.confidence = static_cast<Confidence>(confidence);
+  job.front = static_cast<Front>(front);
+  job.direction = static_cast<Direction>(direction);
+  job.within = static_cast<Within>(within);
+  job.radius = static_cast<int>(radius);
+  job.slope = static_cast<float>(slope);
+  job.targeted = targeted;
+  job.grad = checked_grad(grad, logits, job.input, kOp);
+  return job;
+}
+
+inline PixelGrad checked_pixel_grad(const Tensor& logits, const Tensor& labels, const MaybeTensor& class_weight,
+                                    const Tensor& grad, int64_t method, double progress, int64_t ignore_index,
+                                    bool targeted, double q) {
+  constexpr const char* kOp = "pixel_grad";
+  PixelGrad job{};
+  job.input = checked_input(logits, labels, ignore_index, kOp);
+  const Shape& shape = job.input.shape;
+  if (class_weight.has_value()) {
+    check(*class_weight, kOp, "class_weight", ScalarType::Float, {shape.batch, shape.classes()});
+  }
+  job.method = {static_cast<Method>(method), targeted, static_cast<float>(progress / 2), static_cast<float>(q - 1)};
+  job.class_weight = data_or_null<float>(class_weight);
+  job.grad = checked_grad(grad, logits, job.input, kOp);
+  return job;
+}
+
+inline void check_kth_value(const Tensor& scores, const Tensor& k, const MaybeTensor& valid) {
+  constexpr const char* kOp = "kth_value";
+  STD_TORCH_CHECK(scores.dim() == 2 && k.dim() == 2, kOp, ": scores and k have ", scores.dim(), " and ", k.dim(),
+                  " dimensions, wanted [B, N] and [B, K]");
+  const int64_t batch = scores.size(0), n = scores.size(1);
+  check(scores, kOp, "scores", ScalarType::Float, {batch, n});
+  check(k, kOp, "k", ScalarType::Long, {batch, k.size(1)});
+  if (valid.has_value()) check(*valid, kOp, "valid", ScalarType::Bool, {batch, n});
+}
+
+inline void check_next_tau(const Tensor& log_odds, const Tensor& stats) {
+  constexpr const char* kOp = "next_tau";
+  STD_TORCH_CHECK(log_odds.dim() == 3, kOp, ": log_odds has ", log_odds.dim(), " dimensions, wanted [B, H, W]");
+  check(log_odds, kOp, "log_odds", ScalarType::Float, {log_odds.size(0), log_odds.size(1), log_odds.size(2)});
+  check(stats, kOp, "stats", ScalarType::Double, {log_odds.size(0), 4});
+}
+
+inline Erode checked_erode(const Tensor& scores, const MaybeTensor& valid, int64_t radius, const Tensor& cone,
+                           const MaybeTensor& predicted) {
+  constexpr const char* kOp = "erode";
+  STD_TORCH_CHECK(scores.dim() == 3, kOp, ": scores has ", scores.dim(), " dimensions, wanted [B, H, W]");
+  const std::vector<int64_t> map{scores.size(0), scores.size(1), scores.size(2)};
+  check(scores, kOp, "scores", ScalarType::Float, map);
+  check(cone, kOp, "cone", ScalarType::Float, {map[0]});
+  if (valid.has_value()) check(*valid, kOp, "valid", ScalarType::Bool, map);
+  if (predicted.has_value()) check(*predicted, kOp, "predicted", ScalarType::Int, map);
+  STD_TORCH_CHECK(radius >= 0 && radius <= kMaxRadius, kOp, ": radius is ", radius, ", wanted 0 to ", kMaxRadius);
+  return {map[1], map[2], static_cast<int>(radius)};
+}
+
+inline Confusion checked_confusion(const Tensor& prediction, const Tensor& labels, int64_t classes,
+                                   int64_t ignore_index) {
+  constexpr const char* kOp = "confusion";
+  Confusion job{};
+  job.classes = classes;
+  STD_TORCH_CHECK(classes > 1, kOp, ": classes is ", classes, ", wanted at least 2");
+  if (prediction.dim() == 4) {
+    job.input = checked_input(prediction, labels, ignore_index, kOp);
+    STD_TORCH_CHECK(job.input.shape.classes() == classes, kOp, ": logits have ", job.input.shape.classes(),
+                    " classes, wanted classes = ", classes);
+  } else {
+    STD_TORCH_CHECK(prediction.dim() == 3, kOp, ": prediction has ", prediction.dim(), " dimensions, wanted 3 or 4");
+    job.input.shape = {prediction.size(0), classes, prediction.size(1), prediction.size(2)};
+    const Shape& shape = job.input.shape;
+    check(prediction, kOp, "prediction", ScalarType::Long, {shape.batch, shape.height, shape.width});
+    job.input.labels = checked_labels(labels, shape, ignore_index, kOp);
+    job.prediction = static_cast<const int64_t*>(prediction.const_data_ptr());
+  }
+  return job;
+}
+
 }  // namespace eroseg

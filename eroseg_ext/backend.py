@@ -23,8 +23,59 @@ def _load() -> str | None:
     return None
 
 
+def _load_cuda() -> str | None:
+    """Loads the CUDA kernels beside a CUDA build of torch; the reason in one sentence if they cannot run at all."""
+    if _WHY_NO_CPU is not None:
+        return _WHY_NO_CPU
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    try:
+        cuda = importlib.import_module("eroseg_ext._cuda")
+    except ModuleNotFoundError:
+        return "eroseg_ext was installed without its CUDA kernels (no nvcc was found, or EROSEG_NO_CUDA=1 was set)"
+    except ImportError as error:
+        return f"the CUDA kernels cannot be loaded beside torch {torch.__version__}: {error}"
+    runtime, driver = cuda.versions()
+    if driver == 0:
+        return "there is no CUDA driver"
+    # A driver runs every runtime of its own major version, and older ones.
+    if driver // 1000 < runtime // 1000:
+        return f"the kernels are built with CUDA {_dotted(runtime)}, the driver takes up to {_dotted(driver)}"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return None
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _runs_on(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether code for such a list as ``8.0;9.0+PTX`` runs on a device: its major version, or newer by PTX."""
+    for architecture in architectures.replace(" ", ";").split(";"):
+        number = architecture.removesuffix("+PTX")
+        major, minor = (int(part) for part in number.split("."))
+        same_major = capability[0] == major and capability[1] >= minor
+        if same_major or (architecture.endswith("+PTX") and capability >= (major, minor)):
+            return True
+    return False
+
+
 _WHY_NO_CPU = _load()
-_WHY_NO_CUDA = "this version has no CUDA kernels; CUDA tensors take the reference path"
+_WHY_NO_CUDA = _load_cuda()
+
+
+def _why_not_on_gpu(device: torch.device) -> str | None:
+    if _WHY_NO_CUDA is not None:
+        return _WHY_NO_CUDA
+    architectures = importlib.import_module("eroseg_ext._cuda").architectures()
+    capability = torch.cuda.get_device_capability(device)
+    if _runs_on(capability, architectures):
+        return None
+    return (
+        f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, the kernels are "
+        f"built for {architectures} (TORCH_CUDA_ARCH_LIST when eroseg_ext was installed)"
+    )
 
 
 def why_not_fused(device: torch.device) -> str | None:
@@ -32,7 +83,7 @@ def why_not_fused(device: torch.device) -> str | None:
     if device.type == "cpu":
         return _WHY_NO_CPU
     if device.type == "cuda":
-        return _WHY_NO_CUDA
+        return _why_not_on_gpu(device)
     return f"there are no fused kernels for {device.type} tensors"
 
 

@@ -50,7 +50,16 @@ def kernels() -> ModuleType:
 
     build = Path(tempfile.mkdtemp(prefix="eroseg_cuda_kernels_"))
     sources = [*sorted((TESTS.parent / "csrc" / "cuda").glob("*.cu")), TESTS / "cuda_kernels_module.cpp"]
-    flags = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-DEROSEG_CUDA_ON_HOST",
+    ]
     flags += [f"-I{TESTS.parent / 'csrc'}", f"-I{TESTS}"]
     flags += [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     target = build / f"cuda_kernels_module{sysconfig.get_config_var('EXT_SUFFIX')}"

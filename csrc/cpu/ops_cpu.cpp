@@ -59,32 +59,12 @@ std::tuple<Tensor, Tensor> erosion_grad(const Tensor& logits, const Tensor& labe
                                         const Tensor& grad, int64_t ignore_index, int64_t confidence, int64_t front,
                                         int64_t direction, int64_t radius, double slope, int64_t within,
                                         bool targeted) {
-  constexpr const char* kOp = "erosion_grad";
-  ErosionGrad job{};
-  job.input = checked_input(logits, labels, ignore_index, kOp);
+  ErosionGrad job = checked_erosion_grad(logits, labels, tau, previous, class_weight, grad, ignore_index, confidence,
+                                         front, direction, radius, slope, within, targeted);
   const Shape& shape = job.input.shape;
-  const std::vector<int64_t> map{shape.batch, shape.height, shape.width};
-  check(tau, kOp, "tau", ScalarType::Float, {shape.batch});
-  if (previous.has_value()) check(*previous, kOp, "previous", ScalarType::Float, map);
-  if (class_weight.has_value()) {
-    check(*class_weight, kOp, "class_weight", ScalarType::Float, {shape.batch, shape.classes()});
-  }
-  STD_TORCH_CHECK(radius >= 0 && radius <= kMaxRadius, kOp, ": radius is ", radius, ", wanted 0 to ", kMaxRadius);
-  job.grad = checked_grad(grad, logits, job.input, kOp);
-
-  Tensor log_odds = torch::stable::new_empty(logits, map, ScalarType::Float);
-  std::vector<RowStats> rows(shape.batch * shape.height);
-  job.tau = static_cast<const float*>(tau.const_data_ptr());
-  job.previous = data_or_null<float>(previous);
-  job.class_weight = data_or_null<float>(class_weight);
-  job.confidence = static_cast<Confidence>(confidence);
-  job.front = static_cast<Front>(front);
-  job.direction = static_cast<Direction>(direction);
-  job.within = static_cast<Within>(within);
-  job.radius = static_cast<int>(radius);
-  job.slope = static_cast<float>(slope);
-  job.targeted = targeted;
+  Tensor log_odds = torch::stable::new_empty(logits, {shape.batch, shape.height, shape.width}, ScalarType::Float);
   job.log_odds = static_cast<float*>(log_odds.mutable_data_ptr());
+  std::vector<RowStats> rows(shape.batch * shape.height);
   // A band reduces `radius` rows above and below itself again: keep that a small part of it.
   for_each_band(shape, 8 + 8 * radius, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
     kernels().erosion_grad(job, image, begin, end, scratch, rows.data());
@@ -94,17 +74,10 @@ std::tuple<Tensor, Tensor> erosion_grad(const Tensor& logits, const Tensor& labe
 
 Tensor pixel_grad(const Tensor& logits, const Tensor& labels, const MaybeTensor& class_weight, const Tensor& grad,
                   int64_t method, double progress, int64_t ignore_index, bool targeted, double q) {
-  constexpr const char* kOp = "pixel_grad";
-  PixelGrad job{};
-  job.input = checked_input(logits, labels, ignore_index, kOp);
+  const PixelGrad job =
+      checked_pixel_grad(logits, labels, class_weight, grad, method, progress, ignore_index, targeted, q);
   const Shape& shape = job.input.shape;
-  if (class_weight.has_value()) {
-    check(*class_weight, kOp, "class_weight", ScalarType::Float, {shape.batch, shape.classes()});
-  }
-  job.grad = checked_grad(grad, logits, job.input, kOp);
   std::vector<RowStats> rows(shape.batch * shape.height);
-  job.method = {static_cast<Method>(method), targeted, static_cast<float>(progress / 2), static_cast<float>(q - 1)};
-  job.class_weight = data_or_null<float>(class_weight);
   for_each_band(shape, 8, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
     kernels().pixel_grad(job, image, begin, end, scratch, rows.data());
   });
@@ -125,13 +98,8 @@ Tensor confidence(const Tensor& logits, const Tensor& labels, int64_t ignore_ind
 }
 
 Tensor kth_value(const Tensor& scores, const Tensor& k, const MaybeTensor& valid) {
-  constexpr const char* kOp = "kth_value";
-  STD_TORCH_CHECK(scores.dim() == 2 && k.dim() == 2, kOp, ": scores and k have ", scores.dim(), " and ", k.dim(),
-                  " dimensions, wanted [B, N] and [B, K]");
+  check_kth_value(scores, k, valid);
   const int64_t batch = scores.size(0), n = scores.size(1), count = k.size(1);
-  check(scores, kOp, "scores", ScalarType::Float, {batch, n});
-  check(k, kOp, "k", ScalarType::Long, {batch, count});
-  if (valid.has_value()) check(*valid, kOp, "valid", ScalarType::Bool, {batch, n});
   Tensor out = torch::stable::new_empty(scores, {batch, count});
   const auto* from = static_cast<const float*>(scores.const_data_ptr());
   const auto* ranks = static_cast<const int64_t*>(k.const_data_ptr());
@@ -147,11 +115,8 @@ Tensor kth_value(const Tensor& scores, const Tensor& k, const MaybeTensor& valid
 
 Tensor next_tau_op(const Tensor& log_odds, const Tensor& stats, int64_t steps_left, double reach, double front_min,
                    double front_max) {
-  constexpr const char* kOp = "next_tau";
-  STD_TORCH_CHECK(log_odds.dim() == 3, kOp, ": log_odds has ", log_odds.dim(), " dimensions, wanted [B, H, W]");
+  check_next_tau(log_odds, stats);
   const int64_t batch = log_odds.size(0), n = log_odds.size(1) * log_odds.size(2);
-  check(log_odds, kOp, "log_odds", ScalarType::Float, {batch, log_odds.size(1), log_odds.size(2)});
-  check(stats, kOp, "stats", ScalarType::Double, {batch, 4});
   const TauSettings settings{steps_left, reach, front_min, front_max};
   Tensor tau = torch::stable::new_empty(log_odds, {batch});
   const auto* from = static_cast<const float*>(log_odds.const_data_ptr());
@@ -165,24 +130,16 @@ Tensor next_tau_op(const Tensor& log_odds, const Tensor& stats, int64_t steps_le
 
 Tensor erode(const Tensor& scores, const MaybeTensor& valid, int64_t radius, const Tensor& cone,
              const MaybeTensor& predicted) {
-  constexpr const char* kOp = "erode";
-  STD_TORCH_CHECK(scores.dim() == 3, kOp, ": scores has ", scores.dim(), " dimensions, wanted [B, H, W]");
-  const std::vector<int64_t> map{scores.size(0), scores.size(1), scores.size(2)};
-  check(scores, kOp, "scores", ScalarType::Float, map);
-  check(cone, kOp, "cone", ScalarType::Float, {map[0]});
-  if (valid.has_value()) check(*valid, kOp, "valid", ScalarType::Bool, map);
-  if (predicted.has_value()) check(*predicted, kOp, "predicted", ScalarType::Int, map);
-  STD_TORCH_CHECK(radius >= 0 && radius <= kMaxRadius, kOp, ": radius is ", radius, ", wanted 0 to ", kMaxRadius);
-  Tensor out = torch::stable::new_empty(scores, map);
-  const int64_t pixels = map[1] * map[2];
-  const Erode job{map[1], map[2], static_cast<int>(radius)};
+  const Erode job = checked_erode(scores, valid, radius, cone, predicted);
+  const int64_t batch = scores.size(0), pixels = job.height * job.width;
+  Tensor out = torch::stable::new_empty(scores, {batch, job.height, job.width});
   const auto* from = static_cast<const float*>(scores.const_data_ptr());
   const auto* rise = static_cast<const float*>(cone.const_data_ptr());
   const bool* mask = data_or_null<bool>(valid);
   const int32_t* classes = data_or_null<int32_t>(predicted);
   auto* to = static_cast<float*>(out.mutable_data_ptr());
   if (pixels == 0) return out;
-  torch::stable::parallel_for(0, map[0], 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = i * pixels;
@@ -248,22 +205,7 @@ void l2_step_(const Tensor& x_adv, const Tensor& x, const Tensor& grad, double e
 }
 
 Tensor confusion(const Tensor& prediction, const Tensor& labels, int64_t classes, int64_t ignore_index) {
-  constexpr const char* kOp = "confusion";
-  Confusion job{};
-  job.classes = classes;
-  STD_TORCH_CHECK(classes > 1, kOp, ": classes is ", classes, ", wanted at least 2");
-  if (prediction.dim() == 4) {
-    job.input = checked_input(prediction, labels, ignore_index, kOp);
-    STD_TORCH_CHECK(job.input.shape.classes() == classes, kOp, ": logits have ", job.input.shape.classes(),
-                    " classes, wanted classes = ", classes);
-  } else {
-    STD_TORCH_CHECK(prediction.dim() == 3, kOp, ": prediction has ", prediction.dim(), " dimensions, wanted 3 or 4");
-    job.input.shape = {prediction.size(0), classes, prediction.size(1), prediction.size(2)};
-    const Shape& shape = job.input.shape;
-    check(prediction, kOp, "prediction", ScalarType::Long, {shape.batch, shape.height, shape.width});
-    job.input.labels = checked_labels(labels, shape, ignore_index, kOp);
-    job.prediction = static_cast<const int64_t*>(prediction.const_data_ptr());
-  }
+  const Confusion job = checked_confusion(prediction, labels, classes, ignore_index);
   Tensor counts = torch::stable::new_zeros(prediction, {classes, classes}, ScalarType::Long);
   auto* out = static_cast<int64_t*>(counts.mutable_data_ptr());
   const Shape& shape = job.input.shape;

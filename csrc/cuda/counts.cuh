@@ -2,6 +2,7 @@
 #pragma once
 
 #include "launchers.h"
+#include "platform.cuh"
 
 namespace eroseg::cuda {
 

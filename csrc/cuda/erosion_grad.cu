@@ -28,7 +28,7 @@ int64_t ring_bytes(const Strips& strips) {
 }
 
 template <class Type, int kPer, bool kChannelsLast>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, resident_wanted(kPer, kChannelsLast))
     erosion_grad_kernel(const __grid_constant__ ErosionGrad job, const __grid_constant__ Strips strips,
                         const __grid_constant__ Counting counting) {
   constexpr int kPixels = Type::kPixels;

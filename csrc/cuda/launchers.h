@@ -5,7 +5,7 @@
 
 #include "../jobs.h"
 #include "../tau.h"
-#include "platform.cuh"
+#include "runtime.h"
 
 namespace eroseg::cuda {
 

@@ -7,12 +7,11 @@
 #include <cstdint>
 #include <limits>
 
-#if defined(__CUDACC__)
+#include "runtime.h"
+
+#if !defined(EROSEG_CUDA_ON_HOST)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#else
-#include "cuda_on_host.h"
 #endif
 
 namespace eroseg::cuda {
@@ -22,18 +21,16 @@ constexpr int kWarp = 32;
 
 // 2^x, to 2 units in the last place; 0 below 2^-126.
 __device__ __forceinline__ float exp2_approx(float x) {
-#if defined(__CUDA_ARCH__)
+#if defined(EROSEG_CUDA_ON_HOST)
+  return x < -126.0f ? 0.0f : std::exp2(x);
+#else
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-#elif defined(__CUDACC__)
-  return x;  // never called: nvcc parses device code for the host, too
-#else
-  return x < -126.0f ? 0.0f : std::exp2(x);
 #endif
 }
 
-#if defined(__CUDACC__)
+#if !defined(EROSEG_CUDA_ON_HOST)
 // The block's shared memory; kernels lay it out themselves.
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];

@@ -88,16 +88,23 @@ struct Terms {
   bool right[kPixels];
 };
 
-// More threads than this leave too few blocks on a multiprocessor to overlap the reading of one with the arithmetic of
-// another.
-constexpr int kMostThreads = 320;
+// Threads of a block at most: with two or three blocks on a multiprocessor, one reads while another computes.
+constexpr int kMostThreads = 256;
+constexpr int kMostGroups = kMostThreads / kWarp;
+// A group's classes, preferably; with many classes, so many at most.
+constexpr int kFewPer = 21, kMostPer = 32;
 // More classes than this do not stay in registers.
-constexpr int64_t kMostClasses = 256;
-constexpr int kMostPer = 32;
+constexpr int64_t kMostClasses = kMostGroups * kMostPer;
+
+// Blocks that must fit on a multiprocessor: what the registers allow without spilling.
+constexpr int resident_wanted(int per, bool channels_last) { return per <= kFewPer && !channels_last ? 2 : 1; }
 
 inline bool fits_rows(const Shape& shape) { return shape.classes() <= kMostClasses; }
 
-inline int groups_for(int64_t classes) { return static_cast<int>((classes + kMostPer - 1) / kMostPer); }
+inline int groups_for(int64_t classes) {
+  const int64_t groups = (classes + kFewPer - 1) / kFewPer;
+  return static_cast<int>(groups <= kMostGroups ? groups : (classes + kMostPer - 1) / kMostPer);
+}
 
 // Calls f(Type{}, per, channels_last), the latter as integral constants, with `per` registers for a group's classes.
 template <class F>
@@ -302,24 +309,21 @@ class Rows {
   // are -inf, words beyond the image 0.
   __device__ __forceinline__ void read(const Element* at, int pixel_stride, int class_stride, uint32_t (&z)[kPer]) {
     const int skipped = place_.first - first_class_;  // channels before this thread's
+    at += skipped * class_stride;
     if (together(at, pixel_stride, class_stride)) {
 #pragma unroll
-      for (int i = 0; i < kPer; ++i) {
+      for (int i = 0; i < kPer; ++i, at += class_stride) {
         z[i] = Type::kLowest;
-        if (i < place_.count) {
-          z[i] = skipped + i < 0 ? 0u : *reinterpret_cast<const uint32_t*>(at + (skipped + i) * class_stride);
-        }
+        if (i < place_.count) z[i] = skipped + i < 0 ? 0u : *reinterpret_cast<const uint32_t*>(at);
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kPer; ++i) {
+      for (int i = 0; i < kPer; ++i, at += class_stride) {
         z[i] = Type::kLowest;
         if (i < place_.count) {
           z[i] = 0u;
           for (int v = 0; v < kPixels; ++v) {
-            if (v < pixels_ && skipped + i >= 0) {
-              put_element(z[i], v, at[v * pixel_stride + (skipped + i) * class_stride]);
-            }
+            if (v < pixels_ && skipped + i >= 0) put_element(z[i], v, at[v * pixel_stride]);
           }
         }
       }
@@ -353,9 +357,10 @@ class Rows {
                                       const int (&label)[kPixels], const float (&largest)[kPixels],
                                       const float (&scale)[kPixels], const float (&weight)[kPixels]) const {
     const int skipped = place_.first - first_class_;
+    at += skipped * class_stride;
     const bool whole = together(at, pixel_stride, class_stride);
 #pragma unroll
-    for (int i = 0; i < kPer; ++i) {
+    for (int i = 0; i < kPer; ++i, at += class_stride) {
       if (i >= place_.count || skipped + i < 0) continue;
       float value[kPixels];
       Type::unpack(z[i], value);
@@ -365,12 +370,11 @@ class Rows {
         value[v] = label[v] == place_.first + i ? -weight[v] : e * scale[v];
       }
       const uint32_t word = Type::pack(value);
-      Element* to = at + (skipped + i) * class_stride;
       if (whole) {
-        *reinterpret_cast<uint32_t*>(to) = word;
+        *reinterpret_cast<uint32_t*>(at) = word;
       } else {
         for (int v = 0; v < kPixels; ++v) {
-          if (v < pixels_) to[v * pixel_stride] = get_element(word, v);
+          if (v < pixels_) at[v * pixel_stride] = get_element(word, v);
         }
       }
     }

@@ -4,6 +4,7 @@
 // all of it has been read: kSumsOfImage blocks write partial sums of squares, and every block of the next pass adds
 // them up again, in one order.
 #include "launchers.h"
+#include "platform.cuh"
 
 namespace eroseg::cuda {
 namespace {

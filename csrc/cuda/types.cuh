@@ -33,7 +33,7 @@ struct BFloat16 {
     out[1] = Bits<float>::from(static_cast<int32_t>(word & 0xffff0000u));
   }
   static __device__ __forceinline__ uint32_t pack(const float (&in)[2]) {
-#if defined(__CUDACC__)
+#if !defined(EROSEG_CUDA_ON_HOST)
     const __nv_bfloat162 pair = __floats2bfloat162_rn(in[0], in[1]);
     uint32_t word;
     std::memcpy(&word, &pair, sizeof word);
@@ -53,7 +53,7 @@ struct Float16 {
   using Element = uint16_t;
   static constexpr int kPixels = 2;
   static constexpr uint32_t kLowest = 0xfc00fc00u;
-#if defined(__CUDACC__)
+#if !defined(EROSEG_CUDA_ON_HOST)
   static __device__ __forceinline__ float to_float(Element x) {
     __half half;
     std::memcpy(&half, &x, sizeof half);

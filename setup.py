@@ -81,6 +81,8 @@ def code_of(architectures: str) -> list[str]:
     """nvcc's options for a list such as ``8.0;9.0+PTX``."""
     options = []
     for architecture in re.split(r"[;\s]+", architectures.strip()):
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", architecture):
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST has {architecture!r}, wanted such as '8.0;9.0;12.0+PTX'")
         number = architecture.removesuffix("+PTX").replace(".", "")
         options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if architecture.endswith("+PTX"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import platform
 from types import ModuleType
 from typing import Any
@@ -28,7 +29,8 @@ def _load_cuda() -> str | None:
     if _WHY_NO_CPU is not None:
         return _WHY_NO_CPU
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
+        built = "there" if importlib.util.find_spec("eroseg_ext._cuda") else "not built either"
+        return f"torch {torch.__version__} is built without CUDA (the CUDA kernels are {built})"
     try:
         cuda = importlib.import_module("eroseg_ext._cuda")
     except ModuleNotFoundError:
@@ -54,7 +56,7 @@ def _runs_on(capability: tuple[int, int], architectures: str) -> bool:
     """Whether code for such a list as ``8.0;9.0+PTX`` runs on a device: its major version, or newer by PTX."""
     for architecture in architectures.replace(" ", ";").split(";"):
         number = architecture.removesuffix("+PTX")
-        major, minor = (int(part) for part in number.split("."))
+        major, minor = (int(part) for part in number.rstrip("af").split("."))
         same_major = capability[0] == major and capability[1] >= minor
         if same_major or (architecture.endswith("+PTX") and capability >= (major, minor)):
             return True

@@ -74,7 +74,6 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t image = blockIdx.x / kSumsOfImage, part = blockIdx.x % kSumsOfImage;
   const float scale = kOfDelta ? scale_of(alpha, sums, image) : 0.0f;
   double sum = 0;
-#pragma unroll 4
   for (int64_t i = part * kThreads + threadIdx.x; i < step.elements(); i += kSumsOfImage * kThreads) {
     float value = 0.0f;
     if (kOfDelta) {

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eroseg_ext import backend, inputs, methods
-from eroseg_ext.model import Logits, Model, frozen, unwrapped
+from eroseg_ext.model import GraphedPass, Logits, Model, Pass, frozen, unwrapped
 from eroseg_ext.settings import AttackSettings
 
 
@@ -47,7 +47,7 @@ class StepInfo:
     tau: Tensor | None
     """``[b]`` float32; None for methods that have no front"""
     logits: Tensor
-    """``[b, C, H, W]`` of the images before this step, detached"""
+    """``[b, C, H, W]`` of the images before this step, detached; with ``graph``, the next step overwrites them"""
     adversarial: Tensor
     """``[b, K, H, W]`` float32, the images after this step; the next step overwrites them"""
 
@@ -116,10 +116,10 @@ def attack(
             ``step_size=None`` (eps / 4), ``steps=10``, ``norm="linf"``, ``targeted=False``, ``ignore_index=255``,
             ``random_start=True``, ``restarts=1``, ``keep="last"``, ``early_stop=False``, ``clip=(0, 1)``,
             ``mean=None, std=None`` (the model wants normalised input; eps and clip stay in pixel values),
-            ``autocast=None``, ``micro_batch=None``, ``backend="auto"``, ``model_mode="eval"``, ``progress=False``; for
-            eroseg ``confidence``, ``front``, ``direction``, ``radius``, ``slope``, ``within``, ``threshold``,
-            ``schedule``, ``reach``, ``front_first``, ``front_min``, ``front_max``, ``balance``, ``rho_range``; for
-            cospgd ``variant``; for tsallis ``q``.
+            ``autocast=None``, ``micro_batch=None``, ``backend="auto"``, ``model_mode="eval"``, ``graph=False``,
+            ``progress=False``; for eroseg ``confidence``, ``front``, ``direction``, ``radius``, ``slope``, ``within``,
+            ``threshold``, ``schedule``, ``reach``, ``front_first``, ``front_min``, ``front_max``, ``balance``,
+            ``rho_range``; for cospgd ``variant``; for tsallis ``q``.
 
     Returns:
         Images like ``images`` (shape, dtype), ``|result - images| <= eps`` and within ``clip``, to rounding; with
@@ -128,7 +128,7 @@ def attack(
     Raises:
         ValueError, TypeError: an argument is not as described; one sentence names it. Nothing was done then.
         RuntimeError: the model's logits or gradients are NaN or infinite; names step and image. Raised at the end of
-            the call, so that the loop needs no synchronisation.
+            the call, so that the loop needs no synchronisation. Or, with ``graph``, the model cannot be captured.
 
     Source: arXiv 2601.14950 for ``eroseg``; the other methods' sources are in :func:`eroseg_ext.reference.pixel_grad`.
     """
@@ -164,6 +164,38 @@ class _Best:
         self.images[index] = torch.where(better.view(-1, 1, 1, 1), images, self.images[index])
 
 
+def _host_waits(device: torch.device) -> bool:
+    """Whether reading a tensor makes the host wait for work that it has queued."""
+    return device.type != "cpu"
+
+
+class _Leavers:
+    """Under ``early_stop``, which images of a part still take steps, where the host must not wait to know.
+
+    Images that have left stay in the batch and are put back after each step, so that no result depends on when the host
+    learns of it; it does some steps later, and ends the steps once all have left.
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.going = torch.ones(count, dtype=torch.bool, device=device)
+        self.all_have_left = False
+        self._any_going = torch.ones((), dtype=torch.bool, pin_memory=device.type == "cuda")
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._is_copying = False
+
+    def update(self, going: Tensor) -> None:
+        """Takes note of who goes on after this step."""
+        self.going = self.going & going
+        if self._is_copying and (self._copied is None or self._copied.query()):
+            self.all_have_left = not bool(self._any_going)
+            self._is_copying = False
+        if not self._is_copying:
+            self._any_going.copy_(self.going.any(), non_blocking=True)
+            if self._copied is not None:
+                self._copied.record()
+            self._is_copying = True
+
+
 class _Loop:
     """One call of :func:`attack`: what stays the same over its steps, and what is recorded of them."""
 
@@ -190,6 +222,7 @@ class _Loop:
         self._steps = config.steps if config.eps > 0 and images.numel() > 0 else 0
         self._buffer = methods.GradientBuffer()
         self._best = _Best(self._clean, config.targeted)
+        self._graphed: dict[torch.Size, GraphedPass] = {}
         # The row after the last step is for the final images, so that one look at the end covers every forward pass.
         self._stats = torch.zeros(config.restarts, self._steps + 1, batch, 4, dtype=torch.float64, device=device)
         self._tau = torch.zeros(config.restarts, self._steps, batch, device=device)
@@ -247,35 +280,57 @@ class _Loop:
         config = self._config
         x_adv, clean, labels = x_adv_all[rows], self._clean[rows], self._labels[rows]
         mask = None if self._mask is None else self._mask[rows]
+        model = self._pass(x_adv)
         method = methods.create(config, self._ops, labels, self._buffer)
+        leavers = _Leavers(len(rows), x_adv.device) if config.early_stop and _host_waits(x_adv.device) else None
         for step in range(self._steps):
-            leaf = x_adv.detach().requires_grad_()
-            logits = self._forward(leaf)
-            grad_logits, stats = method.gradient(logits.detach(), step)
-            right = stats[:, 1]
-            self._stats[restart, step, rows] = stats
-            if method.tau is not None:
-                self._tau[restart, step, rows] = method.tau
+            logits = model.logits(x_adv)
+            grad_logits, stats = method.gradient(logits, step)
+            right, tau = stats[:, 1], method.tau
+            going = right != (stats[:, 0] if config.targeted else 0)
             if config.keep == "best":
                 self._best.offer(rows, x_adv, right)
-            (grad,) = torch.autograd.grad(logits, leaf, grad_logits)
+            if leavers is not None:
+                stats = stats.where(leavers.going.view(-1, 1), 0.0)
+                tau = None if tau is None else tau.where(leavers.going, 0.0)
+                leavers.update(going)
+            self._stats[restart, step, rows] = stats
+            if tau is not None:
+                self._tau[restart, step, rows] = tau
+            grad = model.gradient(grad_logits)
             if config.early_stop:
                 x_adv_all[rows] = x_adv
             self._step_(x_adv, clean, grad, mask)
+            if leavers is not None:
+                x_adv.copy_(x_adv.where(leavers.going.view(-1, 1, 1, 1), x_adv_all[rows]))
             if callback is not None:
-                callback(StepInfo(restart, step, rows, stats, method.tau, logits.detach(), x_adv))
+                callback(StepInfo(restart, step, rows, stats, tau, logits, x_adv))
             del logits  # or they would live on beside those of the next forward
             bar.update()
-            if config.early_stop:
-                going = right != (stats[:, 0] if config.targeted else 0)
+            if leavers is not None:
+                ends = leavers.all_have_left
+            elif config.early_stop:
                 if not going.all():
                     rows, x_adv, clean, labels = rows[going], x_adv[going], clean[going], labels[going]
                     mask = None if mask is None else mask[going]
                     method.select(going)
-                if len(rows) == 0:
-                    bar.update(self._steps - 1 - step)
-                    break
+                ends = len(rows) == 0
+            else:
+                ends = False
+            if ends:
+                bar.update(self._steps - 1 - step)
+                break
         x_adv_all[rows] = x_adv
+
+    def _pass(self, images: Tensor) -> Pass | GraphedPass:
+        """The model's passes over images of this shape."""
+        if not self._config.graph:
+            return Pass(self._forward)
+        graphed = self._graphed.get(images.shape)
+        if graphed is None:
+            graphed = self._graphed[images.shape] = GraphedPass(self._forward, images)
+        self._buffer.adopt(graphed.grad_logits)
+        return graphed
 
     def _forward(self, images: Tensor) -> Tensor:
         size = (self._clean.shape[-2], self._clean.shape[-1])

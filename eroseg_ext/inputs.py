@@ -23,6 +23,8 @@ def check(images: Tensor, labels: Tensor | None, mask: Tensor | None, config: At
         raise TypeError(
             f"images is {images.dtype}, wanted float32, float16 or bfloat16 in the range clip={config.clip}"
         )
+    if config.graph and images.device.type != "cuda":
+        raise ValueError(f"graph is True and images is on {images.device}, wanted images on a CUDA device")
     batch, channels, height, width = images.shape
     if labels is not None:
         _check_map("labels", labels, images, [batch, height, width])
@@ -94,5 +96,5 @@ def check_first_logits(logits: Tensor, labels: Tensor, ignore_index: int) -> Non
             "the model's output looks like probabilities (every pixel's classes sum to 1), wanted logits: remove the "
             "model's softmax, or the attack is weaker than it could be",
             UserWarning,
-            stacklevel=6,
+            stacklevel=7,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -17,6 +18,10 @@ class GradientBuffer:
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
 
+    def adopt(self, buffer: Tensor) -> None:
+        """Takes another buffer, for logits that are like it."""
+        self._buffer = buffer
+
     def like(self, logits: Tensor) -> Tensor:
         """A buffer of the logits' shape, dtype, device and layout; its content is undefined."""
         kept = self._buffer
@@ -25,12 +30,38 @@ class GradientBuffer:
         return kept
 
 
+class SideStream:
+    """Runs work beside the current CUDA stream, so that the model's backward need not wait for it; on the CPU at once.
+
+    Memory is safe without further ado if what the work reads is kept until ``join``, and what it returned is used
+    before the next ``run``: each of the two makes one stream wait for the other.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def run(self, work: Callable[[], Tensor]) -> Tensor:
+        """The work's result, to be used after ``join``."""
+        if self._stream is None:
+            return work()
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            return work()
+
+    def join(self) -> None:
+        """Makes the current stream wait for all work."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
 class LastStep(NamedTuple):
     """What EroSeg carries from one step to the next."""
 
     log_odds: Tensor
     stats: Tensor
     tau: Tensor
+    next_tau: Tensor
+    """the width for the step to come; ``tau`` itself where that step finds its own"""
 
 
 class ErosionFront:
@@ -43,6 +74,7 @@ class ErosionFront:
         self._buffer = buffer
         self._class_weight: Tensor | None = None
         self._last: LastStep | None = None
+        self._side = SideStream(labels.device)
 
     @property
     def tau(self) -> Tensor | None:
@@ -56,12 +88,11 @@ class ErosionFront:
             classes = max(logits.shape[1], 2)
             balance = self._ops.class_balance(self._labels, classes, ignore_index=settings.ignore_index)
             self._class_weight = balance**settings.balance
+        self._side.join()
         if last is None or settings.threshold == "exact":
             tau = self._tau_from_own_scores(logits, step)
-        elif settings.schedule == "movement" and step == 1:
-            tau = last.tau
         else:
-            tau = self._next_tau(last.log_odds, last.stats, step)
+            tau = last.next_tau
         grad, log_odds, stats = self._ops.erosion_grad(
             logits,
             self._labels,
@@ -78,7 +109,7 @@ class ErosionFront:
             class_weight=self._class_weight,
             out=self._buffer.like(logits),
         )
-        self._last = LastStep(log_odds, stats, tau)
+        self._last = LastStep(log_odds, stats, tau, self._ahead(log_odds, stats, tau, step + 1))
         return grad, stats
 
     def select(self, rows: Tensor) -> None:
@@ -88,6 +119,14 @@ class ErosionFront:
             self._class_weight = self._class_weight[rows]
         if self._last is not None:
             self._last = LastStep(*(kept[rows] for kept in self._last))
+
+    def _ahead(self, log_odds: Tensor, stats: Tensor, tau: Tensor, step: int) -> Tensor:
+        """The width for ``step``, selected behind the backward pass of the step before."""
+        settings = self._settings
+        movement_unknown = settings.schedule == "movement" and step == 1
+        if settings.threshold == "exact" or movement_unknown or step == settings.steps:
+            return tau
+        return self._side.run(lambda: self._next_tau(log_odds, stats, step))
 
     def _tau_from_own_scores(self, logits: Tensor, step: int) -> Tensor:
         """At the price of reading the logits twice: the confidence first, then the gradient."""

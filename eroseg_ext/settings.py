@@ -56,7 +56,7 @@ class AttackSettings:
     keep: str = "last"
     """``last`` iterate, or the ``best``: fewest right pixels (most, if targeted), per image"""
     early_stop: bool = False
-    """an image with no right pixel left (all, if targeted) leaves the batch; the host reads the counts in each step"""
+    """an image with no right pixel left (all, if targeted) takes no further step; on the CPU it leaves the batch"""
     clip: tuple[float, float] = (0.0, 1.0)
     """range of pixel values"""
     mean: Sequence[float] | None = None
@@ -70,6 +70,8 @@ class AttackSettings:
     """``fused``, ``reference`` or ``auto``: fused where it is built for the images' device"""
     model_mode: str = "eval"
     """mode of the model during the attack: ``eval``, ``train`` or ``keep``"""
+    graph: bool = False
+    """CUDA: run the model from CUDA graphs, captured once per call; the model must allow it"""
     progress: bool = False
     """show a tqdm bar"""
 
@@ -119,7 +121,7 @@ class AttackSettings:
         _check_choice("threshold", self.threshold, ("lagged", "exact"))
         _check_choice("schedule", self.schedule, ("movement", "geometric", "linear"))
         _check_choice("variant", self.variant, ("softmax", "sigmoid"))
-        for name in ("targeted", "random_start", "early_stop", "progress"):
+        for name in ("targeted", "random_start", "early_stop", "graph", "progress"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         _check_number("eps", self.eps, 0, math.inf)
         if self.step_size is not None:

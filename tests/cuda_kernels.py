@@ -30,6 +30,7 @@ FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 LABEL_TYPES = (torch.int64, torch.int32, torch.uint8)
 GUARD = 19  # elements on either side: an odd number, so that rows start anywhere within 16 bytes
 POISON = 0xFF
+RESIDENT = (1, 6, 50)  # how many blocks a device may hold: images are cut accordingly
 
 _seeds = itertools.count()
 
@@ -130,7 +131,7 @@ def start() -> ModuleType:
     """The module, with another order of threads and another number of resident blocks than last time."""
     seed = next(_seeds)
     module = kernels()
-    module.set_machine(seed, (1, 6, 50)[seed % 3])
+    module.set_machine(seed, RESIDENT[seed % len(RESIDENT)])
     return module
 
 

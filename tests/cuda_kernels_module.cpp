@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cuda/launchers.h"
+#include "cuda/platform.cuh"
 
 namespace py = pybind11;
 using namespace eroseg;
@@ -41,6 +42,18 @@ class Summing {
   static inline unsigned ticket_ = 0;
 };
 
+// Kernels with a fault each, to show that cuda_on_host.h notices it.
+enum class Fault { kNone, kMissingBarrier, kBarrierOfSome, kBeyondSharedMemory };
+
+// Each thread takes its neighbour's number through shared memory.
+void rotate_kernel(Fault fault, int* out) {
+  auto* shared = reinterpret_cast<int*>(cuda::shared_memory());
+  const int self = cuda::thread_of_block(), all = cuda::threads_of_block();
+  shared[fault == Fault::kBeyondSharedMemory ? self + 1 : self] = self;
+  if (fault != Fault::kMissingBarrier && !(fault == Fault::kBarrierOfSome && self == 3)) __syncthreads();
+  out[self] = shared[(self + 1) % all];
+}
+
 }  // namespace
 
 PYBIND11_MODULE(cuda_kernels_module, m) {
@@ -48,6 +61,11 @@ PYBIND11_MODULE(cuda_kernels_module, m) {
   m.def("set_machine", [](unsigned seed, int resident) {
     cuda_on_host::machine().order.seed(seed);
     cuda_on_host::machine().resident = resident;
+  });
+  m.def("rotate", [](int fault) {
+    std::vector<int> out(64);
+    check(cuda::launch(rotate_kernel, 1, dim3(64), 64 * sizeof(int), nullptr, static_cast<Fault>(fault), out.data()));
+    return out;
   });
   m.def("erosion_grad", [](const Input& input, uintptr_t tau, uintptr_t previous, uintptr_t class_weight,
                            uintptr_t grad, uintptr_t log_odds, uintptr_t stats, int confidence, int front,

@@ -1,0 +1,92 @@
+"""What only the CUDA kernels have, shown on the host; that they compute the reference, tests/test_ops.py shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from eroseg_ext import backend, reference
+
+if backend.why_not_fused(torch.device("cpu")):
+    pytest.skip(str(backend.why_not_fused(torch.device("cpu"))), allow_module_level=True)
+
+import cuda_kernels
+
+if why_not := cuda_kernels.why_not():
+    pytest.skip(why_not, allow_module_level=True)
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def scene(batch: int, classes: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> Batch:
+    """Logits, labels with void pixels, tau and log-odds of a step before."""
+    generator = torch.Generator().manual_seed(classes + width)
+    logits = (torch.randn(batch, classes, height, width, generator=generator) * 4).to(dtype)
+    labels = torch.randint(0, max(classes, 2), (batch, height, width), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < 0.1] = 255 if classes <= 255 else -1
+    return logits, labels, torch.linspace(0.5, 2, batch), torch.randn(labels.shape, generator=generator) * 4
+
+
+def test_the_host_notices_planted_faults() -> None:
+    module = cuda_kernels.kernels()
+    rotated = [*range(1, 64), 0]
+    module.set_machine(0, 1)
+    assert module.rotate(0) == rotated
+    assert module.rotate(1) != rotated
+    with pytest.raises(RuntimeError, match="not reached by all threads"):
+        module.rotate(2)
+    with pytest.raises(RuntimeError, match="wrote beyond its shared memory"):
+        module.rotate(3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("classes", [1, 2, 4, 5, 12, 13, 21, 22, 168, 169, 256, 257])
+def test_every_way_to_share_classes_among_threads(
+    classes: int, layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    logits, labels, tau, previous = scene(1, classes, 4, 70, dtype)
+    logits = logits.contiguous(memory_format=layout)
+    ignore_index = 255 if classes <= 255 else -1
+    tolerance = {"rtol": 1e-5 if dtype == torch.float32 else 2**-7, "atol": 1e-7}
+    got = cuda_kernels.erosion_grad(logits, labels, tau, previous, ignore_index=ignore_index)
+    expected = reference.erosion_grad(logits, labels, tau, previous, ignore_index=ignore_index)
+    torch.testing.assert_close(got[0], expected[0], **tolerance)
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=2e-6 + classes * 2**-25)
+    grad, stats = cuda_kernels.pixel_grad(logits, labels, "cospgd", ignore_index=ignore_index)
+    expected_grad, expected_stats = reference.pixel_grad(logits, labels, "cospgd", ignore_index=ignore_index)
+    torch.testing.assert_close(grad, expected_grad, **tolerance)
+    assert torch.equal(stats, expected_stats)
+
+
+@pytest.mark.parametrize("options", [{}, {"radius": 0}, {"radius": 8}, {"radius": 2, "within": "class"}], ids=str)
+@pytest.mark.parametrize("resident", [1, 7, 1000])
+@pytest.mark.parametrize("width", [255, 256, 257, 600, 1031])
+def test_pixels_do_not_feel_the_borders_of_strips_and_bands(
+    width: int, resident: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_kernels, "RESIDENT", (resident,))
+    logits, labels, tau, previous = scene(1, 3, 13, width)
+    got = cuda_kernels.erosion_grad(logits, labels, tau, previous, **options)
+    expected = reference.erosion_grad(logits, labels, tau, previous, **options)
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=2e-6)
+    assert torch.equal(got[2][:, :3], expected[2][:, :3])
+    torch.testing.assert_close(got[2][:, 3], expected[2][:, 3], rtol=1e-5, atol=1e-3)
+
+
+def test_results_are_the_same_to_the_last_bit_in_any_order_of_threads() -> None:
+    arguments = scene(2, 30, 9, 75)
+    runs = [cuda_kernels.erosion_grad(*arguments) for _ in range(3 * len(cuda_kernels.RESIDENT))]
+    # Runs with as many resident blocks cut the images alike, and so add up in one order.
+    for first, other in zip(runs, runs[len(cuda_kernels.RESIDENT) :], strict=False):
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_selection_reads_ties_and_few_distinct_values_right() -> None:
+    scores = torch.tensor([[0.25] * 700 + [0.5] * 300, [1e-44] * 999 + [3e38]])
+    k = torch.tensor([[1, 700, 701, 1000, 5], [1, 999, 1000, 0, 2000]])
+    assert torch.equal(cuda_kernels.kth_value(scores, k), reference.kth_value(scores, k))

@@ -61,6 +61,7 @@ LOOPS: list[dict[str, Any]] = [
     {"method": "mce_bal"},
     {"norm": "l2", "eps": EPS["l2"]},
     {"keep": "best", "restarts": 2},
+    {"early_stop": True},
     {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.2]},
     {"threshold": "exact", "confidence": "top", "within": "class"},
     {"preset": "progressive"},
@@ -72,6 +73,8 @@ LOOPS: list[dict[str, Any]] = [
 def test_steps_do_not_wait_for_the_device(
     make_net: MakeNet, batch: Batch, backend: str, settings: dict[str, Any]
 ) -> None:
+    if settings.get("early_stop") and batch[0].device.type == "cpu":
+        pytest.skip("on the CPU nothing waits, and images leave the batch at once")
     net = make_net(stride=2)
     mask = torch.ones(3, 1, *SIZE, dtype=torch.bool, device=batch[0].device)
     counts = []

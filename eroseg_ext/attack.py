@@ -215,13 +215,15 @@ class _Loop:
         self._clean = images.detach().float()
         self._mask = mask
         batch, device = len(images), images.device
-        self._parts = torch.arange(batch, device=device).split(config.micro_batch or max(batch, 1))
+        size = config.micro_batch or max(batch, 1)
+        self._parts = [slice(begin, begin + size) for begin in range(0, batch, size)] or [slice(0, 0)]
+        self._index = torch.arange(batch, device=device)
         self._labels = self._predicted() if labels is None else labels
         self._labels_checked = False
         self._valid = (self._labels.long() != config.ignore_index).sum((1, 2)).double()
         self._steps = config.steps if config.eps > 0 and images.numel() > 0 else 0
         self._buffer = methods.GradientBuffer()
-        self._best = _Best(self._clean, config.targeted)
+        self._best: _Best | None = None
         self._graphed: dict[torch.Size, GraphedPass] = {}
         # The row after the last step is for the final images, so that one look at the end covers every forward pass.
         self._stats = torch.zeros(config.restarts, self._steps + 1, batch, 4, dtype=torch.float64, device=device)
@@ -233,23 +235,25 @@ class _Loop:
     ) -> tuple[Tensor, AttackInfo]:
         config = self._config
         judge = return_info or config.keep == "best" or config.restarts > 1
+        self._best = _Best(self._clean, config.targeted) if judge else None
         total = config.restarts * self._steps * len(self._parts)
         with tqdm(total=total, desc=config.method, disable=not config.progress) as bar:
             for restart in range(config.restarts):
                 # Drawn for the whole batch at once, so that micro_batch does not change it.
                 x_adv = self._start(generator)
-                for rows in self._parts:
-                    self._ascend(restart, rows, x_adv, callback, bar)
-                    if judge:
-                        self._judge(restart, rows, x_adv[rows])
+                for part in self._parts:
+                    self._ascend(restart, part, x_adv, callback, bar)
+                    if self._best is not None:
+                        self._judge(self._best, restart, part, x_adv[part])
                 self._broken_images |= x_adv.isnan().flatten(1).any(1)
         self._raise_unless_finite()
         stats, tau = self._stats[:, :-1], self._tau if config.method == "eroseg" else None
-        adversarial = self._best.images if judge else x_adv
+        adversarial = x_adv if self._best is None else self._best.images
         # Images of void pixels only have no gradient of their own, but -0.0 becomes 0.0 in a step, and batch statistics
         # (model_mode "train") couple the images.
         adversarial = adversarial.where((self._valid > 0).view(-1, 1, 1, 1), self._clean)
-        return adversarial.to(self._dtype), AttackInfo(stats, tau, self._best.right, self._valid)
+        right = self._valid if self._best is None else self._best.right
+        return adversarial.to(self._dtype), AttackInfo(stats, tau, right, self._valid)
 
     def _start(self, generator: torch.Generator | None) -> Tensor:
         """The first iterate of a restart; images without a valid pixel start, and so end, at the clean image."""
@@ -275,11 +279,13 @@ class _Loop:
             noise = noise * (length / norm).float().view(-1, 1, 1, 1)
         return (clean + noise).clamp(*config.clip).where(changeable, clean)
 
-    def _ascend(self, restart: int, rows: Tensor, x_adv_all: Tensor, callback: Callback | None, bar: tqdm[Any]) -> None:
-        """Takes the steps of the images ``rows``; their last iterates are in ``x_adv_all`` afterwards."""
+    def _ascend(self, restart: int, part: slice, x_adv_all: Tensor, callback: Callback | None, bar: tqdm[Any]) -> None:
+        """Takes the steps of a part of the images; their last iterates are in ``x_adv_all`` afterwards."""
         config = self._config
-        x_adv, clean, labels = x_adv_all[rows], self._clean[rows], self._labels[rows]
-        mask = None if self._mask is None else self._mask[rows]
+        rows, x_adv, clean, labels = self._index[part], x_adv_all[part], self._clean[part], self._labels[part]
+        if config.early_stop:
+            x_adv = x_adv.clone()  # x_adv_all then has the images before the step, which those that are done keep
+        mask = None if self._mask is None else self._mask[part]
         model = self._pass(x_adv)
         method = methods.create(config, self._ops, labels, self._buffer)
         leavers = _Leavers(len(rows), x_adv.device) if config.early_stop and _host_waits(x_adv.device) else None
@@ -288,7 +294,7 @@ class _Loop:
             grad_logits, stats = method.gradient(logits, step)
             right, tau = stats[:, 1], method.tau
             going = right != (stats[:, 0] if config.targeted else 0)
-            if config.keep == "best":
+            if config.keep == "best" and self._best is not None:
                 self._best.offer(rows, x_adv, right)
             if leavers is not None:
                 stats = stats.where(leavers.going.view(-1, 1), 0.0)
@@ -305,7 +311,7 @@ class _Loop:
                 x_adv.copy_(x_adv.where(leavers.going.view(-1, 1, 1, 1), x_adv_all[rows]))
             if callback is not None:
                 callback(StepInfo(restart, step, rows, stats, tau, logits, x_adv))
-            del logits  # or they would live on beside those of the next forward
+            del logits, grad  # or they would live on beside those of the next forward pass
             bar.update()
             if leavers is not None:
                 ends = leavers.all_have_left
@@ -320,7 +326,8 @@ class _Loop:
             if ends:
                 bar.update(self._steps - 1 - step)
                 break
-        x_adv_all[rows] = x_adv
+        if config.early_stop:
+            x_adv_all[rows] = x_adv
 
     def _pass(self, images: Tensor) -> Pass | GraphedPass:
         """The model's passes over images of this shape."""
@@ -345,20 +352,20 @@ class _Loop:
         step_ = self._ops.linf_step_ if config.norm == "linf" else self._ops.l2_step_
         step_(x_adv, clean, grad, config.eps, config.alpha, *config.clip, mask)
 
-    def _judge(self, restart: int, rows: Tensor, x_adv: Tensor) -> None:
+    def _judge(self, best: _Best, restart: int, part: slice, x_adv: Tensor) -> None:
         """Counts the right pixels of final images and keeps the best; every gradient op counts, so ask the plainest."""
         with torch.no_grad():
             logits = self._forward(x_adv)
             _, stats = self._ops.pixel_grad(
-                logits, self._labels[rows], "pgd", ignore_index=self._config.ignore_index, out=self._buffer.like(logits)
+                logits, self._labels[part], "pgd", ignore_index=self._config.ignore_index, out=self._buffer.like(logits)
             )
-        self._stats[restart, -1, rows] = stats
-        self._best.offer(rows, x_adv, stats[:, 1])
+        self._stats[restart, -1, part] = stats
+        best.offer(self._index[part], x_adv, stats[:, 1])
 
     def _predicted(self) -> Tensor:
         """The model's own prediction on the clean images, ``[B, H, W]`` int64."""
         with torch.no_grad():
-            logits = (self._forward(self._clean[rows]) for rows in self._parts)
+            logits = (self._forward(self._clean[part]) for part in self._parts)
             return torch.cat([(z[:, 0] > 0).long() if z.shape[1] == 1 else z.argmax(1) for z in logits])
 
     def _raise_unless_finite(self) -> None:

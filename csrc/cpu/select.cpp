@@ -1,16 +1,15 @@
-// Selection by one histogram and one small partial sort.
+// Selection by radix.
 //
-// 1. The bits of a non-negative float order like the float. Histogram their upper kBits bits over all scores: kBits
-//    covers the exponent and a few bits of the mantissa.
+// 1. The bits of a non-negative float order like the float. Histogram their upper kFirstBits bits over all scores: they
+//    cover the exponent and a few bits of the mantissa.
 // 2. The bucket that holds the k-th smallest follows from the running sum of the counts.
-// 3. Collect that bucket's scores and let std::nth_element find the one of rank k - (scores in lower buckets).
-// Whatever the distribution, this reads the scores once for 1 and once per k for 3; where all fall in one bucket, 3 is
-// std::nth_element over all of them, still linear.
+// 3. Collect that bucket's scores, and go on with them and their next kNextBits bits, until no bits are left.
+// This is linear whatever the distribution: the scores are read once for 1, once per k for the first 3, and where all
+// of them fall in one bucket, twice more for each of the two digits that follow.
 #include "select.h"
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -19,8 +18,9 @@
 namespace eroseg::cpu {
 namespace {
 
-constexpr int kBits = 13;
-constexpr int kShift = 31 - kBits;
+constexpr int kFirstBits = 13, kNextBits = 9;
+constexpr int kFirstShift = 31 - kFirstBits;
+static_assert(kFirstShift % kNextBits == 0);
 constexpr uint32_t kInfBits = 0x7f800000;
 
 class Scores {
@@ -38,19 +38,32 @@ class Scores {
   int64_t n_;
 };
 
-float kth(const Scores& scores, const std::array<int64_t, 1 << kBits>& histogram, int64_t k) {
-  int64_t below = 0;
+// The bucket where the running count reaches the rank, which is lessened by the count before it.
+template <size_t n>
+uint32_t bucket_of(const std::array<int64_t, n>& histogram, int64_t& rank) {
   uint32_t bucket = 0;
-  while (below + histogram[bucket] < k) below += histogram[bucket++];
+  while (histogram[bucket] < rank) rank -= histogram[bucket++];
+  return bucket;
+}
+
+float kth(const Scores& scores, const std::array<int64_t, 1 << kFirstBits>& first, int64_t rank) {
+  uint32_t bucket = bucket_of(first, rank);
+  uint32_t found = bucket;
   std::vector<uint32_t> candidates;
-  candidates.reserve(histogram[bucket]);
+  candidates.reserve(first[bucket]);
   for (int64_t i = 0; i < scores.size(); ++i) {
     const uint32_t bits = scores.bits(i);
-    if (bits >> kShift == bucket) candidates.push_back(bits);
+    if (bits >> kFirstShift == bucket) candidates.push_back(bits);
   }
-  const auto wanted = candidates.begin() + (k - below - 1);
-  std::nth_element(candidates.begin(), wanted, candidates.end());
-  return Bits<float>::from(static_cast<int32_t>(*wanted));
+  for (int shift = kFirstShift - kNextBits; shift >= 0; shift -= kNextBits) {
+    const auto digit = [shift](uint32_t bits) { return bits >> shift & ((1u << kNextBits) - 1); };
+    std::array<int64_t, 1 << kNextBits> histogram{};
+    for (const uint32_t bits : candidates) ++histogram[digit(bits)];
+    bucket = bucket_of(histogram, rank);
+    found = found << kNextBits | bucket;
+    if (shift > 0) std::erase_if(candidates, [&](uint32_t bits) { return digit(bits) != bucket; });
+  }
+  return Bits<float>::from(static_cast<int32_t>(found));
 }
 
 }  // namespace
@@ -61,8 +74,8 @@ void kth_values(const float* values, const bool* valid, int64_t n, const int64_t
     return;
   }
   const Scores scores(values, valid, n);
-  std::array<int64_t, 1 << kBits> histogram{};
-  for (int64_t i = 0; i < n; ++i) ++histogram[scores.bits(i) >> kShift];
+  std::array<int64_t, 1 << kFirstBits> histogram{};
+  for (int64_t i = 0; i < n; ++i) ++histogram[scores.bits(i) >> kFirstShift];
   for (int64_t j = 0; j < count; ++j) out[j] = kth(scores, histogram, std::clamp<int64_t>(k[j], 1, n));
 }
 

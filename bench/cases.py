@@ -1,0 +1,292 @@
+"""The operations that are timed: shapes, inputs, least traffic, and the implementations that stand side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measure import Call, Timing, cold_copies, copy_timing, time_calls, time_limit
+from bench.results import Figure, traffic
+from eroseg_ext import AttackSettings, backend, methods, reference
+
+Shape = tuple[int, int, int, int]
+
+SHAPES: dict[str, dict[str, Shape]] = {
+    "quick": {
+        "PASCAL VOC": (1, 21, 256, 256),
+        "Cityscapes": (1, 19, 256, 512),
+        "ADE20K": (1, 150, 128, 128),
+        "binary": (4, 1, 256, 256),
+    },
+    "default": {
+        "PASCAL VOC": (4, 21, 512, 512),
+        "Cityscapes": (1, 19, 1024, 2048),
+        "ADE20K": (1, 150, 512, 512),
+        "binary": (8, 1, 512, 512),
+    },
+    "full": {
+        "PASCAL VOC": (8, 21, 512, 512),
+        "Cityscapes": (2, 19, 1024, 2048),
+        "ADE20K": (4, 150, 512, 512),
+        "binary": (8, 1, 512, 512),
+    },
+}
+KERNEL_SHAPES: dict[str, Shape] = {
+    "PASCAL VOC": (8, 21, 512, 512),
+    "Cityscapes": (8, 19, 1024, 1024),
+    "ADE20K": (4, 150, 512, 512),
+}
+"""Of ``python -m bench.kernels``; with ``--quick`` a batch of one, a tenth as high and wide."""
+SECONDS = {"quick": 0.2, "default": 1.0, "full": 2.0}
+"""Time for the samples of one figure."""
+COMPILE_SECONDS = 120.0
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+VOID = 255
+
+
+class Unavailable(Exception):
+    """Why an implementation, a peer or a model cannot be measured here; one sentence."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one kind of input."""
+
+    op: str
+    """an operation of ``eroseg_ext.reference``, or ``step``: next_tau, erosion_grad and linf_step_ as in the loop"""
+    data: str
+    """whose shape it is"""
+    shape: Shape
+    """``[B, C, H, W]`` of the logits"""
+    dtype: torch.dtype = torch.float32
+    layout: str = "NCHW"
+    method: str | None = None
+    """for pixel_grad"""
+
+    @property
+    def name(self) -> str:
+        parts = [self.op, self.method, self.data, str(self.dtype).removeprefix("torch."), self.layout]
+        return " ".join(part for part in parts if part)
+
+    @property
+    def bytes(self) -> int:
+        """The least traffic: every input read and every output written once."""
+        batch, classes, height, width = self.shape
+        pixels = batch * height * width
+        logits = classes * pixels * self.dtype.itemsize
+        label, score, image = 8 * pixels, 4 * pixels, 4 * 3 * pixels
+        return {
+            "erosion_grad": 2 * logits + label + 2 * score,
+            "pixel_grad": 2 * logits + label,
+            "confidence": logits + label + score,
+            "next_tau": score,
+            "kth_value": score,
+            "erode": 2 * score + pixels,
+            "linf_step_": 4 * image,
+            "l2_step_": 4 * image,
+            "confusion": logits + label,
+            "step": 2 * logits + label + 2 * score + 4 * image,
+        }[self.op]
+
+
+def gradient_cases(shapes: dict[str, Shape]) -> list[Case]:
+    """``erosion_grad`` at every shape, dtype and layout; one class has one layout."""
+    return [
+        Case("erosion_grad", data, shape, dtype, layout)
+        for data, shape in shapes.items()
+        for dtype in (torch.float32, torch.bfloat16)
+        for layout in LAYOUTS
+        if shape[1] > 1 or layout == "NCHW"
+    ]
+
+
+def other_cases(shapes: dict[str, Shape]) -> list[Case]:
+    """Every other operation at the shape of PASCAL VOC, and the whole step at every shape."""
+    voc = shapes["PASCAL VOC"]
+    names = ("next_tau", "kth_value", "confidence", "erode", "linf_step_", "l2_step_", "confusion")
+    return [
+        *(Case("step", data, shape) for data, shape in shapes.items()),
+        *(Case("pixel_grad", "PASCAL VOC", voc, method=method) for method in reference.METHODS),
+        *(Case(name, "PASCAL VOC", voc) for name in names),
+    ]
+
+
+def operation_cases(profile: str, device: torch.device) -> list[Case]:
+    """All cases of a profile; the default on CUDA has the shapes of ``full``."""
+    shapes = SHAPES["full" if profile == "default" and device.type == "cuda" else profile]
+    return gradient_cases(shapes) + other_cases(shapes)
+
+
+def kernel_cases(quick: bool) -> list[Case]:
+    """All cases of ``python -m bench.kernels``."""
+    shapes = KERNEL_SHAPES
+    if quick:
+        shapes = {data: (1, classes, h // 10, w // 10) for data, (_, classes, h, w) in shapes.items()}
+    return gradient_cases(shapes) + other_cases(shapes)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Inputs of any operation."""
+
+    logits: Tensor
+    labels: Tensor
+    """with 5 % void pixels"""
+    previous: Tensor
+    """log-odds of the step before"""
+    images: Tensor
+    gradient: Tensor
+    """with respect to the images"""
+
+
+def scene(case: Case, device: torch.device, seed: int = 0) -> Scene:
+    """Random inputs, drawn on the device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    batch, classes, height, width = case.shape
+    maps, images = (batch, height, width), (batch, 3, height, width)
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    logits = (normal(case.shape) * 4).to(case.dtype).contiguous(memory_format=LAYOUTS[case.layout])
+    labels = torch.randint(0, max(classes, 2), maps, generator=generator, device=device)
+    labels[torch.rand(maps, generator=generator, device=device) < 0.05] = VOID
+    pixels = torch.rand(images, generator=generator, device=device)
+    return Scene(logits, labels, normal(maps) * 4, pixels, normal(images))
+
+
+def call_of(case: Case, ops: Any, inputs: Scene) -> Call:
+    """The call to be timed: one operation of ``ops`` (a module or a namespace) on the inputs, into kept buffers."""
+    logits, labels, previous, x, grad = vars(inputs).values()
+    batch = len(logits)
+    tau = torch.ones(batch, device=logits.device)
+    scores = previous.abs().flatten(1)
+    if case.op == "erosion_grad":
+        out = torch.empty_like(logits)
+        weight = reference.class_balance(labels, max(logits.shape[1], 2)) ** AttackSettings().balance
+        return lambda: ops.erosion_grad(logits, labels, tau, previous, class_weight=weight, out=out)
+    if case.op == "pixel_grad":
+        out = torch.empty_like(logits)
+        return lambda: ops.pixel_grad(logits, labels, case.method, 0.5, out=out)
+    if case.op == "step":
+        return _step(ops, logits, labels, x, grad)
+    if case.op == "next_tau":
+        stats = torch.tensor(
+            [[scores.shape[1], 0.5, 0.3 * scores.shape[1], 0.1 * scores.shape[1]]], dtype=torch.float64
+        )
+        stats = stats.repeat(batch, 1).to(logits.device)
+        return lambda: ops.next_tau(previous, stats, 5)
+    if case.op == "kth_value":
+        k = torch.tensor([kth_ranks(scores.shape[1])] * batch, device=logits.device)
+        return lambda: ops.kth_value(scores, k)
+    if case.op == "erode":
+        valid = labels != VOID
+        height_width = scores.view_as(previous)
+        return lambda: ops.erode(height_width, valid, 1, tau)
+    if case.op in ("linf_step_", "l2_step_"):
+        x_adv, run = x.clone(), getattr(ops, case.op)
+        return lambda: run(x_adv, x, grad, 8 / 255, 2 / 255)
+    if case.op == "confusion":
+        return lambda: ops.confusion(logits, labels, max(logits.shape[1], 2))
+    return lambda: ops.confidence(logits, labels)
+
+
+def _step(ops: Any, logits: Tensor, labels: Tensor, x: Tensor, grad: Tensor) -> Call:
+    """What the loop does besides the model, in a step in its middle."""
+    config = AttackSettings(steps=10)
+    method = methods.create(config, ops, labels, methods.GradientBuffer())
+    x_adv = x.clone()
+    for step in range(2):  # the first two have no movement to go by
+        method.gradient(logits, step)
+
+    def run() -> None:
+        method.gradient(logits, 5)
+        ops.linf_step_(x_adv, x, grad, config.eps, config.alpha)
+
+    return run
+
+
+def kth_ranks(pixels: int) -> list[int]:
+    """The two ranks that the loop asks for in every step."""
+    settings = AttackSettings()
+    return [max(round(rho * pixels), 1) for rho in (settings.front_min, settings.front_max)]
+
+
+def _kthvalue(scores: Tensor, k: Tensor) -> Tensor:
+    ranks = kth_ranks(scores.shape[1])
+    return torch.stack([torch.kthvalue(scores, rank, 1).values for rank in ranks], 1)
+
+
+def _topk(scores: Tensor, k: Tensor) -> Tensor:
+    ranks = kth_ranks(scores.shape[1])
+    smallest = scores.topk(max(ranks), dim=1, largest=False, sorted=True).values
+    return smallest[:, [rank - 1 for rank in ranks]]
+
+
+TORCH_SELECTIONS = {"torch.kthvalue": _kthvalue, "torch.topk": _topk}
+"""``kth_value`` by what torch has; both give the same values."""
+
+
+def implementations(case: Case) -> tuple[str, ...]:
+    """Names of what a case is measured for, ``copy`` being the floor of its traffic."""
+    return ("copy", "reference", "compiled", "fused", *(TORCH_SELECTIONS if case.op == "kth_value" else ()))
+
+
+def operations(implementation: str, device: torch.device) -> Any:
+    """The operations as ``reference``, ``compiled`` (the reference under torch.compile), ``fused`` or torch has them.
+
+    Raises Unavailable with the reason.
+    """
+    if implementation in TORCH_SELECTIONS:
+        return SimpleNamespace(kth_value=TORCH_SELECTIONS[implementation])
+    if implementation == "fused":
+        if why_not := backend.why_not_fused(device):
+            raise Unavailable(why_not)
+        return backend.select(device, "fused")
+    if implementation == "reference":
+        return reference
+    torch.compiler.reset()
+    # No CUDA graphs: they hand out the same memory again for log-odds that the next step still reads.
+    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
+    names = ("erosion_grad", "pixel_grad", "confidence", "next_tau", "kth_value", "erode", "confusion")
+    steps = ("linf_step_", "l2_step_")
+    compiled = {name: torch.compile(getattr(reference, name), dynamic=False, mode=mode) for name in (*names, *steps)}
+    return SimpleNamespace(**compiled, class_balance=reference.class_balance)
+
+
+def timed(
+    case: Case, implementation: str, device: torch.device, seconds: float, compile_seconds: float = COMPILE_SECONDS
+) -> Timing:
+    """Measures one implementation of a case; raises Unavailable with the reason where it cannot."""
+    if implementation == "copy":
+        return copy_timing(device, case.bytes, seconds)
+    ops = operations(implementation, device)
+    seeds = range(cold_copies(device, case.bytes))
+    if implementation != "compiled":
+        return time_calls([call_of(case, ops, scene(case, device, seed)) for seed in seeds], device, seconds=seconds)
+    try:
+        with time_limit(compile_seconds):
+            call_of(case, ops, scene(case, device))()
+        return time_calls([call_of(case, ops, scene(case, device, seed)) for seed in seeds], device, seconds=seconds)
+    except Exception as error:  # whatever torch.compile stumbles over is its result
+        first_line = next(iter(str(error).splitlines()), "")
+        raise Unavailable(f"torch.compile: {type(error).__name__}: {first_line[:120]}") from error
+
+
+def figure(case: Case, implementation: str, device: torch.device, timing: Timing, seconds: float) -> Figure:
+    """The record of a measured case, with its traffic."""
+    result = Figure(
+        suite="ops",
+        case=case.name,
+        implementation=implementation,
+        device=device.type,
+        shape=list(case.shape),
+        ms=timing.to_json(),
+        extra={"op": case.op},
+    )
+    traffic(result, case.bytes, copy_timing(device, case.bytes, seconds))
+    return result

@@ -121,6 +121,13 @@ def operation_cases(profile: str, device: torch.device) -> list[Case]:
     return gradient_cases(shapes) + other_cases(shapes)
 
 
+def is_compiled(case: Case, profile: str) -> bool:
+    """Whether a profile takes the time that torch.compile needs: seconds for each case on a CPU, minutes on a GPU."""
+    if profile == "quick":
+        return case in (Case(op, "PASCAL VOC", SHAPES["quick"]["PASCAL VOC"]) for op in ("erosion_grad", "step"))
+    return profile == "full" or case.method in (None, "pgd", "cospgd")
+
+
 def kernel_cases(quick: bool) -> list[Case]:
     """All cases of ``python -m bench.kernels``."""
     shapes = KERNEL_SHAPES

@@ -72,7 +72,7 @@ def different_conditions(before: dict[str, Any], after: dict[str, Any]) -> list[
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.compare", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="bench.compare", description=__doc__.splitlines()[0])
     parser.add_argument("before", help="a name under bench/results, or a path that ends in .json")
     parser.add_argument("after")
     args = parser.parse_args(argv)

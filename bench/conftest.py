@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -73,6 +73,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--quick and --full are both given, wanted one of them")
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device is 'cuda', but torch finds no GPU")
+    if getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError("-n is given, wanted one process: several disturb each other's times")
     target = _target(config)
     if target is not None and (target.exists() or not target.parent.is_dir()):
         why = "exists" if target.exists() else "is not in a folder that exists"
@@ -128,7 +130,7 @@ def record(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Record:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.skipped and isinstance(report.longrepr, tuple):
         item.config.stash[SKIPPED][item.nodeid] = report.longrepr[2].removeprefix("Skipped: ")

@@ -7,7 +7,7 @@ out, and can drop them one at a time.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -135,8 +135,8 @@ def split(
     habits: Habits,
     rounds: int,
 ) -> Split:
-    """Times the parts over ``rounds`` runs of the loop, after one that is not timed; a run's first step is left out."""
-    run(model, images, labels, config, ops, habits)
+    """Times the parts over ``rounds`` runs after a short one that is not timed; each run's first step is left out."""
+    run(model, images, labels, replace(config, steps=2), ops, habits)
     result = Split()
     for _ in range(rounds):
         clock = Clock(images.device)

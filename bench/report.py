@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench import plots, results
+from bench import ROOT, plots, results
 from bench.cases import TORCH_SELECTIONS, Case, kernel_cases, operation_cases
 from bench.loop import PARTS
 from bench.measure import exponent
@@ -306,7 +306,7 @@ def report(found: Sequence[dict[str, Any]], folder: Path | None) -> list[str]:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 for what, path in plots.draw(device.figures, device.title, folder / f"{device.result['name']}-{kind}"):
-                    lines += [f"![{what}]({os.path.relpath(path, results.ROOT)})", ""]
+                    lines += [f"![{what}]({os.path.relpath(path, ROOT)})", ""]
     return lines[:-1]
 
 
@@ -322,7 +322,7 @@ def _all() -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.report", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="under bench/results, or paths that end in .json; default: all")
     parser.add_argument("--plots", type=Path, default=results.FOLDER, metavar="DIR", help="default: bench/results")
     args = parser.parse_args(argv)

@@ -8,9 +8,9 @@ from bench.conftest import Record
 from bench.models import MODELS
 from bench.whole import ATTACKS, VARIANTS, Task, measure_attack, measure_loop
 
-SHAPES = {"quick": (1, 3, 96, 96), "default": (1, 3, 256, 256), "full": (2, 3, 512, 512), "cuda": (8, 3, 512, 512)}
-STEPS = {"quick": 3, "default": 10, "full": 10}
-ROUNDS = {"quick": 2, "default": 3, "full": 3}
+SHAPES = {"quick": (1, 3, 96, 96), "default": (1, 3, 192, 192), "full": (2, 3, 512, 512), "cuda": (8, 3, 512, 512)}
+STEPS = {"quick": 3, "default": 5, "full": 10}
+ROUNDS = {"quick": 2, "default": 2, "full": 3}
 
 
 @pytest.fixture(params=MODELS)

@@ -11,14 +11,12 @@ from bench import cases
 from bench.cases import Case, Unavailable
 from bench.conftest import Record
 
-COMPILED_IN_QUICK = ("erosion_grad PASCAL VOC float32 NCHW", "pixel_grad cospgd PASCAL VOC float32 NCHW")
-
 
 def test_operation(
     record: Record, device: torch.device, case: Case, implementation: str, profile: str, seconds: float
 ) -> None:
-    if profile == "quick" and implementation == "compiled" and case.name not in COMPILED_IN_QUICK:
-        pytest.skip("--quick compiles two cases")
+    if implementation == "compiled" and not cases.is_compiled(case, profile):
+        pytest.skip(f"a {profile} run does not wait for torch.compile here")
     try:
         timing = cases.timed(case, implementation, device, seconds)
     except Unavailable as reason:

@@ -1,5 +1,7 @@
 """Peers side by side: ms per step, peak memory, and what mIoU and pixel accuracy each leaves a trained network."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -28,7 +30,7 @@ def networks(profile: str, pytestconfig: pytest.Config) -> dict[str, Trained]:
     return Networks()
 
 
-def _figure(network: Trained, images: torch.Tensor, scores: dict[str, float], **given: object) -> Figure:
+def _figure(network: Trained, images: torch.Tensor, scores: dict[str, Any], **given: object) -> Figure:
     size = f"{images.shape[-2]}x{images.shape[-1]}"
     case = f"light net, {len(images)} images {size}, eps 2/255, {STEPS} steps"
     logits_bytes = 4 * len(network.task.classes) * images[:, 0].numel()

@@ -1,21 +1,26 @@
 """What got slower or faster between two results, beyond the noise.
 
     python -m bench.compare before after
+    python -m bench.compare before after --noise before_again
 
-A figure has changed if its 20 to 80 % interval no longer meets the former one and the medians differ by more than 5 %
-and by more than either of them drifted while it was measured. Exits with 1 if anything got slower.
+A figure has changed if its 20 to 80 % interval no longer meets the former one and the medians differ by more than 5 %,
+by more than either of them drifted while it was measured, and by more than two runs of the same code differed, where
+``--noise`` names the second of them. Exits with 1 if anything got slower.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bench import results
 from bench.results import Figure
 
 LEAST_CHANGE = 0.05
+BUSY = 0.5
+"""Load average of a machine that does something else as well."""
 
 
 class Change(NamedTuple):
@@ -31,26 +36,33 @@ class Change(NamedTuple):
         return self.after / self.before
 
 
-def changed(before: dict[str, float], after: dict[str, float]) -> bool:
-    """Whether two timings (``ms`` of a figure) differ beyond the noise."""
+def difference(one: dict[str, float], other: dict[str, float]) -> float:
+    """Of the medians of two timings, relative to the smaller."""
+    return abs(one["p50"] - other["p50"]) / min(one["p50"], other["p50"])
+
+
+def changed(before: dict[str, float], after: dict[str, float], again: dict[str, float] | None = None) -> bool:
+    """Whether two timings (``ms`` of a figure) differ beyond the noise; ``again`` is of the same code as ``before``."""
     apart = before["p80"] < after["p20"] or after["p80"] < before["p20"]
-    difference = abs(after["p50"] - before["p50"]) / min(before["p50"], after["p50"])
-    return apart and difference > max(LEAST_CHANGE, before["drift"], after["drift"])
+    noise = max(LEAST_CHANGE, before["drift"], after["drift"], 0 if again is None else difference(before, again))
+    return apart and difference(before, after) > noise
 
 
-def changes(before: list[Figure], after: list[Figure]) -> tuple[list[Change], int]:
-    """Figures that changed, the one that grew most first, and how many figures both results have.
+def _by_name(figures: list[Figure]) -> dict[object, Figure]:
+    """Figures of one name but other shapes (of another profile) are different figures."""
+    return {(results.key(figure), str(figure.get("shape"))): figure for figure in figures}
 
-    Figures of one name but other shapes (of another profile) are different figures.
-    """
-    former = {(results.key(figure), str(figure.get("shape"))): figure for figure in before}
-    pairs = [
-        (former[name], figure)
-        for figure in after
-        if (name := (results.key(figure), str(figure.get("shape")))) in former
+
+def changes(before: list[Figure], after: list[Figure], again: Sequence[Figure] = ()) -> tuple[list[Change], int]:
+    """Figures that changed, the one that grew most first, and how many figures both results have."""
+    former, later, noise = _by_name(before), _by_name(after), _by_name(list(again))
+    common = former.keys() & later.keys()
+    found = [
+        Change(later[name], former[name]["ms"]["p50"], later[name]["ms"]["p50"])
+        for name in common
+        if changed(former[name]["ms"], later[name]["ms"], noise[name]["ms"] if name in noise else None)
     ]
-    found = [Change(new, old["ms"]["p50"], new["ms"]["p50"]) for old, new in pairs if changed(old["ms"], new["ms"])]
-    return sorted(found, key=lambda change: -change.factor), len(pairs)
+    return sorted(found, key=lambda change: -change.factor), len(common)
 
 
 def different_conditions(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -68,6 +80,11 @@ def different_conditions(before: dict[str, Any], after: dict[str, Any]) -> list[
             for name in ("name", "threads", "capability")
             if old.get(name) != new.get(name)
         ]
+    found += [
+        f"other processes were at work, load {result['load']} before the run {result['name']}"
+        for result in (before, after)
+        if result["load"] >= BUSY
+    ]
     return found
 
 
@@ -75,14 +92,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.compare", description=__doc__.splitlines()[0])
     parser.add_argument("before", help="a name under bench/results, or a path that ends in .json")
     parser.add_argument("after")
+    parser.add_argument("--noise", metavar="AGAIN", help="a second run of the code of BEFORE")
     args = parser.parse_args(argv)
     try:
         before, after = results.read(args.before), results.read(args.after)
+        again = results.read(args.noise)["figures"] if args.noise else []
     except ValueError as error:
         parser.error(str(error))
     for sentence in different_conditions(before, after):
         print(f"not the same conditions: {sentence}")
-    found, common = changes(before["figures"], after["figures"])
+    found, common = changes(before["figures"], after["figures"], again)
     for change in found:
         figure = change.figure
         verdict = f"{change.factor:.2f}x slower" if change.factor > 1 else f"{1 / change.factor:.2f}x faster"

@@ -17,6 +17,7 @@ Record = Callable[[Figure, Timing], None]
 
 RECORDED = pytest.StashKey[list[Figure]]()
 SKIPPED = pytest.StashKey[dict[str, str]]()
+LOAD = pytest.StashKey[float]()
 
 
 class Replay:
@@ -68,7 +69,7 @@ def _profile(config: pytest.Config) -> str:
 def pytest_configure(config: pytest.Config) -> None:
     if not any("--benchmark-columns" in str(argument) for argument in config.invocation_params.args):
         config.option.benchmark_columns = ["median", "min", "iqr", "rounds"]
-    config.stash[RECORDED], config.stash[SKIPPED] = [], {}
+    config.stash[RECORDED], config.stash[SKIPPED], config.stash[LOAD] = [], {}, results.load()
     if config.getoption("--quick") and config.getoption("--full"):
         raise pytest.UsageError("--quick and --full are both given, wanted one of them")
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
@@ -143,7 +144,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
     target, figures = _target(config), config.stash[RECORDED]
     if target is not None and figures:
-        results.write(target, _profile(config), _devices(config), figures, config.stash[SKIPPED])
+        skipped, load = config.stash[SKIPPED], config.stash[LOAD]
+        results.write(target, _profile(config), _devices(config), figures, skipped, load)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -122,10 +122,10 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(args.device)
     run = Run(device, args.quick, time.monotonic() + args.limit)
     more: dict[str, Any] = {"clocks_before": results.clocks()} | ({"commit": args.commit} if args.commit else {})
-    profile = "kernels quick" if args.quick else "kernels"
+    profile, load = "kernels quick" if args.quick else "kernels", results.load()
 
     def save() -> None:
-        results.write(args.out, profile, [device], run.figures, run.skipped, **more)
+        results.write(args.out, profile, [device], run.figures, run.skipped, load, **more)
 
     cases = kernel_cases(args.quick)
     for case in cases:

@@ -103,7 +103,7 @@ class Device:
         parts.append(f"torch {result['versions']['torch']}")
         changed = " with changes" if result["dirty"] else ""
         parts.append(f"commit {result['commit']}{changed}" if result["commit"] else "commit not known")
-        parts.append(f"{result['profile']} run of {result['date'][:10]}")
+        parts.append(f"{result['profile']} run of {result['date'][:10]}, load {result['load']:g} before it")
         return f"{'; '.join(parts)}; a copy moves {facts['copy GB/s']} GB/s"
 
 

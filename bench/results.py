@@ -117,8 +117,19 @@ def versions() -> dict[str, str | None]:
     return ours | peers
 
 
+def load() -> float:
+    """How many processes wanted to run in the last minute; asked before a run, whether the machine was idle."""
+    return round(os.getloadavg()[0], 2)
+
+
 def write(
-    path: Path, profile: str, devices: list[torch.device], figures: list[Figure], skipped: dict[str, str], **more: Any
+    path: Path,
+    profile: str,
+    devices: list[torch.device],
+    figures: list[Figure],
+    skipped: dict[str, str],
+    load: float,
+    **more: Any,
 ) -> None:
     """Writes a result file, whole or not at all.
 
@@ -128,11 +139,13 @@ def write(
         devices: that were measured.
         figures: in the order in which they were taken.
         skipped: reason by name of what was left out.
+        load: see :func:`load`, from before the run.
         more: further entries.
     """
     value = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "profile": profile,
+        "load": load,
         **commit(),
         "versions": versions(),
         "devices": {device.type: device_facts(device) for device in devices},

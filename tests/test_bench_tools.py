@@ -231,6 +231,7 @@ def result(folder: Path, name: str, figures: list[Figure], **more: Any) -> str:
     value = {
         "date": "2020-01-02T03:04:05+00:00",
         "profile": "quick",
+        "load": 0.1,
         "commit": "abc1234",
         "dirty": False,
         "versions": {"torch": "2.13.0", "python": "3.11"},
@@ -246,14 +247,20 @@ def result(folder: Path, name: str, figures: list[Figure], **more: Any) -> str:
 
 def test_compare_reports_other_conditions_and_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = result(tmp_path, "old", [figure(ms(1.0))])
-    new = result(tmp_path, "new", [figure(ms(2.0))], versions={"torch": "2.14.0", "python": "3.11"})
+    versions = {"torch": "2.14.0", "python": "3.11"}
+    new = result(tmp_path, "new", [figure(ms(2.0))], versions=versions, load=3.5)
     assert compare.main([old, new]) == 1
     out = capsys.readouterr().out
     assert "torch was 2.13.0 and is 2.14.0" in out
+    assert "load 3.5 before the run new" in out
+    assert "the run old" not in out
     assert "2.00x slower: ops: c, fused, cpu: 1 -> 2 ms" in out
     assert compare.main([new, old]) == 0
     assert compare.main([old, old]) == 0
     assert "1 figures in both, 0 changed" in capsys.readouterr().out
+    again = result(tmp_path, "again", [figure(ms(2.5))])
+    assert compare.main([old, new, "--noise", again]) == 0
+    assert compare.main([old, new, "--noise", old]) == 1
 
 
 def test_report_marks_what_was_not_measured(tmp_path: Path) -> None:
@@ -296,7 +303,8 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path) -> None:
 def test_a_result_is_read_back_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "COPY_BYTES", {"cpu": 2**16})
     figures = [figure(ms(1.0), x=1)]
-    results.write(tmp_path / "r.json", "quick", [CPU], figures, {"a test": "a reason"}, commit="given")
+    results.write(tmp_path / "r.json", "quick", [CPU], figures, {"a test": "a reason"}, 0.25, commit="given")
     read = results.read(str(tmp_path / "r.json"))
-    assert (read["figures"], read["skipped"], read["commit"]) == (figures, {"a test": "a reason"}, "given")
+    assert (read["figures"], read["skipped"]) == (figures, {"a test": "a reason"})
+    assert (read["commit"], read["load"]) == ("given", 0.25)
     assert read["devices"]["cpu"]["copy GB/s"] > 0

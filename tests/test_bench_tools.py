@@ -15,7 +15,7 @@ import torch
 # Last, so that the installed package is the one that is tested.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import cases, compare, loop, measure, results
+from bench import cases, compare, kernels, loop, measure, results
 from bench.cases import Case
 from bench.measure import Clock, Timing
 from bench.report import report
@@ -308,3 +308,38 @@ def test_a_result_is_read_back_as_it_was_written(tmp_path: Path, monkeypatch: py
     assert (read["figures"], read["skipped"]) == (figures, {"a test": "a reason"})
     assert (read["commit"], read["load"]) == ("given", 0.25)
     assert read["devices"]["cpu"]["copy GB/s"] > 0
+
+
+def test_replayed_durations_are_what_was_measured() -> None:
+    from bench.conftest import Replay
+
+    replay = Replay()
+    for timing in (Timing((0.5, 0.25, 4.0)), Timing((1.0,))):
+        replay.load(timing)
+        durations = []
+        for _ in timing.seconds:  # as pytest-benchmark's runner does
+            start = replay()
+            durations.append(replay() - start)
+        assert durations == pytest.approx(timing.seconds)
+
+
+def test_kernels_that_no_time_is_left_for_are_skipped_and_the_file_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(results, "COPY_BYTES", {"cpu": 2**16})
+    out = tmp_path / "kernels.json"
+    assert kernels.main(["--device", "cpu", "--quick", "--limit", "0", "--out", str(out)]) == 0
+    read = results.read(str(out))
+    assert read["figures"] == []
+    assert set(read["skipped"].values()) == {"no time was left"}
+    assert "| erosion_grad PASCAL VOC float32 NCHW | not measured |" in capsys.readouterr().out
+
+
+def test_kernels_measure_one_case_twice() -> None:
+    run = kernels.Run(CPU, quick=True, deadline=time.monotonic() + 60)
+    case = Case("linf_step_", "toy", (1, 2, 4, 4))
+    run.operation(case, "reference")
+    run.once_more(case, "reference")
+    (found,) = run.figures
+    assert found["extra"]["bytes"] == case.bytes == 4 * 4 * 3 * 16
+    assert found["again_ms"]["p50"] > 0

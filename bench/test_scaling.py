@@ -144,6 +144,7 @@ DISTRIBUTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sorted": lambda s: s.sort(1).values,
     "sorted backwards": lambda s: s.sort(1, descending=True).values,
     "saturated": lambda s: torch.full_like(s, torch.finfo(torch.float32).max),
+    "nearly equal": lambda s: 3 + s / 1000,
     "two values": lambda s: torch.where(s < 2, 0.5, 20.0),
     "two neighbouring floats": lambda s: torch.where(s < 2, 1.0, 1.0 + torch.finfo(torch.float32).eps),
     "all void": lambda s: torch.full_like(s, INF),

@@ -1,0 +1,54 @@
+"""Runs every kernel of the package once on small tensors, for compute-sanitizer: see gpu_check.sh.
+
+python bench/every_kernel.py [cpu]
+"""
+
+import itertools
+import sys
+
+import torch
+
+from eroseg_ext import backend, ops, reference
+
+# A number of classes for each way in which the CUDA kernels share them among threads.
+CLASSES = (1, 4, 12, 21, 40, 170, 300)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+def main(device: torch.device) -> None:
+    if why_not := backend.why_not_fused(device):
+        raise SystemExit(why_not)
+    generator = torch.Generator().manual_seed(0)
+    for classes, dtype, layout in itertools.product(CLASSES, DTYPES, LAYOUTS):
+        logits = torch.randn(2, classes, 9, 75, generator=generator).to(device, dtype, memory_format=layout)
+        labels = torch.randint(0, max(classes, 2), (2, 9, 75), generator=generator).to(device)
+        weight = reference.class_balance(labels, max(classes, 2))
+        tau = torch.ones(2, device=device)
+        _, log_odds, stats = ops.erosion_grad(logits, labels, tau, class_weight=weight)
+        ops.next_tau(log_odds, stats, 5)
+        ops.erosion_grad(logits, labels, tau, log_odds, radius=0, direction="ce")
+        ops.erosion_grad(logits, labels, tau, log_odds, radius=3, confidence="top", within="class")
+        for method in ("pgd", "cospgd", "cospgd_sigmoid"):
+            ops.pixel_grad(logits, labels, method)
+        ops.confidence(logits, labels, confidence="top")
+        ops.confusion(logits, labels, max(classes, 2))
+    scores = torch.rand(3, 5000, generator=generator).to(device)
+    ranks = torch.tensor([[1, 17, 5000]] * 3, device=device)
+    ops.kth_value(scores, ranks)
+    ops.kth_value(scores, ranks, scores > 0.5)
+    maps, cone = torch.rand(2, 40, 50, generator=generator).to(device), torch.ones(2, device=device)
+    for radius, predicted in itertools.product((0, 1, 4), (None, (maps > 0.5).int())):
+        ops.erode(maps, maps < 0.9, radius, cone, predicted)
+    for shape in ((2, 3, 16, 20), (1, 3, 7, 9)):
+        x = torch.rand(shape, generator=generator).to(device)
+        for mask in (None, x[:, :1] > 0.5):
+            ops.linf_step_(x.clone(), x, torch.randn_like(x), 0.1, 0.1, mask=mask)
+            ops.l2_step_(x.clone(), x, torch.randn_like(x), 0.1, 0.1, mask=mask)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print(f"every kernel has run on {device}")
+
+
+if __name__ == "__main__":
+    main(torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda"))

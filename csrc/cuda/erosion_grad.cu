@@ -27,8 +27,8 @@ int64_t ring_bytes(const Strips& strips) {
   return kRing * (strips.width + 2 * strips.halo + 2) * static_cast<int64_t>(sizeof(float));
 }
 
-template <class Type, int kPer, bool kChannelsLast>
-__global__ void __launch_bounds__(kMostThreads, resident_wanted(kPer, kChannelsLast))
+template <class Type, int kPer, Layout kLayout>
+__global__ void __launch_bounds__(kMostThreads, resident_wanted(kPer, kLayout))
     erosion_grad_kernel(const __grid_constant__ ErosionGrad job, const __grid_constant__ Strips strips,
                         const __grid_constant__ Counting counting) {
   constexpr int kPixels = Type::kPixels;
@@ -38,12 +38,11 @@ __global__ void __launch_bounds__(kMostThreads, resident_wanted(kPer, kChannelsL
   unsigned char* memory = shared_memory();
   const int pitch = strips.width + 2 * strips.halo + 2;
   auto* ring = reinterpret_cast<float*>(memory);
-  Rows<Type, kPer, kChannelsLast, false> rows(
-      job.input, strips, place, memory + (kRing * pitch * static_cast<int>(sizeof(float)) + 15) / 16 * 16);
+  Rows<Type, kPer, kLayout, false> rows(job.input, strips, place,
+                                        memory + (kRing * pitch * static_cast<int>(sizeof(float)) + 15) / 16 * 16);
 
   const float tau = job.tau[place.image];
   const float rise = job.radius == 0 ? kInf : job.slope * tau;
-  const float* class_weight = job.class_weight == nullptr ? nullptr : job.class_weight + place.image * shape.classes();
   const int pixels = place.pixels<Type>(width);
   const int position = place.x - place.left + strips.halo + 1;
   // Words beyond the strip and its halo have no place in the ring.
@@ -54,17 +53,17 @@ __global__ void __launch_bounds__(kMostThreads, resident_wanted(kPer, kChannelsL
 
   uint32_t kept[kPer] = {};
   int kept_label[kPixels];
-  float kept_largest[kPixels], kept_sum[kPixels], kept_gain[kPixels];
-  for (int v = 0; v < kPixels; ++v) kept_label[v] = -1, kept_largest[v] = kept_gain[v] = 0.0f, kept_sum[v] = 1.0f;
+  float kept_scaled[kPixels], kept_sum[kPixels], kept_gain[kPixels];
+  for (int v = 0; v < kPixels; ++v) kept_label[v] = -1, kept_scaled[v] = kept_gain[v] = 0.0f, kept_sum[v] = 1.0f;
   Counts counts;
   __syncthreads();
 
   for (int y = place.begin - 1; y <= place.end; ++y) {
     uint32_t z[kPer] = {};
     int label[kPixels];
-    float largest[kPixels], sum[kPixels], gain[kPixels], score[kPixels];
+    float scaled[kPixels], sum[kPixels], gain[kPixels], score[kPixels];
     for (int v = 0; v < kPixels; ++v) {
-      label[v] = -1, largest[v] = gain[v] = 0.0f, sum[v] = 1.0f, score[v] = kInf;
+      label[v] = -1, scaled[v] = gain[v] = 0.0f, sum[v] = 1.0f, score[v] = kInf;
     }
     if (y >= 0 && y < height) {
       rows.load(y, z);
@@ -75,12 +74,12 @@ __global__ void __launch_bounds__(kMostThreads, resident_wanted(kPer, kChannelsL
         const bool valid = terms.label[v] >= 0;
         const float log_odds = terms.log_odds[v];
         const bool finite = log_odds == log_odds;
-        label[v] = terms.label[v], largest[v] = terms.largest[v], sum[v] = terms.sum[v];
+        label[v] = terms.label[v], scaled[v] = terms.scaled[v], sum[v] = terms.sum[v];
         if (valid && finite) {
           score[v] = absolute(log_odds);
           gain[v] = job.targeted ? -1.0f : 1.0f;
           if (job.direction == Direction::kCrossEntropy) gain[v] *= sigmoid(-log_odds);
-          if (class_weight != nullptr) gain[v] *= class_weight[label[v]];
+          if (job.class_weight != nullptr) gain[v] *= job.class_weight[place.image * shape.classes() + label[v]];
         }
         if (writes && own_row && v < pixels) {
           const int64_t index = (place.image * height + y) * width + place.x + v;
@@ -120,21 +119,21 @@ __global__ void __launch_bounds__(kMostThreads, resident_wanted(kPer, kChannelsL
         }
         weight[v] = kept_gain[v] == 0.0f ? 0.0f : kept_gain[v] * front_weight(job.front, q, tau);
       }
-      rows.write(y - 1, kept, kept_label, kept_largest, kept_sum, weight, job.grad);
+      rows.write(y - 1, kept, kept_label, kept_scaled, kept_sum, weight, job.grad);
     }
 #pragma unroll
     for (int i = 0; i < kPer; ++i) kept[i] = z[i];
     for (int v = 0; v < kPixels; ++v) {
-      kept_label[v] = label[v], kept_largest[v] = largest[v], kept_sum[v] = sum[v], kept_gain[v] = gain[v];
+      kept_label[v] = label[v], kept_scaled[v] = scaled[v], kept_sum[v] = sum[v], kept_gain[v] = gain[v];
     }
   }
   add_up(counts, shape.batch, counting, memory);
 }
 
-template <class Type, int kPer, bool kChannelsLast>
+template <class Type, int kPer, Layout kLayout>
 cudaError_t launch_rows(const ErosionGrad& job, const Counting& counting, cudaStream_t stream) {
   const Shape& shape = job.input.shape;
-  const auto kernel = erosion_grad_kernel<Type, kPer, kChannelsLast>;
+  const auto kernel = erosion_grad_kernel<Type, kPer, kLayout>;
   Strips strips = cut_strips(shape.width, 1, Type::kPixels, groups_for(shape.classes()), kMostThreads);
   const dim3 threads(strips.slots, strips.groups);
   const int all = strips.slots * strips.groups;
@@ -154,8 +153,8 @@ cudaError_t launch_erosion_grad(const ErosionGrad& job, const Counting& counting
   if (shape.pixels() == 0) return count_nothing(shape, counting, stream);
   const bool fits = job.radius <= 1 && job.within == Within::kAny && job.confidence == Confidence::kLabel;
   if (!fits || !fits_rows(shape)) return launch_erosion_grad_general(job, counting, stream);
-  return for_rows(job.input, [&](auto type, auto per, auto channels_last) {
-    return launch_rows<decltype(type), decltype(per)::value, decltype(channels_last)::value>(job, counting, stream);
+  return for_rows(job.input, job.grad, [&](auto type, auto per, auto layout) {
+    return launch_rows<decltype(type), decltype(per)::value, decltype(layout)::value>(job, counting, stream);
   });
 }
 

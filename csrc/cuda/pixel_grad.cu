@@ -29,14 +29,14 @@ __device__ __forceinline__ void count(Counts& counts, bool valid, bool right, fl
   if (valid && log_odds != log_odds) counts.movement += log_odds;
 }
 
-template <class Type, int kPer, bool kChannelsLast>
-__global__ void __launch_bounds__(kMostThreads, resident_wanted(kPer, kChannelsLast))
+template <class Type, int kPer, Layout kLayout>
+__global__ void __launch_bounds__(kMostThreads)
     pixel_grad_kernel(const __grid_constant__ PixelGrad job, const __grid_constant__ Strips strips,
                       const __grid_constant__ Counting counting) {
   constexpr int kPixels = Type::kPixels;
   const Place place = Place::of<Type>(job.input.shape, strips);
   unsigned char* memory = shared_memory();
-  Rows<Type, kPer, kChannelsLast, true> rows(job.input, strips, place, memory);
+  Rows<Type, kPer, kLayout, true> rows(job.input, strips, place, memory);
   const float* class_weight = class_weight_of(job, place.image);
   const int pixels = place.pixels<Type>(static_cast<int>(job.input.shape.width));
   Counts counts;
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kMostThreads, resident_wanted(kPer, kChannelsL
       }
       if (place.own && place.group == 0 && v < pixels) count(counts, valid, terms.right[v], log_odds);
     }
-    rows.write(y, z, terms.label, terms.largest, terms.sum, weight, job.grad);
+    rows.write(y, z, terms.label, terms.scaled, terms.sum, weight, job.grad);
   }
   add_up(counts, job.input.shape.batch, counting, memory);
 }
@@ -95,10 +95,10 @@ __global__ void __launch_bounds__(kPixelThreads)
   add_up(counts, job.input.shape.batch, counting, shared_memory());
 }
 
-template <class Type, int kPer, bool kChannelsLast>
+template <class Type, int kPer, Layout kLayout>
 cudaError_t launch_rows(const PixelGrad& job, const Counting& counting, cudaStream_t stream) {
   const Shape& shape = job.input.shape;
-  const auto kernel = pixel_grad_kernel<Type, kPer, kChannelsLast>;
+  const auto kernel = pixel_grad_kernel<Type, kPer, kLayout>;
   Strips strips = cut_strips(shape.width, 0, Type::kPixels, groups_for(shape.classes()), kMostThreads);
   const int all = strips.slots * strips.groups;
   const int64_t shared = std::max(rows_bytes(strips, Type::kPixels, job.input), counts_bytes(all));
@@ -122,8 +122,8 @@ cudaError_t launch_pixel_grad(const PixelGrad& job, const Counting& counting, cu
                     counts_bytes(kPixelThreads), stream, job, blocks, counting);
     });
   }
-  return for_rows(job.input, [&](auto type, auto per, auto channels_last) {
-    return launch_rows<decltype(type), decltype(per)::value, decltype(channels_last)::value>(job, counting, stream);
+  return for_rows(job.input, job.grad, [&](auto type, auto per, auto layout) {
+    return launch_rows<decltype(type), decltype(per)::value, decltype(layout)::value>(job, counting, stream);
   });
 }
 

@@ -77,11 +77,17 @@ struct Place {
   }
 };
 
-// What is left of a word's pixels after their reduction.
+// How logits lie in memory: as planes [C][H][W], where the pixels of a word can be read and written at once or, in rows
+// of odd length, cannot; or as pixels [H][W][C].
+enum class Layout { kPlanes, kOddPlanes, kChannelsLast };
+
+// What is left of a word's pixels after their reduction. Exponentials are relative to 2^scaled: the kernel computes
+// exp(z - m) as 2^(z log2(e) - scaled) with scaled = m log2(e), rounded once, so S comes out with a factor close to 1
+// that its gradient does not feel and the log-odds are corrected for.
 template <int kPixels>
 struct Terms {
   int label[kPixels];       // -1 on void pixels and beyond the image
-  float largest[kPixels];   // m, the largest logit but the label's; 0 where logits are not finite
+  float scaled[kPixels];    // m log2(e), m the largest logit but the label's; 0 where logits are not finite
   float sum[kPixels];       // S = sum over c != y of exp(z_c - m); 1 where logits are not finite
   float squares[kPixels];   // sum over c != y of exp(2 (z_c - m))
   float log_odds[kPixels];  // L; NaN where logits are not finite
@@ -97,7 +103,7 @@ constexpr int kFewPer = 21, kMostPer = 32;
 constexpr int64_t kMostClasses = kMostGroups * kMostPer;
 
 // Blocks that must fit on a multiprocessor: what the registers allow without spilling.
-constexpr int resident_wanted(int per, bool channels_last) { return per <= kFewPer && !channels_last ? 2 : 1; }
+constexpr int resident_wanted(int per, Layout layout) { return per <= kFewPer && layout == Layout::kPlanes ? 2 : 1; }
 
 inline bool fits_rows(const Shape& shape) { return shape.classes() <= kMostClasses; }
 
@@ -106,18 +112,30 @@ inline int groups_for(int64_t classes) {
   return static_cast<int>(groups <= kMostGroups ? groups : (classes + kMostPer - 1) / kMostPer);
 }
 
-// Calls f(Type{}, per, channels_last), the latter as integral constants, with `per` registers for a group's classes.
+// Whether every word of every row of the planes at `data` is aligned as such.
+inline bool are_words_aligned(const void* data, const Shape& shape, int pixels_of_word) {
+  return shape.width % pixels_of_word == 0 && reinterpret_cast<uintptr_t>(data) % sizeof(uint32_t) == 0;
+}
+
+// Calls f(Type{}, per, layout), the latter as integral constants, with `per` registers for a group's classes.
 template <class F>
-cudaError_t for_rows(const Input& input, const F& f) {
+cudaError_t for_rows(const Input& input, const void* grad, const F& f) {
   const int classes = static_cast<int>(input.shape.classes());
   const int wanted = classes_of_group(classes, groups_for(classes));
   return for_type(input.logits.type, [&](auto type) {
+    constexpr int kPixels = decltype(type)::kPixels;
+    const bool aligned =
+        are_words_aligned(input.logits.data, input.shape, kPixels) && are_words_aligned(grad, input.shape, kPixels);
     const auto with = [&](auto per) {
-      return input.logits.channels_last ? f(type, per, std::true_type{}) : f(type, per, std::false_type{});
+      if (input.logits.channels_last) return f(type, per, std::integral_constant<Layout, Layout::kChannelsLast>{});
+      if constexpr (kPixels > 1) {
+        if (!aligned) return f(type, per, std::integral_constant<Layout, Layout::kOddPlanes>{});
+      }
+      return f(type, per, std::integral_constant<Layout, Layout::kPlanes>{});
     };
     if (wanted <= 4) return with(std::integral_constant<int, 4>{});
     if (wanted <= 12) return with(std::integral_constant<int, 12>{});
-    if (wanted <= 21) return with(std::integral_constant<int, 21>{});
+    if (wanted <= kFewPer) return with(std::integral_constant<int, kFewPer>{});
     return with(std::integral_constant<int, kMostPer>{});
   });
 }
@@ -135,7 +153,7 @@ inline int64_t rows_bytes(const Strips& strips, int pixels_of_word, const Input&
   return exchange_bytes(strips, pixels_of_word) + (input.logits.channels_last ? staged : 0);
 }
 
-template <class Type, int kPer, bool kChannelsLast, bool kSquares>
+template <class Type, int kPer, Layout kLayout, bool kSquares>
 class Rows {
  public:
   static constexpr int kPixels = Type::kPixels;
@@ -156,66 +174,84 @@ class Rows {
         pixels_(place.pixels<Type>(width_)),
         image_(static_cast<const Element*>(input.logits.data) + place.image * channels_ * height_ * width_) {}
 
-  // Reads row y of the image into registers.
+  // Reads row y of the image into registers; pixels beyond the image are the nearest one inside, so that no load
+  // depends on them. Registers beyond the group's classes have no meaning.
   __device__ __forceinline__ void load(int y, uint32_t (&z)[kPer]) {
-    if constexpr (kChannelsLast) {
+    if constexpr (kLayout == Layout::kChannelsLast) {
       const int from = place_.left - halo_ < 0 ? 0 : place_.left - halo_;
       const int to = place_.left + place_.width + halo_ < width_ ? place_.left + place_.width + halo_ : width_;
-      const Element* row = image_ + (static_cast<int64_t>(y) * width_ + from) * channels_;
+      const Element* row = image_ + (y * width_ + from) * channels_;
       Element* staged = staged_like(row);
       copy<false>(const_cast<Element*>(row), staged, (to - from) * channels_);
       __syncthreads();
-      read(staged + (place_.x - from) * channels_, channels_, 1, z);
+      read(staged, channels_, 1, place_.x - from, to - from, z);
     } else {
-      read(image_ + y * width_ + place_.x, 1, height_ * width_, z);
+      read(image_ + y * width_, 1, height_ * width_, place_.x, width_, z);
     }
   }
 
-  // Reduces the row in z; void pixels and pixels that are not finite are made harmless there: their gradient comes out
-  // as 0 if their weight is 0.
+  // Reduces the row in z. Pixels whose logits are not finite are set to 0 there.
   __device__ __forceinline__ Terms<kPixels> reduce(int y, uint32_t (&z)[kPer]) {
     Terms<kPixels> terms;
-    float of_label[kPixels], before[kPixels], poison[kPixels];
+    int local[kPixels];
+    float of_label[kPixels], largest[kPixels];
+    bool is_tied[kPixels];
     const int classes = first_class_ + channels_;
     const int64_t index = (place_.image * height_ + y) * width_ + place_.x;
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
       terms.label[v] = v < pixels_ ? read_label(input_.labels, classes, index + v) : -1;
-      terms.largest[v] = before[v] = -kInf;
-      of_label[v] = poison[v] = 0.0f;
+      local[v] = local_label(terms.label[v]);
+      largest[v] = -kInf;
+      of_label[v] = 0.0f;
     }
-    // `before` is the largest of the classes before the label: on ties the lowest class is the arg max.
+    // The largest logit but the label's. The label's is taken out of its register: its exponential is then 0, as are
+    // those of registers beyond the classes.
+    typename Type::Poison poison;
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
-      if (i >= place_.count) continue;
+      if (i < place_.count) poison.add(z[i]);
       float value[kPixels];
       Type::unpack(z[i], value);
 #pragma unroll
       for (int v = 0; v < kPixels; ++v) {
-        poison[v] += value[v] * 0.0f;
-        if (terms.label[v] == place_.first + i) {
-          of_label[v] = value[v];
-          before[v] = terms.largest[v];
-        } else {
-          terms.largest[v] = fmaxf(terms.largest[v], value[v]);
-        }
+        of_label[v] = local[v] == i ? value[v] : of_label[v];
+        value[v] = local[v] == i ? -kInf : value[v];
+        largest[v] = fmaxf(largest[v], value[v]);
       }
+      z[i] = Type::repack(value);
     }
-    if (groups_ > 1) exchange_maxima(terms, of_label, before);
-
+    // On ties the lowest class is the arg max.
 #pragma unroll
-    for (int v = 0; v < kPixels; ++v) terms.sum[v] = poison[v], terms.squares[v] = 0.0f;
+    for (int v = 0; v < kPixels; ++v) {
+      is_tied[v] = false;
+      if (local[v] > 0 && of_label[v] == largest[v]) is_tied[v] = has_below(z, v, local[v], of_label[v]);
+    }
+    if (groups_ > 1) exchange_maxima(terms.label, local, of_label, is_tied, largest);
+
+    float gap[kPixels];
+#pragma unroll
+    for (int v = 0; v < kPixels; ++v) {
+      gap[v] = of_label[v] - largest[v];
+      terms.right[v] = terms.label[v] >= 0 && gap[v] >= 0.0f && !is_tied[v];
+      if (absolute(largest[v]) > kHuge) {
+        // z log2(e) - scaled would be off by more than it is.
+        shift(v, largest[v], z);
+        largest[v] = 0.0f;
+      }
+      terms.scaled[v] = largest[v] * kLog2E;
+      terms.sum[v] = poison.of(v);
+      terms.squares[v] = 0.0f;
+    }
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       float value[kPixels];
       Type::unpack(z[i], value);
 #pragma unroll
       for (int v = 0; v < kPixels; ++v) {
-        const float e = exp2_approx((value[v] - terms.largest[v]) * kLog2E);
-        if (terms.label[v] != place_.first + i) {
-          terms.sum[v] += e;
-          if constexpr (kSquares) terms.squares[v] += e * e;
-        }
+        const float e = exp2_approx(fmaf(value[v], kLog2E, -terms.scaled[v]));
+        terms.sum[v] += e;
+        if constexpr (kSquares) terms.squares[v] += e * e;
       }
     }
     if (groups_ > 1) {
@@ -229,41 +265,48 @@ class Rows {
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
       const bool finite = terms.sum[v] == terms.sum[v];
-      const float gap = of_label[v] - terms.largest[v];
-      terms.right[v] = terms.label[v] >= 0 && gap >= 0.0f && of_label[v] > before[v];
-      terms.log_odds[v] = finite ? gap - log_positive(terms.sum[v]) : Bits<float>::from(0x7fc00000);
+      const float factor = fmaf(largest[v], kLog2E, -terms.scaled[v]);  // of S, as a power of 2
+      const float log_odds = gap[v] - (log_positive(terms.sum[v]) - factor * kLn2);
+      terms.log_odds[v] = finite ? log_odds : Bits<float>::from(0x7fc00000);
       if (!finite) {
         forget(v, z);
-        terms.largest[v] = 0.0f;
+        terms.scaled[v] = 0.0f;
         terms.sum[v] = 1.0f;
       }
     }
     return terms;
   }
 
-  // Writes weight * dl/dz of row y; z and terms are the row's. A weight of 0 writes zeros.
+  // Writes weight * dl/dz of row y; z and the rest are the row's. A weight of 0 writes zeros.
   __device__ __forceinline__ void write(int y, const uint32_t (&z)[kPer], const int (&label)[kPixels],
-                                        const float (&largest)[kPixels], const float (&sum)[kPixels],
+                                        const float (&scaled)[kPixels], const float (&sum)[kPixels],
                                         const float (&weight)[kPixels], void* grad) {
     float scale[kPixels];
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) scale[v] = weight[v] / sum[v];
     Element* image = static_cast<Element*>(grad) + place_.image * channels_ * height_ * width_;
-    if constexpr (kChannelsLast) {
-      Element* row = image + (static_cast<int64_t>(y) * width_ + place_.left) * channels_;
+    if constexpr (kLayout == Layout::kChannelsLast) {
+      Element* row = image + (y * width_ + place_.left) * channels_;
       Element* staged = staged_like(row);
       __syncthreads();  // all have read what was staged before
-      if (place_.own) put(staged + place_.slot * kPixels * channels_, channels_, 1, z, label, largest, scale, weight);
+      if (place_.own) put(staged, channels_, 1, place_.slot * kPixels, z, label, scaled, scale, weight);
       __syncthreads();
       copy<true>(row, staged, place_.width * channels_);
       __syncthreads();
     } else if (place_.own) {
-      put(image + y * width_ + place_.x, 1, height_ * width_, z, label, largest, scale, weight);
+      put(image + y * width_, 1, height_ * width_, place_.x, z, label, scaled, scale, weight);
     }
   }
 
  private:
-  static constexpr float kLog2E = 1.44269504f;
+  static constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+  static constexpr float kHuge = 1e6f;
+
+  // The label's register in this thread, -1 if it is another group's or the pixel is void.
+  __device__ __forceinline__ int local_label(int label) const {
+    const int local = label - place_.first;
+    return label >= 0 && local >= 0 && local < place_.count ? local : -1;
+  }
 
   // Where memory like `row` is staged: at the same offset from 16 bytes, so that both ends copy in words of 16 bytes.
   __device__ __forceinline__ Element* staged_like(const Element* row) const {
@@ -299,51 +342,61 @@ class Rows {
     uint32_t words[4];
   };
 
-  // Whether the two pixels of a word can be read and written at once.
-  __device__ __forceinline__ bool together(const Element* at, int pixel_stride, int class_stride) const {
-    return pixel_stride == 1 && pixels_ == kPixels && class_stride % kPixels == 0 &&
-           reinterpret_cast<uintptr_t>(at) % sizeof(uint32_t) == 0;
-  }
-
-  // The word's pixels of this thread's classes; `at` is the first pixel's first channel. Registers beyond the classes
-  // are -inf, words beyond the image 0.
-  __device__ __forceinline__ void read(const Element* at, int pixel_stride, int class_stride, uint32_t (&z)[kPer]) {
-    const int skipped = place_.first - first_class_;  // channels before this thread's
-    at += skipped * class_stride;
-    if (together(at, pixel_stride, class_stride)) {
+  // Reads this thread's word and classes from a row of `width` pixels, of which its first is number x.
+  __device__ __forceinline__ void read(const Element* row, int pixel_stride, int class_stride, int x, int width,
+                                       uint32_t (&z)[kPer]) {
+    const auto inside = [&](int at, int last) { return at < 0 ? 0 : (at < last ? at : last); };
+    constexpr int kReads = kLayout == Layout::kPlanes ? 1 : kPixels;
+    const Element* at[kReads];
 #pragma unroll
-      for (int i = 0; i < kPer; ++i, at += class_stride) {
-        z[i] = Type::kLowest;
-        if (i < place_.count) z[i] = skipped + i < 0 ? 0u : *reinterpret_cast<const uint32_t*>(at);
-      }
-    } else {
+    for (int v = 0; v < kReads; ++v) {
+      const int last = kLayout == Layout::kPlanes ? width - kPixels : width - 1;
+      at[v] = row + inside(x + v, last) * pixel_stride + (place_.first - first_class_) * class_stride;
+    }
 #pragma unroll
-      for (int i = 0; i < kPer; ++i, at += class_stride) {
-        z[i] = Type::kLowest;
-        if (i < place_.count) {
-          z[i] = 0u;
-          for (int v = 0; v < kPixels; ++v) {
-            if (v < pixels_ && skipped + i >= 0) put_element(z[i], v, at[v * pixel_stride]);
-          }
+    for (int i = 0; i < kPer; ++i) {
+      z[i] = i < first_class_ ? 0u : Type::kLowest;
+      if (i < place_.count && i >= first_class_) {
+        if constexpr (kLayout == Layout::kPlanes) {
+          z[i] = *reinterpret_cast<const uint32_t*>(at[0]);
+        } else {
+          Element elements[kPixels];
+#pragma unroll
+          for (int v = 0; v < kPixels; ++v) elements[v] = *at[v];
+          z[i] = joined(elements);
         }
       }
+#pragma unroll
+      for (int v = 0; v < kReads; ++v) at[v] += class_stride;
     }
   }
 
-  static __device__ __forceinline__ void put_element(uint32_t& word, int v, Element element) {
+  static __device__ __forceinline__ uint32_t joined(const Element (&elements)[kPixels]) {
     if constexpr (kPixels == 1) {
-      word = static_cast<uint32_t>(Bits<float>::of(Type::to_float(element)));
+      return static_cast<uint32_t>(Bits<float>::of(elements[0]));
     } else {
-      word |= static_cast<uint32_t>(element) << 16 * v;
+      return static_cast<uint32_t>(elements[0]) | static_cast<uint32_t>(elements[1]) << 16;
     }
   }
 
-  static __device__ __forceinline__ Element get_element(uint32_t word, int v) {
+  static __device__ __forceinline__ Element element(uint32_t word, int v) {
     if constexpr (kPixels == 1) {
       return Bits<float>::from(static_cast<int32_t>(word));
     } else {
       return static_cast<Element>(word >> 16 * v);
     }
+  }
+
+  // Whether a class below the label's has its logit, too.
+  static __device__ bool has_below(const uint32_t (&z)[kPer], int v, int local, float of_label) {
+    bool found = false;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      float value[kPixels];
+      Type::unpack(z[i], value);
+      found = found || (i < local && value[v] == of_label);
+    }
+    return found;
   }
 
   // Sets pixel v to 0 in all classes.
@@ -353,64 +406,81 @@ class Rows {
     for (int i = 0; i < kPer; ++i) z[i] &= kept;
   }
 
-  __device__ __forceinline__ void put(Element* at, int pixel_stride, int class_stride, const uint32_t (&z)[kPer],
-                                      const int (&label)[kPixels], const float (&largest)[kPixels],
-                                      const float (&scale)[kPixels], const float (&weight)[kPixels]) const {
-    const int skipped = place_.first - first_class_;
-    at += skipped * class_stride;
-    const bool whole = together(at, pixel_stride, class_stride);
+  // Subtracts from pixel v in all classes. Huge logits differ by 0 or by so much that no exponential is left of the
+  // lower one: it does not matter that the difference is rounded.
+  __device__ __forceinline__ void shift(int v, float by, uint32_t (&z)[kPer]) const {
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      float value[kPixels];
+      Type::unpack(z[i], value);
+      value[v] -= by;
+      z[i] = Type::pack(value);
+    }
+  }
+
+  // Writes this thread's word and classes to a row, of which its first pixel is number x.
+  __device__ __forceinline__ void put(Element* row, int pixel_stride, int class_stride, int x,
+                                      const uint32_t (&z)[kPer], const int (&label)[kPixels],
+                                      const float (&scaled)[kPixels], const float (&scale)[kPixels],
+                                      const float (&weight)[kPixels]) const {
+    int local[kPixels];
+#pragma unroll
+    for (int v = 0; v < kPixels; ++v) local[v] = local_label(label[v]);
+    if (pixels_ == 0) return;
+    Element* at = row + x * pixel_stride + (place_.first - first_class_) * class_stride;
 #pragma unroll
     for (int i = 0; i < kPer; ++i, at += class_stride) {
-      if (i >= place_.count || skipped + i < 0) continue;
       float value[kPixels];
       Type::unpack(z[i], value);
 #pragma unroll
       for (int v = 0; v < kPixels; ++v) {
-        const float e = exp2_approx((value[v] - largest[v]) * kLog2E);
-        value[v] = label[v] == place_.first + i ? -weight[v] : e * scale[v];
+        const float g = exp2_approx(fmaf(value[v], kLog2E, -scaled[v])) * scale[v];
+        value[v] = local[v] == i ? -weight[v] : g;
       }
       const uint32_t word = Type::pack(value);
-      if (whole) {
-        *reinterpret_cast<uint32_t*>(at) = word;
+      const bool exists = i < place_.count && i >= first_class_;
+      if constexpr (kLayout == Layout::kPlanes) {
+        if (exists) *reinterpret_cast<uint32_t*>(at) = word;
       } else {
+#pragma unroll
         for (int v = 0; v < kPixels; ++v) {
-          if (v < pixels_) at[v * pixel_stride] = get_element(word, v);
+          if (exists && v < pixels_) at[v * pixel_stride] = element(word, v);
         }
       }
     }
   }
 
-  // Shared memory between groups: [groups] maxima, [groups] sums, the label's logit and `before`, each for every pixel
-  // of the row. Of the last two only the label's group knows what to write.
+  // Shared memory between groups: [groups] maxima, [groups] sums, the label's logit and whether it is tied, each for
+  // every pixel of the row. Of the last two only the label's group knows what to write.
   __device__ __forceinline__ float& shared_value(int part, int v) {
     return exchange_[(part * static_cast<int>(blockDim.x) + place_.slot) * kPixels + v];
   }
 
-  __device__ __forceinline__ void exchange_maxima(Terms<kPixels>& terms, float (&of_label)[kPixels],
-                                                  float (&before)[kPixels]) {
+  __device__ __forceinline__ void exchange_maxima(const int (&label)[kPixels], const int (&local)[kPixels],
+                                                  float (&of_label)[kPixels], bool (&is_tied)[kPixels],
+                                                  float (&largest)[kPixels]) {
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
-      shared_value(place_.group, v) = terms.largest[v];
-      if (terms.label[v] >= place_.first && terms.label[v] < place_.first + place_.count) {
+      shared_value(place_.group, v) = largest[v];
+      if (local[v] >= 0) {
         shared_value(2 * groups_, v) = of_label[v];
-        shared_value(2 * groups_ + 1, v) = before[v];
+        shared_value(2 * groups_ + 1, v) = is_tied[v] ? 1.0f : 0.0f;
       }
     }
     __syncthreads();
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
-      const bool valid = terms.label[v] >= 0;
-      of_label[v] = valid ? shared_value(2 * groups_, v) : 0.0f;
-      before[v] = valid ? shared_value(2 * groups_ + 1, v) : -kInf;
-      terms.largest[v] = -kInf;
+      of_label[v] = label[v] >= 0 ? shared_value(2 * groups_, v) : 0.0f;
+      is_tied[v] = label[v] >= 0 && shared_value(2 * groups_ + 1, v) != 0.0f;
+      largest[v] = -kInf;
     }
     const int per = classes_of_group(first_class_ + channels_, groups_);
     for (int group = 0; group < groups_; ++group) {
 #pragma unroll
       for (int v = 0; v < kPixels; ++v) {
-        const float largest = shared_value(group, v);
-        terms.largest[v] = fmaxf(terms.largest[v], largest);
-        if (group * per + per <= terms.label[v]) before[v] = fmaxf(before[v], largest);
+        const float of_group = shared_value(group, v);
+        largest[v] = fmaxf(largest[v], of_group);
+        is_tied[v] = is_tied[v] || (group * per + per <= label[v] && of_group == of_label[v]);
       }
     }
   }

@@ -19,6 +19,40 @@ struct Float32 {
   static __device__ __forceinline__ uint32_t pack(const float (&in)[1]) {
     return static_cast<uint32_t>(Bits<float>::of(in[0]));
   }
+  // As pack, for floats that came out of unpack, or are infinite: nothing is rounded.
+  static __device__ __forceinline__ uint32_t repack(const float (&in)[1]) { return pack(in); }
+
+  // 0 for a pixel all of whose logits are finite, else NaN.
+  struct Poison {
+    float sum = 0.0f;
+    __device__ __forceinline__ void add(uint32_t word) {
+      sum = fmaf(Bits<float>::from(static_cast<int32_t>(word)), 0.0f, sum);
+    }
+    __device__ __forceinline__ float of(int) const { return sum; }
+  };
+};
+
+#if defined(EROSEG_CUDA_ON_HOST)
+template <class Type>
+uint32_t pair_zero_times_plus(uint32_t word, uint32_t sums) {
+  float pair[2], sum[2];
+  Type::unpack(word, pair);
+  Type::unpack(sums, sum);
+  for (int v = 0; v < 2; ++v) sum[v] += pair[v] * 0.0f;
+  return sum[0] == sum[0] ? (sum[1] == sum[1] ? 0u : 0x7fff0000u) : (sum[1] == sum[1] ? 0x7fffu : 0x7fff7fffu);
+}
+#endif
+
+// The same for two pixels of 16 bits: 0 times their logits, summed as pairs.
+template <class Type>
+struct PairPoison {
+  uint32_t sums = 0;
+  __device__ __forceinline__ void add(uint32_t word) { sums = Type::zero_times_plus(word, sums); }
+  __device__ __forceinline__ float of(int v) const {
+    float both[2];
+    Type::unpack(sums, both);
+    return both[v];
+  }
 };
 
 struct BFloat16 {
@@ -47,6 +81,23 @@ struct BFloat16 {
     return rounded(in[0]) | rounded(in[1]) << 16;
 #endif
   }
+  static __device__ __forceinline__ uint32_t repack(const float (&in)[2]) {
+    return static_cast<uint32_t>(Bits<float>::of(in[0])) >> 16 |
+           (static_cast<uint32_t>(Bits<float>::of(in[1])) & 0xffff0000u);
+  }
+  static __device__ __forceinline__ uint32_t zero_times_plus(uint32_t word, uint32_t sums) {
+#if !defined(EROSEG_CUDA_ON_HOST)
+    __nv_bfloat162 pair, sum;
+    std::memcpy(&pair, &word, sizeof pair);
+    std::memcpy(&sum, &sums, sizeof sum);
+    sum = __hfma2(pair, __floats2bfloat162_rn(0.0f, 0.0f), sum);
+    std::memcpy(&sums, &sum, sizeof sums);
+    return sums;
+#else
+    return pair_zero_times_plus<BFloat16>(word, sums);
+#endif
+  }
+  using Poison = PairPoison<BFloat16>;
 };
 
 struct Float16 {
@@ -89,6 +140,20 @@ struct Float16 {
     return word;
   }
 #endif
+  static __device__ __forceinline__ uint32_t repack(const float (&in)[2]) { return pack(in); }
+  static __device__ __forceinline__ uint32_t zero_times_plus(uint32_t word, uint32_t sums) {
+#if !defined(EROSEG_CUDA_ON_HOST)
+    __half2 pair, sum;
+    std::memcpy(&pair, &word, sizeof pair);
+    std::memcpy(&sum, &sums, sizeof sum);
+    sum = __hfma2(pair, __floats2half2_rn(0.0f, 0.0f), sum);
+    std::memcpy(&sums, &sum, sizeof sums);
+    return sums;
+#else
+    return pair_zero_times_plus<Float16>(word, sums);
+#endif
+  }
+  using Poison = PairPoison<Float16>;
 };
 
 // The label of a pixel, -1 if it is void.

@@ -30,7 +30,7 @@ __device__ __forceinline__ void count(Counts& counts, bool valid, bool right, fl
 }
 
 template <class Type, int kPer, Layout kLayout>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     pixel_grad_kernel(const __grid_constant__ PixelGrad job, const __grid_constant__ Strips strips,
                       const __grid_constant__ Counting counting) {
   constexpr int kPixels = Type::kPixels;

@@ -1,6 +1,8 @@
 """Adversarial attacks on semantic segmentation, fused: ``eroseg_ext.attack(model, images, labels)``."""
 
+from eroseg_ext.apgd import strong_attack
 from eroseg_ext.attack import AttackInfo, StepInfo, attack
+from eroseg_ext.evaluation import Evaluation, EvaluationSettings, evaluate
 from eroseg_ext.objects import JSD, PGD, CosPGD, EroSeg, MaskedCE, SegPGD, Tsallis
 from eroseg_ext.settings import AttackSettings
 
@@ -13,10 +15,14 @@ __all__ = [
     "AttackSettings",
     "CosPGD",
     "EroSeg",
+    "Evaluation",
+    "EvaluationSettings",
     "MaskedCE",
     "SegPGD",
     "StepInfo",
     "Tsallis",
     "__version__",
     "attack",
+    "evaluate",
+    "strong_attack",
 ]

@@ -1,4 +1,4 @@
-"""The command ``eroseg``: ``eroseg demo`` and ``eroseg info``."""
+"""The command ``eroseg``: ``eroseg demo``, ``eroseg evaluate`` and ``eroseg info``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     try:
         args = parser.parse_args(argv)
-        run = _demo if args.command == "demo" else _info
+        run = {"demo": _demo, "evaluate": _evaluate, "info": _info}[args.command]
         run(args)
     except SystemExit as done:  # --help and --version end this way
         return int(done.code or 0)
@@ -65,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(prog="eroseg", description="Adversarial attacks on semantic segmentation.")
     parser.add_argument("--version", action="version", version=f"eroseg_ext {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,info}", parser_class=_Parser)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{demo,evaluate,info}", parser_class=_Parser
+    )
 
     demo = commands.add_parser(
         "demo",
@@ -86,11 +88,68 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", help="where to run, default: cuda if there is one, else cpu")
     demo.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
 
+    _add_evaluate(commands)
+
     info = commands.add_parser(
         "info", help="versions, backends and devices", description="Tells versions, backends and devices."
     )
     info.add_argument("--json", type=Path, metavar="FILE", help="also write it here")
     return parser
+
+
+def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="scores of a model, clean, under attack and in the worst case",
+        description="Attacks a model with APGD and the gradient of several methods, prints mIoU / mAcc / aAcc in "
+        "percent per attack and in the worst case, and writes them to DIR/evaluation.json. An interrupted evaluation goes on "
+        "where it was; a further attack or eps computes only what is new.",
+    )
+    add = evaluate.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help="folder with images/NAME.* and labels/NAME.png")
+    add("--model", metavar="NAME", help="small, tiny, or package.module:callable; default: as the weights tell")
+    add("--model-args", type=_mapping, metavar="JSON", help='keywords for the callable, such as {"num_classes": 21}')
+    add("--weights", "--checkpoint", type=Path, metavar="FILE", help="state dict, or checkpoint with one as 'model'")
+    add("--classes", type=_at_least_1, metavar="N", help="classes of small or tiny, without weights")
+    add("--attacks", type=_names, metavar="A,B,...", help="methods, default: eroseg,mce_bal,js,pgd")
+    add("--eps", type=_budgets, default=(8 / 255,), metavar="E,...", help="such as 2/255,4/255 (default: 8/255)")
+    add("--norm", choices=["linf", "l2"], default="linf", help="default: linf")
+    add("--steps", type=_at_least_1, default=100, metavar="T", help="per attack and restart, default: 100")
+    add("--restarts", type=_at_least_1, default=1, metavar="R", help="default: 1")
+    add("--out", type=Path, default=Path("eroseg-evaluation"), metavar="DIR", help="default: ./eroseg-evaluation")
+    add("--images", type=_at_least_1, metavar="N", help="evaluate on so many evenly spaced images, default: all")
+    add("--size", type=_size, metavar="HxW", help="resize images and labels, default: their own sizes")
+    add("--ignore-index", type=int, default=255, metavar="I", help="label of void pixels, default: 255")
+    add(
+        "--mean", type=_numbers, metavar="R,G,B", help="the model wants (image - mean) / std; eps stays in pixel values"
+    )
+    add("--std", type=_numbers, metavar="R,G,B")
+    add("--amp", choices=["bf16", "fp16"], help="run the model under autocast")
+    add("--batch-size", type=_at_least_1, default=8, metavar="B", help="images attacked at once, default: 8")
+    add("--seed", type=int, default=0, metavar="N", help="default: 0")
+    add("--sanity", type=int, default=4, metavar="N", help="images for the sanity checks, 0 for none, default: 4")
+    add("--device", help="where to run, default: cuda if there is one, else cpu")
+
+
+def _budgets(text: str) -> tuple[float, ...]:
+    return tuple(_fraction(part) for part in text.split(","))
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a list of numbers such as 0.485,0.456,0.406") from None
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text} is not a JSON object such as {{"num_classes": 21}}')
+    return value
 
 
 def _fraction(text: str) -> float:
@@ -150,6 +209,45 @@ def _demo(args: argparse.Namespace) -> None:
     result = demo.run(settings, say=lambda line: print(line, flush=True))
     if args.json is not None:
         write_json(args.json, result)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    import torch
+
+    from eroseg_ext.data import SegmentationFolder
+    from eroseg_ext.demo import _device
+    from eroseg_ext.evaluation import evaluate
+    from eroseg_ext.loading import load_network
+
+    device = _device(args.device)
+    data = SegmentationFolder(args.data, args.size)
+    model = load_network(args.model, args.weights, classes=args.classes, model_args=args.model_args).to(device)
+    keywords = {} if args.attacks is None else {"attacks": args.attacks}
+    result = evaluate(
+        model.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+        data,
+        out=args.out,
+        eps=args.eps,
+        norm=args.norm,
+        steps=args.steps,
+        restarts=args.restarts,
+        images=args.images,
+        ignore_index=args.ignore_index,
+        mean=args.mean,
+        std=args.std,
+        autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp),
+        batch_size=args.batch_size,
+        seed=args.seed,
+        sanity=args.sanity,
+        progress=sys.stderr.isatty(),
+        **keywords,
+    )
+    print(f"mIoU / mAcc / aAcc in %, {len(result.images)} images, {args.steps} steps, {args.restarts} restart(s)\n")
+    print(result.markdown())
+    if result.sanity:
+        print()
+    for check in result.sanity:
+        print(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.verdict}")
 
 
 def _info(args: argparse.Namespace) -> None:

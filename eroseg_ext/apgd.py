@@ -1,0 +1,351 @@
+"""The evaluation-grade attack: APGD with a shrinking radius around any method's gradient.
+
+APGD (Croce & Hein, ICML 2020) is sign ascent with momentum that starts at steps of 2 radii and halves them, image by
+image, where it no longer gets on; SEA (Croce, Singh & Hein, ECCV 2024) runs it first in larger balls, 2 eps and
+1.5 eps, and projects between them. An image's progress is the number of its right pixels: it is defined for every
+method, it is what the evaluation reports, and every gradient operation returns it at no cost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from eroseg_ext import backend, inputs, methods
+from eroseg_ext.attack import AttackInfo
+from eroseg_ext.model import Logits, Model, frozen, unwrapped
+from eroseg_ext.settings import AttackSettings
+
+RADII = ((2.0, 30), (1.5, 30), (1.0, 40))
+"""Radius in units of eps, and the percentage of the steps spent in it (SEA, section 4)."""
+MOMENTUM = 0.75
+"""Weight of the new step; the rest is that of the previous one."""
+IMPROVING = 0.75
+"""A step size is kept while at least this part of the steps since the last checkpoint improved."""
+NOT_OF_APGD = ("step_size", "targeted", "keep", "early_stop", "micro_batch", "preset")
+"""Settings of ``attack`` that this attack decides for itself."""
+
+
+class Phase(NamedTuple):
+    """Some consecutive steps in one ball."""
+
+    radius: float
+    first: int
+    steps: int
+    checkpoints: tuple[int, ...]
+    """numbers of the evaluations, counted from 0 within the phase, after which step sizes are reconsidered"""
+
+
+def phases(eps: float, steps: int) -> list[Phase]:
+    """The balls of an attack of so many steps; parts of less than a step are left out, and the last one is not."""
+    ends = [steps * sum(percentage for _, percentage in RADII[: index + 1]) // 100 for index in range(len(RADII))]
+    starts = [0, *ends[:-1]]
+    return [
+        Phase(factor * eps, start, end - start, _checkpoints(end - start))
+        for (factor, _), start, end in zip(RADII, starts, ends, strict=True)
+        if end > start
+    ]
+
+
+def _checkpoints(steps: int) -> tuple[int, ...]:
+    """APGD's: the first after 22 % of the steps, every interval 3 % shorter than the one before, but at least 6 %."""
+    interval, shortest, shrink = (max(int(part * steps), 1) for part in (0.22, 0.06, 0.03))
+    found, at = [], interval
+    while at < steps:
+        found.append(at)
+        interval = max(interval - shrink, shortest)
+        at += interval
+    return tuple(found)
+
+
+@overload
+def strong_attack(
+    model: Model,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    return_info: Literal[False] = False,
+    **settings: Any,
+) -> Tensor: ...
+
+
+@overload
+def strong_attack(
+    model: Model,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    return_info: Literal[True],
+    **settings: Any,
+) -> tuple[Tensor, AttackInfo]: ...
+
+
+def strong_attack(
+    model: Model,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    return_info: bool = False,
+    **settings: Any,
+) -> Tensor | tuple[Tensor, AttackInfo]:
+    """Adversarial images as strong as this package can make them: APGD in shrinking balls, best iterate, per image.
+
+    >>> adversarial = eroseg_ext.strong_attack(model, images, labels, method="eroseg", eps=4 / 255, steps=100)
+
+    Model, images and labels are as :func:`eroseg_ext.attack` takes them; the model is left as it was found. The loop
+    never waits for the device: step sizes, restarts from the best iterate and the choice of the result are tensors.
+
+    Args:
+        model: nn.Module or any differentiable callable from images to logits.
+        images: ``[B, K, H, W]`` float32, float16 or bfloat16, pixel values within ``clip``.
+        labels: ``[B, H, W]`` int64, int32 or uint8; None: the model's own prediction on the clean images.
+        mask: ``[B, 1, H, W]`` bool: the pixels that may change; default all.
+        seed: of the random starts. An image's noise depends on the seed, its index and the restart, on nothing else.
+        indices: B numbers that name the images in a larger set; default 0 to B-1.
+        return_info: also return an :class:`AttackInfo`; its ``stats[r, t]`` are of the iterate that step t evaluated,
+            which lies in the ball of that step's phase.
+        **settings: fields of :class:`eroseg_ext.AttackSettings` with its defaults, but ``steps=100``: ``method``,
+            ``eps``, ``steps`` (gradients per restart: 30 % in the ball of 2 eps, 30 % in 1.5 eps), ``restarts``,
+            ``norm``, ``ignore_index``, ``random_start``, ``clip``, ``mean``, ``std``, ``autocast``, ``backend``,
+            ``model_mode``, ``progress`` and what ``method`` takes. Step sizes, the best iterate and the untargeted
+            goal are this attack's own.
+
+    Returns:
+        Images like ``images``, ``|result - images| <= eps`` and within ``clip``, to rounding: of all iterates in the
+        ball of eps the one with the fewest right pixels. ``eps=0`` and an image without valid pixels return the input.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described; one sentence names it. Nothing was done then.
+        RuntimeError: the model's logits or gradients are NaN or infinite.
+
+    Source: Croce & Hein, ICML 2020 (APGD); Croce, Singh & Hein, ECCV 2024 (radii of SEA).
+    """
+    for name in NOT_OF_APGD:
+        if name in settings:
+            raise TypeError(f"{name} is not a setting of strong_attack(), which decides it itself")
+    config = AttackSettings.create(**{"steps": 100, **settings})
+    inputs.check(images, labels, mask, config)
+    numbers = list(range(len(images))) if indices is None else list(indices)
+    if len(numbers) != len(images):
+        raise ValueError(f"indices has {len(numbers)} numbers, wanted {len(images)}, one per image")
+    model = unwrapped(model)
+    logits = Logits(model, mean=config.mean, std=config.std, autocast=config.autocast)
+    ops = backend.select(images.device, config.backend)
+    with torch.inference_mode(False), torch.enable_grad(), frozen(model, config.model_mode):
+        search = _Search(config, logits, ops, images, labels, mask)
+        adversarial, info = search.run(seed, numbers)
+    return (adversarial, info) if return_info else adversarial
+
+
+def noise_seed(seed: int, index: int, restart: int) -> int:
+    """Seed of the generator that draws an image's random start."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {index} {restart}".encode()).digest()[:8], "little")
+
+
+class _Ball:
+    """The images that may be reached: the l_p ball around the clean ones, the range of pixel values, the mask."""
+
+    def __init__(self, clean: Tensor, config: AttackSettings, mask: Tensor | None) -> None:
+        self._clean = clean
+        self._clip = config.clip
+        self._mask = mask
+        self._linf = config.norm == "linf"
+
+    def project(self, images: Tensor, radius: float) -> Tensor:
+        """The nearest images in the ball."""
+        clean = self._clean
+        if self._linf:
+            inside = images.clamp(clean - radius, clean + radius)
+        else:
+            delta = images - clean
+            length = _length(delta)
+            inside = clean + torch.where(length > radius, radius / length, 1.0).float() * delta
+        inside = inside.clamp(*self._clip)
+        return inside if self._mask is None else inside.where(self._mask, clean)
+
+    def step(self, images: Tensor, grad: Tensor, size: Tensor, radius: float) -> Tensor:
+        """``images`` moved along the gradient by ``size[B, 1, 1, 1]``, projected. NaN gradients make NaN images."""
+        if self._linf:
+            direction = grad.sign().where(~grad.isnan(), torch.nan)
+        else:
+            if self._mask is not None:
+                grad = grad.where(self._mask, 0.0)
+            length = _length(grad)
+            direction = grad * torch.where(length == 0, 0.0, 1 / length).float()
+        return self.project(images + size * direction, radius)
+
+
+def _length(images: Tensor) -> Tensor:
+    return images.double().flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+
+class _Search:
+    """One call of :func:`strong_attack`."""
+
+    def __init__(
+        self,
+        config: AttackSettings,
+        logits: Logits,
+        ops: ModuleType,
+        images: Tensor,
+        labels: Tensor | None,
+        mask: Tensor | None,
+    ) -> None:
+        steps = config.steps if config.eps > 0 and images.numel() > 0 else 0
+        self._config = dataclasses.replace(config, steps=max(steps, 1))
+        self._logits = logits
+        self._ops = ops
+        self._dtype = images.dtype
+        self._clean = images.detach().float()
+        self._labels = self._predicted() if labels is None else labels
+        self._labels_checked = False
+        self._valid = (self._labels.long() != config.ignore_index).sum((1, 2)).double()
+        # An image of void pixels has no gradient, but momentum and noise would move it.
+        changeable = (self._valid > 0).view(-1, 1, 1, 1)
+        self._ball = _Ball(self._clean, config, changeable if mask is None else mask & changeable)
+        self._phases = phases(config.eps, steps)
+        self._buffer = methods.GradientBuffer()
+        batch, device = len(images), images.device
+        self._best_images = self._clean.clone()
+        self._best_right = torch.full((batch,), torch.inf, dtype=torch.float64, device=device)
+        # The row after the last step is for the final images, so that one look at the end covers every forward pass.
+        self._stats = torch.zeros(config.restarts, steps + 1, batch, 4, dtype=torch.float64, device=device)
+        self._tau = torch.zeros(config.restarts, steps, batch, device=device)
+
+    def run(self, seed: int, indices: list[int]) -> tuple[Tensor, AttackInfo]:
+        config = self._config
+        total = config.restarts * (self._stats.shape[1] - 1)
+        with tqdm(total=total, desc=config.method, disable=not config.progress) as bar:
+            for restart in range(config.restarts):
+                images = self._start(seed, indices, restart)
+                method = methods.create(config, self._ops, self._labels, self._buffer)
+                for phase in self._phases:
+                    images = self._ascend(images, method, phase, restart, bar)
+                self._judge(images, restart)
+        self._raise_unless_finite()
+        tau = self._tau if config.method == "eroseg" else None
+        info = AttackInfo(self._stats[:, :-1], tau, self._best_right, self._valid)
+        return self._best_images.to(self._dtype), info
+
+    def _start(self, seed: int, indices: list[int], restart: int) -> Tensor:
+        clean, config = self._clean, self._config
+        if not (config.random_start and self._phases):
+            return clean.clone()
+        radius = self._phases[0].radius
+        draws = []
+        for index in indices:
+            generator = torch.Generator().manual_seed(noise_seed(seed, index, restart))
+            shape = clean.shape[1:]
+            if config.norm == "linf":
+                draws.append(torch.empty(shape).uniform_(-radius, radius, generator=generator))
+            else:
+                # Uniform in the ball: a Gaussian direction, and a radius whose d-th power is uniform.
+                draw = torch.randn(shape, generator=generator)
+                length = torch.rand((), generator=generator).double() ** (1 / max(draw.numel(), 1))
+                draws.append(draw * (radius * length / draw.double().norm()).float())
+        return self._ball.project(clean + torch.stack(draws).to(clean.device), radius)
+
+    def _ascend(self, images: Tensor, method: methods.Method, phase: Phase, restart: int, bar: tqdm[Any]) -> Tensor:
+        """Takes a phase's steps; returns the images that the next phase starts from."""
+        ball, radius = self._ball, phase.radius
+        images = previous = ball.project(images, radius)
+        size = torch.full((len(images), 1, 1, 1), 2 * radius, device=images.device)
+        halved_last = torch.ones(len(images), dtype=torch.bool, device=images.device)
+        improvements = torch.zeros(len(images), device=images.device)
+        checked = 0
+        for number in range(phase.steps):
+            right, grad = self._evaluate(images, method, restart, phase.first + number)
+            if radius == self._config.eps:
+                self._offer(images, right)
+            if number == 0:
+                best, best_right, best_grad = images, right, grad
+                right_at_check, last_right = right, right
+            else:
+                improvements = improvements + (right < last_right)
+                better = right < best_right
+                best, best_grad = _choose(better, images, best), _choose(better, grad, best_grad)
+                best_right, last_right = torch.where(better, right, best_right), right
+            if number in phase.checkpoints:
+                oscillates = improvements <= IMPROVING * (number - checked)
+                stuck = ~halved_last & (best_right >= right_at_check)
+                halve = oscillates | stuck
+                size = torch.where(halve.view(-1, 1, 1, 1), size / 2, size)
+                images, previous = _choose(halve, best, images), _choose(halve, best, previous)
+                grad, last_right = _choose(halve, best_grad, grad), torch.where(halve, best_right, last_right)
+                halved_last, right_at_check, checked = halve, best_right, number
+                improvements = torch.zeros_like(improvements)
+            stepped = ball.step(images, grad, size, radius)
+            if number > 0:
+                stepped = images + MOMENTUM * (stepped - images) + (1 - MOMENTUM) * (images - previous)
+                stepped = ball.project(stepped, radius)
+            images, previous = stepped, images
+            bar.update()
+        return images
+
+    def _evaluate(self, images: Tensor, method: methods.Method, restart: int, step: int) -> tuple[Tensor, Tensor]:
+        """Right pixels ``[B]`` of the images, and the gradient with respect to them."""
+        leaf = images.detach().requires_grad_()
+        logits = self._forward(leaf)
+        grad_logits, stats = method.gradient(logits.detach(), step)
+        self._stats[restart, step] = stats
+        if method.tau is not None:
+            self._tau[restart, step] = method.tau
+        (grad,) = torch.autograd.grad(logits, leaf, grad_logits)
+        return stats[:, 1], grad
+
+    def _forward(self, images: Tensor) -> Tensor:
+        logits = self._logits(images.to(self._dtype), (self._clean.shape[-2], self._clean.shape[-1]))
+        if images.requires_grad and not self._labels_checked:
+            inputs.check_first_logits(logits, self._labels, self._config.ignore_index)
+            self._labels_checked = True
+        return logits
+
+    def _judge(self, images: Tensor, restart: int) -> None:
+        """Counts the right pixels of a restart's last iterate."""
+        with torch.no_grad():
+            logits = self._forward(images)
+            _, stats = self._ops.pixel_grad(
+                logits, self._labels, "pgd", ignore_index=self._config.ignore_index, out=self._buffer.like(logits)
+            )
+        self._stats[restart, -1] = stats
+        self._offer(images, stats[:, 1])
+
+    def _offer(self, images: Tensor, right: Tensor) -> None:
+        better = right < self._best_right
+        self._best_images = _choose(better, images, self._best_images)
+        self._best_right = torch.where(better, right, self._best_right)
+
+    def _predicted(self) -> Tensor:
+        with torch.no_grad():
+            logits = self._forward(self._clean)
+        return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+
+    def _raise_unless_finite(self) -> None:
+        broken = self._stats[..., 3].isnan()
+        if bool(broken.any()):
+            restart, step, image = broken.nonzero()[0].tolist()
+            raise RuntimeError(
+                f"the model's logits, or its gradient in the step before, are NaN or infinite at step {step} for image "
+                f"{image}" + (f" of restart {restart}" if self._config.restarts > 1 else "")
+            )
+
+
+def _choose(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """Images (or gradients) of ``yes`` where ``condition[B]`` holds, of ``no`` elsewhere."""
+    return torch.where(condition.view(-1, 1, 1, 1), yes, no)

@@ -1,0 +1,443 @@
+"""``evaluate(model, data)``: clean and adversarial scores of a model, per attack and in the worst case."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from eroseg_ext import backend, reference, sanity
+from eroseg_ext.apgd import NOT_OF_APGD, strong_attack
+from eroseg_ext.cli import write_json
+from eroseg_ext.data import SegmentationFolder
+from eroseg_ext.journal import Journal, key_of
+from eroseg_ext.metrics import Counts, Scores, WorstCase, counts_of, scores, worst_case
+from eroseg_ext.model import Logits, Model, frozen, unwrapped
+from eroseg_ext.settings import METHODS, AttackSettings, _check_choice, _check_integer, _check_number, _require
+
+DEFAULT_ATTACKS = ("eroseg", "mce", "mce_bal", "js")
+CLEAN = "clean"
+_OF_THE_EVALUATION = ("eps", "steps", "restarts", "norm", "ignore_index", "clip", "mean", "std", "autocast", "backend")
+
+
+class SegmentationData(Protocol):
+    """What is evaluated on: ``data[i]`` is an image float32 ``[K, H, W]`` and its labels, integers ``[H, W]``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What :func:`evaluate` takes as keywords. Lengths in the image are in pixel values of ``clip``'s range.
+
+    Raises ValueError or TypeError with one sentence if a value is not allowed.
+    """
+
+    attacks: Sequence[str] | Mapping[str, Mapping[str, Any]] = DEFAULT_ATTACKS
+    """methods, or names of rows with settings of :func:`eroseg_ext.strong_attack` for each"""
+    eps: float | Sequence[float] = 8 / 255
+    """radius of the ball, or several; each has a worst case of its own"""
+    steps: int = 100
+    """gradients per attack and restart"""
+    restarts: int = 1
+    norm: str = "linf"
+    ignore_index: int = 255
+    """label of void pixels, which never count"""
+    seed: int = 0
+    """of the random starts; an image's noise depends on the seed, the image's number and the restart alone"""
+    batch_size: int = 8
+    """images attacked at once; those of one batch that differ in size are attacked one after the other"""
+    images: int | None = None
+    """evaluate on so many evenly spaced images; None: all"""
+    clip: tuple[float, float] = (0.0, 1.0)
+    """range of pixel values"""
+    mean: Sequence[float] | None = None
+    """with std: the model is given (image - mean) / std, per channel, while eps and clip stay in pixel values"""
+    std: Sequence[float] | None = None
+    autocast: torch.dtype | None = None
+    """run the model under torch.autocast with this dtype, also to count its right pixels"""
+    backend: str = "auto"
+    """of the attacks: ``fused``, ``reference`` or ``auto``"""
+    sanity: int = 4
+    """run the sanity checks on so many images; 0 leaves them out"""
+    progress: bool = False
+    """show a bar on stderr"""
+
+    def __post_init__(self) -> None:
+        rows = self.rows
+        _require(len(rows) > 0, "attacks", self.attacks, "at least one method")
+        _require(CLEAN not in rows, "attacks", self.attacks, f"names of rows other than {CLEAN!r}")
+        if isinstance(self.attacks, str):
+            raise TypeError(f"attacks is the string {self.attacks!r}, wanted a list of methods such as ['eroseg']")
+        budgets = self.budgets
+        _require(len(budgets) > 0 and len(set(budgets)) == len(budgets), "eps", self.eps, "one or several numbers")
+        _check_integer("batch_size", self.batch_size, 1)
+        _check_integer("seed", self.seed, 0)
+        _check_integer("sanity", self.sanity, 0)
+        if self.images is not None:
+            _check_integer("images", self.images, 1)
+        for eps in budgets:
+            _check_number("eps", eps, 0, float("inf"))
+            for name, row in rows.items():
+                if not isinstance(row, Mapping):
+                    raise TypeError(f"attacks[{name!r}] is a {type(row).__name__}, wanted a dict of settings")
+                for setting in row:
+                    if setting in NOT_OF_APGD or setting in ("eps", "norm", "ignore_index", "model_mode", "progress"):
+                        raise ValueError(f"attacks[{name!r}] sets {setting}, which is not a row's to set")
+                AttackSettings.create(**self.attack_keywords(name, eps))
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """The values of eps, in the order given."""
+        return tuple(self.eps) if isinstance(self.eps, Sequence) else (self.eps,)
+
+    @property
+    def rows(self) -> dict[str, Mapping[str, Any]]:
+        """Settings of its own by row: name of the attack, and at least its method."""
+        if isinstance(self.attacks, Mapping):
+            return {name: row for name, row in self.attacks.items()}
+        for method in self.attacks:
+            _check_choice("attacks", method, METHODS)
+        return {method: {"method": method} for method in self.attacks}
+
+    def attack_keywords(self, row: str, eps: float) -> dict[str, Any]:
+        """What :func:`eroseg_ext.strong_attack` is called with for a row at a budget."""
+        shared = {name: getattr(self, name) for name in _OF_THE_EVALUATION}
+        return {**shared, "eps": eps, **self.rows[row]}
+
+
+@dataclass(frozen=True)
+class AttackRow:
+    """One attack at one budget."""
+
+    attack: str
+    eps: float
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate` found. Scores are in percent."""
+
+    clean: Scores
+    rows: tuple[AttackRow, ...]
+    """by budget, and within it by attack"""
+    worst: dict[float, WorstCase]
+    """by eps, over the clean images and the attacks of that eps; ``chosen_...`` number these, clean as 0"""
+    sanity: tuple[sanity.Check, ...]
+    seconds: dict[str, float]
+    """per image, by row name, over all budgets; of interrupted runs too"""
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    images: tuple[str, ...]
+    """names of the images, or their numbers"""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; everything but the times, so that an interrupted evaluation ends like any other."""
+        return {
+            "settings": self.settings,
+            "environment": self.environment,
+            "images": list(self.images),
+            "clean": asdict(self.clean),
+            "rows": [{"attack": row.attack, "eps": row.eps, **asdict(row.scores)} for row in self.rows],
+            "worst": [{"eps": eps, **asdict(worst)} for eps, worst in self.worst.items()],
+            "sanity": [asdict(check) for check in self.sanity],
+        }
+
+    def markdown(self) -> str:
+        """A table of one row per attack, one column per eps, and below it the worst case with its bound."""
+        budgets = list(self.worst)
+        head = ["attack", *(f"eps {budget(eps)}" for eps in budgets), "s per image"]
+        lines = [head, ["---"] * len(head)]
+        lines.append(["none", *([_triple(self.clean)] * len(budgets)), f"{self.seconds[CLEAN]:.2f}"])
+        for name in dict.fromkeys(row.attack for row in self.rows):
+            found = {row.eps: row.scores for row in self.rows if row.attack == name}
+            lines.append([f"`{name}`", *(_triple(found[eps]) for eps in budgets), f"{self.seconds[name]:.2f}"])
+        lines.append(["**worst case**", *(f"**{_triple(self.worst[eps])}**" for eps in budgets), ""])
+        lines.append(["lower bound of its mIoU", *(f"{self.worst[eps].miou_bound:.2f}" for eps in budgets), ""])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def budget(eps: float) -> str:
+    """``eps`` in words: as 255ths where it is a multiple of a quarter of one."""
+    quarters = eps * 255 * 4
+    return f"{round(quarters) / 4:g}/255" if abs(quarters - round(quarters)) < 1e-6 else f"{eps:.4g}"
+
+
+def _triple(found: Scores | WorstCase) -> str:
+    return f"{found.miou:.2f} / {found.macc:.2f} / {found.aacc:.2f}"
+
+
+def evaluate(
+    model: Model, data: str | Path | SegmentationData, *, out: str | Path | None = None, **settings: Any
+) -> Evaluation:
+    """Scores of a segmentation model on clean images, under each attack, and in the worst case over the attacks.
+
+    >>> result = eroseg_ext.evaluate(model, "camvid/val", eps=[2 / 255, 4 / 255], ignore_index=11, out="evaluation")
+    >>> print(result.markdown())
+
+    Every attack is :func:`eroseg_ext.strong_attack` with another method's gradient. With ``out`` each finished batch is
+    on the disk at once, in ``out/results.jsonl``: an evaluation that was interrupted, even killed, goes on where it was
+    when it is called again, and gives the same result as one that was not. Results are found again by a hash of the
+    model's weights and of its answer to one image, of the images and labels, and of the attack's settings, so a changed
+    setting never mixes with others, and a further attack or eps computes only what is new.
+
+    Args:
+        model: nn.Module or any differentiable callable, as :func:`eroseg_ext.attack` takes it; run in eval mode and
+            left as it was.
+        data: folder with ``images/`` and ``labels/``, or anything with ``len`` whose items are an image ``[K, H, W]``,
+            pixel values within ``clip``, and its labels ``[H, W]``: classes, or ``ignore_index`` for void.
+        out: folder for ``results.jsonl`` and ``evaluation.json``, made if missing; None keeps nothing.
+        **settings: the fields of :class:`EvaluationSettings`.
+
+    Returns:
+        Scores in percent: mIoU and mAcc over the classes that some label has, aAcc over all valid pixels. The worst
+        case chooses for each image the clean image or one of the attacks: exactly for aAcc and mAcc, by greedy search
+        for mIoU, with a lower bound of what any choice could reach.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described, or a label is no class; one sentence names it.
+        RuntimeError: the model's logits or gradients are NaN or infinite.
+        OSError: ``out`` cannot be written.
+
+    Source: Croce, Singh & Hein, ECCV 2024 (SEA).
+    """
+    config = EvaluationSettings(**settings)
+    source = SegmentationFolder(data) if isinstance(data, (str, Path)) else data
+    if len(source) == 0:
+        raise ValueError("data has no image, wanted at least one")
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    path = None if folder is None else folder / "results.jsonl"
+    # Models that draw random numbers get the same ones in every run; what the caller draws afterwards is untouched.
+    with Journal(path) as journal, frozen(unwrapped(model), "eval"), torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        result = _Evaluator(config, unwrapped(model), source, journal).run()
+    if folder is not None:
+        write_json(folder / "evaluation.json", result.as_json())
+    return result
+
+
+class _Evaluator:
+    """One call of :func:`evaluate`."""
+
+    def __init__(self, config: EvaluationSettings, model: Model, data: SegmentationData, journal: Journal) -> None:
+        self._config = config
+        self._model = model
+        self._data = data
+        self._journal = journal
+        self._logits = Logits(model, mean=config.mean, std=config.std, autocast=config.autocast)
+        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        self._device = torch.device("cpu") if parameter is None else parameter.device
+        self._ops = backend.select(self._device, config.backend)
+        self._environment = {
+            "eroseg_ext": backend.report()["eroseg_ext"],
+            "torch": torch.__version__,
+            "device": self._device.type,
+            "fused": self._ops is not reference,
+        }
+        total = len(data)
+        count = total if config.images is None else min(config.images, total)
+        chosen = [index * total // count for index in range(count)]
+        self._indices = chosen
+        self._batches = [chosen[i : i + config.batch_size] for i in range(0, count, config.batch_size)]
+        self._digests = [[_digest(data, index) for index in batch] for batch in self._batches]
+        self._model_digest = self._describe_model()
+
+    def run(self) -> Evaluation:
+        config = self._config
+        plan: list[tuple[str, float]] = [(CLEAN, 0.0)]
+        plan += [(row, eps) for eps in config.budgets for row in config.rows]
+        counts: dict[tuple[str, float], Counts] = {}
+        seconds = dict.fromkeys((CLEAN, *config.rows), 0.0)
+        with tqdm(total=len(plan) * len(self._indices), unit="image", disable=not config.progress) as bar:
+            checks = self._sanity()
+            for name, eps in plan:
+                bar.set_description(name if name == CLEAN else f"{name} {budget(eps)}")
+                parts = []
+                for number in range(len(self._batches)):
+                    found = self._unit(name, eps, number)
+                    seconds[name] += found["seconds"]
+                    parts.append(_dense(found["counts"], found["classes"]))
+                    bar.update(len(self._batches[number]))
+                counts[name, eps] = np.concatenate(parts)
+                if not counts[name, eps].any():
+                    raise ValueError(f"data has no pixel with a label other than ignore_index={config.ignore_index}")
+        worst = {}
+        for eps in config.budgets:
+            worst[eps] = worst_case(np.stack([counts[CLEAN, 0.0], *(counts[row, eps] for row in config.rows)]))
+        return Evaluation(
+            clean=scores(counts[CLEAN, 0.0]),
+            rows=tuple(AttackRow(name, eps, scores(counts[name, eps])) for name, eps in plan[1:]),
+            worst=worst,
+            sanity=tuple(checks),
+            seconds={name: total / len(self._indices) for name, total in seconds.items()},
+            settings=self._plain_settings(),
+            environment={**self._environment, "model": self._model_digest},
+            images=tuple(_name(self._data, index) for index in self._indices),
+        )
+
+    def _plain_settings(self) -> dict[str, Any]:
+        config = self._config
+        plain = {name: _plain(getattr(config, name)) for name in (*_OF_THE_EVALUATION, "seed", "batch_size", "sanity")}
+        rows = {name: {key: _plain(value) for key, value in row.items()} for name, row in config.rows.items()}
+        return {"attacks": rows, **plain, "eps": list(config.budgets)}
+
+    def _unit(self, name: str, eps: float, number: int) -> dict[str, Any]:
+        """Counts of one batch under one attack: from the journal, or made now and put there."""
+        config, batch = self._config, self._batches[number]
+        keywords = {} if name == CLEAN else config.attack_keywords(name, eps)
+        key = self._key({"attack": {key: _plain(value) for key, value in keywords.items()}}, batch, number)
+        if key not in self._journal:
+            start = time.perf_counter()
+            images = [self._load(index) for index in batch]
+            counts: list[Tensor] = []
+            for part in _same_size_runs(images):
+                pixels = torch.stack([images[i][0] for i in part]).to(self._device)
+                labels = torch.stack([images[i][1] for i in part]).to(self._device)
+                if name != CLEAN:
+                    numbers = [batch[i] for i in part]
+                    pixels = strong_attack(self._model, pixels, labels, seed=config.seed, indices=numbers, **keywords)
+                counts += self._count(pixels, labels, [batch[i] for i in part])
+            sparse = [_sparse(part) for part in torch.stack(counts).cpu().numpy()]
+            words = (
+                f"{name}, " + ("" if name == CLEAN else f"eps {budget(eps)}, ") + f"images {batch[0]} to {batch[-1]}"
+            )
+            took = round(time.perf_counter() - start, 3)
+            self._journal.put(key, words, {"classes": len(counts[0]), "counts": sparse, "seconds": took})
+        return dict(self._journal[key])
+
+    def _key(self, what: dict[str, Any], batch: list[int], number: int) -> str:
+        """Everything that counts depend on; the batch too, since a sum's last bits may depend on its neighbours."""
+        shared = {name: _plain(getattr(self._config, name)) for name in ("seed", *_OF_THE_EVALUATION[3:])}
+        about = {
+            "model": self._model_digest,
+            "images": self._digests[number],
+            "numbers": batch,
+            **{name: self._environment[name] for name in ("eroseg_ext", "torch", "device", "fused")},
+        }
+        return key_of({**shared, **about, **what})
+
+    def _load(self, index: int) -> tuple[Tensor, Tensor]:
+        image, labels = self._data[index]
+        if image.dim() != 3 or labels.shape != image.shape[1:]:
+            raise ValueError(
+                f"{_name(self._data, index)} is an image {list(image.shape)} with labels {list(labels.shape)}, wanted "
+                "[K, H, W] and [H, W]"
+            )
+        return image.float(), labels.long()
+
+    def _count(self, pixels: Tensor, labels: Tensor, numbers: list[int]) -> list[Tensor]:
+        """Counts ``[C, 3]`` of each image, on the device."""
+        size = (pixels.shape[-2], pixels.shape[-1])
+        with torch.no_grad():
+            logits = self._logits(pixels, size)
+        classes = max(logits.shape[1], 2)
+        wrong = (labels != self._config.ignore_index) & ((labels < 0) | (labels >= classes))
+        if wrong.any():
+            image, row, column = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"{_name(self._data, numbers[image])} has the label {int(labels[image, row, column])} at row {row}, "
+                f"column {column}, wanted classes from 0 to {classes - 1} or ignore_index={self._config.ignore_index}"
+            )
+        void = self._config.ignore_index
+        rows = [slice(i, i + 1) for i in range(len(labels))]
+        return [counts_of(self._ops.confusion(logits[i], labels[i], classes, ignore_index=void)) for i in rows]
+
+    def _describe_model(self) -> str:
+        """A hash of the weights, of the modules' own description, and of the answer to the first image.
+
+        Weights and description leave out what a module only keeps as an attribute. The answer is rounded, so that its
+        last bits, which may vary from run to run, do not matter.
+        """
+        digest = hashlib.sha256()
+        image, _ = self._load(self._indices[0])
+        with torch.no_grad():
+            logits = self._logits(image[None].to(self._device), (image.shape[-2], image.shape[-1])).double()
+        digest.update(f"{logits.shape[1]} {logits.abs().mean():.2e} {logits.std():.2e}".encode())
+        if isinstance(self._model, nn.Module):
+            digest.update(re.sub("0x[0-9a-f]+", "", f"{type(self._model).__qualname__} {self._model}").encode())
+            for name, value in self._model.state_dict().items():
+                if isinstance(value, Tensor):
+                    digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+                    digest.update(_bytes(value))
+        else:
+            digest.update(_bytes(logits))
+        return digest.hexdigest()[:32]
+
+    def _sanity(self) -> list[sanity.Check]:
+        config = self._config
+        if config.sanity == 0:
+            return []
+        count = min(config.sanity, len(self._indices))
+        numbers = [self._indices[i * len(self._indices) // count] for i in range(count)]
+        digests = [_digest(self._data, number) for number in numbers]
+        key = self._key({"sanity": [digests, list(config.budgets)]}, numbers, 0)
+        if key not in self._journal:
+            loaded = [self._load(number) for number in numbers]
+            loaded = [pair for pair in loaded if pair[0].shape == loaded[0][0].shape]
+            images, labels = (torch.stack(part).to(self._device) for part in zip(*loaded, strict=True))
+            shared = {name: getattr(config, name) for name in _OF_THE_EVALUATION[3:]}
+            checks = sanity.check(self._model, images, labels, eps=max(config.budgets), **shared)
+            self._journal.put(key, "sanity checks", [asdict(check) for check in checks])
+        return [sanity.Check(**check) for check in self._journal[key]]
+
+
+def _same_size_runs(images: list[tuple[Tensor, Tensor]]) -> list[list[int]]:
+    """Numbers of consecutive images of one size: what can be a batch."""
+    return [list(run) for _, run in groupby(range(len(images)), key=lambda i: images[i][0].shape)]
+
+
+def _sparse(counts: Counts) -> list[list[int]]:
+    """``[class, right, labels, predicted]`` of the classes that occur."""
+    return [[index, *row] for index, row in enumerate(counts.tolist()) if any(row)]
+
+
+def _dense(images: list[list[list[int]]], classes: int) -> Counts:
+    counts = np.zeros((len(images), classes, 3), np.int64)
+    for number, rows in enumerate(images):
+        for index, *row in rows:
+            counts[number, index] = row
+    return counts
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _name(data: SegmentationData, index: int) -> str:
+    return str(data.images[index].name) if isinstance(data, SegmentationFolder) else f"image {index}"
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _digest(data: SegmentationData, index: int) -> str:
+    """A hash of an image and its labels; of a folder's files as they are, since decoding takes longer."""
+    digest = hashlib.sha256()
+    if isinstance(data, SegmentationFolder):
+        digest.update(str(data.size).encode())
+        for path in (data.images[index], data.labels[index]):
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    else:
+        for part in data[index]:
+            digest.update(f"{part.dtype} {list(part.shape)}".encode())
+            digest.update(_bytes(part))
+    return digest.hexdigest()[:16]

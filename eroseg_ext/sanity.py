@@ -1,0 +1,209 @@
+"""Checks that an attack's figures can be believed: each says in one line what it looked at and what it found.
+
+They find models whose robustness is an illusion (masked or noisy gradients, probabilities for logits, random answers)
+and attacks that are broken, after Carlini et al., "On Evaluating Adversarial Robustness" (2019), and Athalye et al.,
+"Obfuscated Gradients Give a False Sense of Security" (ICML 2018).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eroseg_ext.apgd import noise_seed, strong_attack
+from eroseg_ext.model import Logits, Model, frozen, unwrapped
+
+STEPS = 10
+"""Steps of the attacks along the ladder of budgets."""
+LADDER_OF_STEPS = (1, 3, 10, 30)
+LARGE_EPS = 64 / 255
+"""A budget that no model withstands: a quarter of the range of pixel values."""
+NEAR_ZERO = 5.0
+"""Pixel accuracy in percent that counts as none left."""
+SLACK = 1.0
+"""Points of accuracy by which it may rise where it should fall: short attacks on few images are noisy."""
+MASKED = 0.1
+"""Share of pixels without a gradient from which on the gradient counts as masked."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found."""
+
+    name: str
+    passed: bool
+    verdict: str
+    """one line"""
+
+
+def check(model: Model, images: Tensor, labels: Tensor, *, eps: float, **settings: Any) -> list[Check]:
+    """Runs every check on a few images.
+
+    Args:
+        model: as :func:`eroseg_ext.attack` takes it.
+        images: ``[B, K, H, W]``, a few are enough.
+        labels: ``[B, H, W]``, on the same device.
+        eps: largest budget of the evaluation; with 0 a quarter of ``LARGE_EPS`` takes its place.
+        **settings: shared settings of :func:`eroseg_ext.strong_attack`: ``norm``, ``ignore_index``, ``clip``, ``mean``,
+            ``std``, ``autocast``, ``backend``.
+
+    Returns:
+        The checks in a fixed order. One that could not be run, because the attack itself failed, has not passed.
+    """
+    model = unwrapped(model)
+    checker = _Checker(model, images, labels, eps, settings)
+    with frozen(model, "eval"), warnings.catch_warnings():
+        # What the attack would warn of is a check of its own here.
+        warnings.simplefilter("ignore", UserWarning)
+        return [
+            _tried("deterministic", checker.deterministic),
+            _tried("logits", checker.are_logits),
+            _tried("gradients", checker.gradients),
+            _tried("eps 0", checker.zero_eps),
+            _tried("falls with eps", checker.falls_with_eps),
+            _tried("falls with steps", checker.falls_with_steps),
+            _tried("large eps", checker.large_eps),
+            _tried("beats noise", checker.beats_noise),
+        ]
+
+
+def _tried(name: str, run: Callable[[], tuple[bool, str]]) -> Check:
+    try:
+        return Check(name, *run())
+    except (RuntimeError, ValueError) as error:
+        return Check(name, False, f"could not be checked: {' '.join(str(error).split())}")
+
+
+class _Checker:
+    """The checks of one model on some images; each returns whether it passed, and the verdict."""
+
+    def __init__(self, model: Model, images: Tensor, labels: Tensor, eps: float, settings: dict[str, Any]) -> None:
+        self._model = model
+        self._images = images
+        self._labels = labels
+        self._linf = settings.get("norm", "linf") == "linf"
+        # An l_2 ball as large as the l_inf ball's, were it filled: its norm over an image of so many values.
+        self._large = LARGE_EPS if self._linf else LARGE_EPS * images[0].numel() ** 0.5
+        self._eps = eps if eps > 0 else self._large / 4
+        self._settings = settings
+        self._valid = labels != settings.get("ignore_index", 255)
+        shared = {name: settings.get(name) for name in ("mean", "std", "autocast")}
+        self._logits = Logits(model, **shared)
+        self._known: dict[tuple[float, int], float] = {}
+
+    def deterministic(self) -> tuple[bool, str]:
+        with torch.no_grad():
+            first, second = self._predict(self._images), self._predict(self._images)
+        changed = float((_classes(first) != _classes(second))[self._valid].double().mean())
+        largest = float((first - second).abs().max())
+        scale = float(first.abs().max())
+        if largest <= 1e-4 * scale:
+            return True, "two forward passes give the same logits"
+        return False, (
+            f"two forward passes differ, by up to {largest:.3g} in logits of up to {scale:.3g} and in "
+            f"{100 * changed:.2f} % of the predictions: the model is stochastic, and an attack must average over that"
+        )
+
+    def are_logits(self) -> tuple[bool, str]:
+        with torch.no_grad():
+            output = self._predict(self._images)
+        if output.shape[1] == 1:
+            looks = bool(output.amin() >= 0) and bool(output.amax() <= 1)
+            found = "the one output lies within [0, 1]"
+        else:
+            looks = bool(output.amin() >= 0) and bool(((output.sum(1) - 1).abs() < 1e-2).all())
+            found = "every pixel's outputs are not negative and sum to 1"
+        if looks:
+            return False, f"{found}: these are probabilities, whose gradients vanish; remove the softmax"
+        return True, f"the outputs are no probabilities, they range from {output.amin():.3g} to {output.amax():.3g}"
+
+    def gradients(self) -> tuple[bool, str]:
+        """The gradient of the negative log-odds: unlike cross-entropy's it does not vanish where a model is sure."""
+        leaf = self._images.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            logits = self._predict(leaf)
+            if not logits.requires_grad:
+                return False, "the logits do not depend on the images by autograd: no gradient reaches the attack"
+            index = self._labels.long().where(self._valid, 0).unsqueeze(1)
+            if logits.shape[1] == 1:
+                loss = -torch.where(index == 1, logits, -logits)
+            else:
+                others = logits.scatter(1, index, -torch.inf)
+                loss = others.logsumexp(1, keepdim=True) - logits.gather(1, index)
+            total = loss[self._valid.unsqueeze(1)].sum()
+            gradient: Tensor | None = torch.autograd.grad(total, leaf, allow_unused=True)[0]
+        if gradient is None:
+            return False, "the logits do not depend on the images by autograd: no gradient reaches the attack"
+        broken = float((~gradient.isfinite()).double().mean())
+        if broken > 0:
+            return False, f"{100 * broken:.2f} % of the gradient is NaN or infinite"
+        zero = float((gradient == 0).all(1).double().mean())
+        if zero >= MASKED:
+            return False, f"{100 * zero:.1f} % of the input pixels have a gradient of exactly 0: gradients are masked"
+        return True, f"{100 * zero:.2f} % of the input pixels have a gradient of exactly 0"
+
+    def zero_eps(self) -> tuple[bool, str]:
+        clean, attacked = self._accuracy(self._images), self._attacked(0.0, 3)
+        if clean == attacked:
+            return True, f"with eps 0 the accuracy is the clean one, {clean:.2f} %"
+        return False, f"with eps 0 the accuracy is {attacked:.2f} %, wanted the clean one, {clean:.2f} %"
+
+    def falls_with_eps(self) -> tuple[bool, str]:
+        budgets = [factor * self._eps for factor in (0.25, 0.5, 1.0, 2.0, 4.0)]
+        found = [self._accuracy(self._images), *(self._attacked(eps, STEPS) for eps in budgets)]
+        return _falls(found, f"from eps 0 over {', '.join(f'{eps:.3g}' for eps in budgets)}")
+
+    def falls_with_steps(self) -> tuple[bool, str]:
+        found = [self._attacked(self._eps, steps) for steps in LADDER_OF_STEPS]
+        return _falls(found, f"over {', '.join(map(str, LADDER_OF_STEPS))} steps")
+
+    def large_eps(self) -> tuple[bool, str]:
+        eps = max(self._large, 4 * self._eps)
+        left = self._attacked(eps, max(LADDER_OF_STEPS))
+        words = f"eps {eps:.3g} leaves an accuracy of {left:.2f} %"
+        if left <= NEAR_ZERO:
+            return True, words
+        return False, f"{words}, wanted at most {NEAR_ZERO:g} %: the attack fails where no model can withstand"
+
+    def beats_noise(self) -> tuple[bool, str]:
+        attacked = self._attacked(self._eps, STEPS)
+        generator = torch.Generator().manual_seed(noise_seed(0, 0, 0))
+        signs = torch.randint(0, 2, self._images.shape, generator=generator).to(self._images) * 2 - 1
+        size = self._eps if self._linf else self._eps / self._images[0].numel() ** 0.5
+        noisy = self._accuracy((self._images + size * signs).clamp(*self._settings.get("clip", (0.0, 1.0))))
+        words = f"eps {self._eps:.3g}: accuracy {attacked:.2f} % under attack, {noisy:.2f} % under noise of that size"
+        if attacked < noisy - SLACK or noisy == 0:
+            return True, words
+        return False, f"{words}: the gradient is no better than chance"
+
+    def _predict(self, images: Tensor) -> Tensor:
+        return self._logits(images, (images.shape[-2], images.shape[-1])).float()
+
+    def _accuracy(self, images: Tensor) -> float:
+        with torch.no_grad():
+            right = (_classes(self._predict(images)) == self._labels) & self._valid
+        return 100 * float(right.sum()) / max(float(self._valid.sum()), 1.0)
+
+    def _attacked(self, eps: float, steps: int) -> float:
+        if (eps, steps) not in self._known:
+            adversarial = strong_attack(self._model, self._images, self._labels, eps=eps, steps=steps, **self._settings)
+            self._known[eps, steps] = self._accuracy(adversarial)
+        return self._known[eps, steps]
+
+
+def _classes(logits: Tensor) -> Tensor:
+    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+
+
+def _falls(accuracies: list[float], where: str) -> tuple[bool, str]:
+    listed = ", ".join(f"{value:.2f}" for value in accuracies)
+    rises = max(after - before for before, after in pairwise(accuracies))
+    if rises <= SLACK:
+        return True, f"accuracy falls {where}: {listed} %"
+    return False, f"accuracy rises by {rises:.2f} points {where}: {listed} %"

@@ -102,8 +102,8 @@ def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
         "evaluate",
         help="scores of a model, clean, under attack and in the worst case",
         description="Attacks a model with APGD and the gradient of several methods, prints mIoU / mAcc / aAcc in "
-        "percent per attack and in the worst case, and writes them to DIR/evaluation.json. An interrupted evaluation goes on "
-        "where it was; a further attack or eps computes only what is new.",
+        "percent per attack and in the worst case, and writes them to DIR/evaluation.json. An interrupted evaluation "
+        "goes on where it was; a further attack or eps computes only what is new.",
     )
     add = evaluate.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder with images/NAME.* and labels/NAME.png")

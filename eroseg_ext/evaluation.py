@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eroseg_ext import backend, reference, sanity
-from eroseg_ext.apgd import NOT_OF_APGD, strong_attack
+from eroseg_ext.apgd import NOT_OF_APGD, noise_seed, strong_attack
 from eroseg_ext.cli import write_json
 from eroseg_ext.data import SegmentationFolder
 from eroseg_ext.journal import Journal, key_of
@@ -76,11 +76,11 @@ class EvaluationSettings:
     """show a bar on stderr"""
 
     def __post_init__(self) -> None:
+        if isinstance(self.attacks, str):
+            raise TypeError(f"attacks is the string {self.attacks!r}, wanted a list of methods such as ['eroseg']")
         rows = self.rows
         _require(len(rows) > 0, "attacks", self.attacks, "at least one method")
         _require(CLEAN not in rows, "attacks", self.attacks, f"names of rows other than {CLEAN!r}")
-        if isinstance(self.attacks, str):
-            raise TypeError(f"attacks is the string {self.attacks!r}, wanted a list of methods such as ['eroseg']")
         budgets = self.budgets
         _require(len(budgets) > 0 and len(set(budgets)) == len(budgets), "eps", self.eps, "one or several numbers")
         _check_integer("batch_size", self.batch_size, 1)
@@ -222,9 +222,7 @@ def evaluate(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     path = None if folder is None else folder / "results.jsonl"
-    # Models that draw random numbers get the same ones in every run; what the caller draws afterwards is untouched.
     with Journal(path) as journal, frozen(unwrapped(model), "eval"), torch.random.fork_rng():
-        torch.manual_seed(config.seed)
         result = _Evaluator(config, unwrapped(model), source, journal).run()
     if folder is not None:
         write_json(folder / "evaluation.json", result.as_json())
@@ -303,6 +301,8 @@ class _Evaluator:
         key = self._key({"attack": {key: _plain(value) for key, value in keywords.items()}}, batch, number)
         if key not in self._journal:
             start = time.perf_counter()
+            # For models that draw random numbers: this batch gets the same ones, whatever was computed before it.
+            torch.manual_seed(noise_seed(config.seed, batch[0], 0))
             images = [self._load(index) for index in batch]
             counts: list[Tensor] = []
             for part in _same_size_runs(images):
@@ -364,6 +364,7 @@ class _Evaluator:
         last bits, which may vary from run to run, do not matter.
         """
         digest = hashlib.sha256()
+        torch.manual_seed(self._config.seed)
         image, _ = self._load(self._indices[0])
         with torch.no_grad():
             logits = self._logits(image[None].to(self._device), (image.shape[-2], image.shape[-1])).double()
@@ -391,6 +392,7 @@ class _Evaluator:
             loaded = [pair for pair in loaded if pair[0].shape == loaded[0][0].shape]
             images, labels = (torch.stack(part).to(self._device) for part in zip(*loaded, strict=True))
             shared = {name: getattr(config, name) for name in _OF_THE_EVALUATION[3:]}
+            torch.manual_seed(config.seed)
             checks = sanity.check(self._model, images, labels, eps=max(config.budgets), **shared)
             self._journal.put(key, "sanity checks", [asdict(check) for check in checks])
         return [sanity.Check(**check) for check in self._journal[key]]

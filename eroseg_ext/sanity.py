@@ -124,20 +124,21 @@ class _Checker:
         return True, f"the outputs are no probabilities, they range from {output.amin():.3g} to {output.amax():.3g}"
 
     def gradients(self) -> tuple[bool, str]:
-        """The gradient of the negative log-odds: unlike cross-entropy's it does not vanish where a model is sure."""
+        """The gradient of the prediction's negative log-odds, summed over all pixels, void or not.
+
+        Unlike cross-entropy's it does not vanish where a model is sure.
+        """
         leaf = self._images.detach().clone().requires_grad_()
         with torch.enable_grad():
             logits = self._predict(leaf)
             if not logits.requires_grad:
                 return False, "the logits do not depend on the images by autograd: no gradient reaches the attack"
-            index = self._labels.long().where(self._valid, 0).unsqueeze(1)
             if logits.shape[1] == 1:
-                loss = -torch.where(index == 1, logits, -logits)
+                loss = -logits.abs()
             else:
-                others = logits.scatter(1, index, -torch.inf)
-                loss = others.logsumexp(1, keepdim=True) - logits.gather(1, index)
-            total = loss[self._valid.unsqueeze(1)].sum()
-            gradient: Tensor | None = torch.autograd.grad(total, leaf, allow_unused=True)[0]
+                top = logits.argmax(1, keepdim=True)
+                loss = logits.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True) - logits.gather(1, top)
+            gradient: Tensor | None = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)[0]
         if gradient is None:
             return False, "the logits do not depend on the images by autograd: no gradient reaches the attack"
         broken = float((~gradient.isfinite()).double().mean())

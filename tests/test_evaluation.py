@@ -1,0 +1,384 @@
+"""``evaluate``: its figures, what it keeps on disk, and that a killed evaluation ends like any other."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from attack_common import Batch
+from conftest import CLASSES, VOID
+from PIL import Image
+from test_cli import write_folder
+from torch import Tensor, nn
+
+from eroseg_ext import evaluate, strong_attack
+from eroseg_ext.evaluation import EvaluationSettings, budget
+from eroseg_ext.settings import METHODS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+QUICK: dict[str, Any] = {"steps": 4, "sanity": 0, "eps": 8 / 255}
+
+
+class Pairs:
+    """A batch as a data set."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.read.append(index)
+        return self.images[index], self.labels[index]
+
+
+@pytest.fixture
+def pairs(batch: Batch) -> Pairs:
+    return Pairs(batch[0].cpu(), batch[1].cpu())
+
+
+def matrix_of(logits: Tensor, labels: Tensor) -> np.ndarray:
+    """Confusion matrix by brute force: rows are labels."""
+    matrix = np.zeros((CLASSES, CLASSES), np.int64)
+    for label, predicted in zip(labels.flatten().tolist(), logits.argmax(1).flatten().tolist(), strict=True):
+        if label != VOID:
+            matrix[label, predicted] += 1
+    return matrix
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_figures_against_brute_force(net: nn.Module, pairs: Pairs) -> None:
+    net.eval()
+    device = next(net.parameters()).device
+    result = evaluate(net, pairs, attacks=["eroseg", "pgd"], **QUICK)
+    images, labels = pairs.images.to(device), pairs.labels.to(device)
+    for name, found in [("clean", result.clean), *((row.attack, row.scores) for row in result.rows)]:
+        if name != "clean":
+            images = strong_attack(net, pairs.images.to(device), labels, method=name, eps=8 / 255, steps=4)
+        with torch.no_grad():
+            matrix = matrix_of(net(images), labels)
+        hit, union = np.diag(matrix), matrix.sum(0) + matrix.sum(1) - np.diag(matrix)
+        assert found.miou == pytest.approx(100 * (hit / union).mean())
+        assert found.macc == pytest.approx(100 * (hit / matrix.sum(1)).mean())
+        assert found.aacc == pytest.approx(100 * hit.sum() / matrix.sum())
+        assert found.iou == pytest.approx(tuple(100 * hit / union))
+
+
+def test_worst_case_is_no_better_than_any_row(net: nn.Module, pairs: Pairs) -> None:
+    result = evaluate(net, pairs, **{**QUICK, "eps": [2 / 255, 8 / 255]})
+    assert list(result.worst) == [2 / 255, 8 / 255]
+    for eps, worst in result.worst.items():
+        rows = [result.clean, *(row.scores for row in result.rows if row.eps == eps)]
+        assert worst.miou_bound <= worst.miou + 1e-9
+        for found in rows:
+            assert worst.miou <= found.miou + 1e-9
+            assert worst.macc <= found.macc + 1e-9
+            assert worst.aacc <= found.aacc + 1e-9
+        assert all(0 <= number < len(rows) for number in worst.chosen_miou + worst.chosen_aacc)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eps_0_is_clean(pixelwise: nn.Module, pairs: Pairs, method: str) -> None:
+    result = evaluate(pixelwise, pairs, attacks=[method], **{**QUICK, "eps": 0})
+    assert result.rows[0].scores == result.clean
+    assert result.worst[0].miou == pytest.approx(result.clean.miou)
+
+
+def test_batches_and_order_do_not_matter_to_a_pixelwise_model(pixelwise: nn.Module, pairs: Pairs) -> None:
+    found = [evaluate(pixelwise, pairs, batch_size=size, **QUICK) for size in (1, 2, 8)]
+    assert found[0].rows == found[1].rows == found[2].rows
+    assert found[0].worst == found[1].worst
+
+
+def test_images_of_several_sizes(pixelwise: nn.Module, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for part in ("images", "labels"):
+        (tmp_path / part).mkdir()
+    for name, size in (("a", (20, 24)), ("b", (20, 24)), ("c", (17, 9)), ("d", (20, 24))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(tmp_path / "images" / f"{name}.png")
+        Image.fromarray(rng.integers(0, 4, size, np.uint8)).save(tmp_path / "labels" / f"{name}.png")
+    together = evaluate(pixelwise, tmp_path, batch_size=4, **{**QUICK, "sanity": 4})
+    alone = evaluate(pixelwise, tmp_path, batch_size=1, **QUICK)
+    assert together.rows == alone.rows
+    assert together.images == ("a.png", "b.png", "c.png", "d.png")
+
+
+def test_classes_that_no_label_has(pixelwise: nn.Module, batch: Batch) -> None:
+    images, labels = batch[0].cpu(), batch[1].cpu()
+    labels = torch.where((labels == 1) | (labels == 3), 0, labels)
+    result = evaluate(pixelwise, Pairs(images, labels), **QUICK)
+    assert [value is None for value in result.clean.iou] == [False, True, False, True]
+    for found in (result.clean, *(row.scores for row in result.rows), *result.worst.values()):
+        assert math.isfinite(found.miou)
+        assert math.isfinite(found.macc)
+    json.dumps(result.as_json(), allow_nan=False)
+
+
+def test_binary_model_of_one_logit(batch: Batch) -> None:
+    class OneLogit(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return 4 * (images[:, :1] - images[:, 1:2])
+
+    labels = torch.where(batch[1] == VOID, VOID, batch[1] % 2).cpu()
+    result = evaluate(OneLogit(), Pairs(batch[0].cpu(), labels), **QUICK)
+    assert len(result.clean.iou) == 2
+    assert all(row.scores.aacc < result.clean.aacc for row in result.rows)
+
+
+def test_rows_with_settings_of_their_own(net: nn.Module, pairs: Pairs) -> None:
+    rows = {"narrow": {"method": "eroseg", "radius": 0}, "long": {"method": "pgd", "steps": 6}}
+    result = evaluate(net, pairs, attacks=rows, **QUICK)
+    assert [row.attack for row in result.rows] == ["narrow", "long"]
+    assert result.as_json()["settings"]["attacks"] == rows
+
+
+def test_some_of_the_images(net: nn.Module, pairs: Pairs) -> None:
+    assert evaluate(net, pairs, images=2, **QUICK).images == ("image 0", "image 1")
+    assert len(evaluate(net, pairs, images=9, **QUICK).images) == 3
+
+
+def test_table(net: nn.Module, pairs: Pairs) -> None:
+    result = evaluate(net, pairs, attacks=["eroseg", "js"], **{**QUICK, "eps": [2 / 255, 0.03]})
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in result.markdown().splitlines()]
+    assert table[0][:3] == ["attack", "eps 2/255", "eps 0.03"]
+    assert [row[0] for row in table[2:]] == [
+        "none",
+        "`eroseg`",
+        "`js`",
+        "**worst case**",
+        "lower bound of its mIoU",
+    ]
+    found = result.rows[0].scores
+    assert table[3][1] == f"{found.miou:.2f} / {found.macc:.2f} / {found.aacc:.2f}"
+    assert all(len(row) == 4 for row in table)
+
+
+def test_budget_in_words() -> None:
+    assert [budget(eps) for eps in (0, 8 / 255, 0.5 / 255, 0.03)] == ["0/255", "8/255", "0.5/255", "0.03"]
+
+
+# -- what is kept on disk ------------------------------------------------------------------------------------------
+
+
+def test_a_second_call_computes_nothing(net: nn.Module, pairs: Pairs, tmp_path: Path) -> None:
+    first = evaluate(net, pairs, out=tmp_path, batch_size=2, **{**QUICK, "sanity": 2})
+    before = (tmp_path / "results.jsonl").read_bytes()
+    # Clean and four attacks on two batches, and the sanity checks.
+    assert len(lines(tmp_path)) == 11
+    written = (tmp_path / "evaluation.json").read_bytes()
+    again = evaluate(net, pairs, out=tmp_path, batch_size=2, **{**QUICK, "sanity": 2})
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    assert (tmp_path / "evaluation.json").read_bytes() == written
+    assert again == first
+
+
+def test_a_further_attack_computes_only_that(net: nn.Module, pairs: Pairs, tmp_path: Path) -> None:
+    evaluate(net, pairs, attacks=["eroseg"], out=tmp_path, **QUICK)
+    result = evaluate(net, pairs, attacks=["js", "eroseg"], out=tmp_path, **QUICK)
+    assert len(lines(tmp_path)) == 3
+    assert result.as_json() == evaluate(net, pairs, attacks=["js", "eroseg"], **QUICK).as_json()
+
+
+def change(settings: dict[str, Any], **changed: Any) -> dict[str, Any]:
+    return {**settings, **changed}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"steps": 5},
+        {"eps": 4 / 255},
+        {"restarts": 2},
+        {"seed": 1},
+        {"norm": "l2"},
+        {"ignore_index": 1},
+        {"batch_size": 2},
+        {"clip": (-1.0, 1.0)},
+        {"mean": (0.5,), "std": (0.5,)},
+        {"autocast": torch.bfloat16},
+        {"backend": "reference"},
+        {"attacks": {"pgd": {"method": "pgd", "random_start": False}}},
+    ],
+    ids=lambda changed: "-".join(changed),
+)
+def test_a_changed_setting_never_mixes(
+    pixelwise: nn.Module, batch: Batch, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    # Every label is a class, also with ignore_index 1.
+    pairs = Pairs(batch[0].cpu(), batch[1].cpu() % CLASSES)
+    plain = {**QUICK, "attacks": ["pgd"]}
+    evaluate(pixelwise, pairs, out=tmp_path, **plain)
+    mixed = evaluate(pixelwise, pairs, out=tmp_path, **change(plain, **changed))
+    alone = evaluate(pixelwise, pairs, **change(plain, **changed))
+    assert mixed.as_json() == alone.as_json()
+    assert sum(line["what"].startswith("pgd") for line in lines(tmp_path)) > 1
+
+
+def test_a_changed_model_or_image_never_mixes(pairs: Pairs, tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        """The factor is no weight, and does not show in the module's description."""
+
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.cat([images, images[:, :1].square()], 1) * self.factor
+
+    def keys() -> set[str]:
+        return {line["key"] for line in lines(tmp_path)}
+
+    evaluate(Scaled(1.0), pairs, attacks=["mce"], out=tmp_path, **QUICK)
+    found = keys()
+    evaluate(Scaled(1.1), pairs, attacks=["mce"], out=tmp_path, **QUICK)
+    assert len(keys()) == 2 * len(found)
+    found = keys()
+    pairs.labels[1, 10, 10] = (pairs.labels[1, 10, 10] + 1) % CLASSES
+    evaluate(Scaled(1.0), pairs, attacks=["mce"], out=tmp_path, **QUICK)
+    assert keys() > found
+
+
+def test_changed_weights_never_mix(net: nn.Module, pairs: Pairs, tmp_path: Path) -> None:
+    evaluate(net, pairs, attacks=["mce"], out=tmp_path, **QUICK)
+    with torch.no_grad():
+        net[0].bias[0] += 1e-6
+    evaluate(net, pairs, attacks=["mce"], out=tmp_path, **QUICK)
+    assert len({line["key"] for line in lines(tmp_path)}) == len(lines(tmp_path)) == 4
+
+
+PROGRAM = """
+import sys, torch
+from pathlib import Path
+from eroseg_ext import evaluate
+from eroseg_ext.nets import SmallDeepLab
+torch.set_num_threads(1)
+torch.manual_seed(0)
+evaluate(SmallDeepLab(8, width=8), Path(sys.argv[1]), out=sys.argv[2], attacks=["eroseg", "mce", "js"],
+         eps=[2 / 255, 8 / 255], steps=6, batch_size=2, sanity=2)
+"""
+
+
+def start(data: Path, out: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(data), str(out)])
+
+
+def test_killed_at_any_time_it_ends_like_any_other(tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "data", 5)
+    assert start(data, tmp_path / "whole").wait() == 0
+    killed = tmp_path / "killed"
+    path = killed / "results.jsonl"
+    kills = 0
+    for target in (1, 12):
+        process = start(data, killed)
+        while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < target):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        assert not (killed / "evaluation.json").exists()
+    assert kills == 2
+    done = path.read_bytes()
+    # As if the last kill had come in the midst of a line.
+    path.write_bytes(done + b'{"key": "0123", "what": "mce, eps 2/2')
+    assert start(data, killed).wait() == 0
+    assert (killed / "evaluation.json").read_bytes() == (tmp_path / "whole" / "evaluation.json").read_bytes()
+    # Nothing that was finished has been done again, and each piece is there once.
+    assert path.read_bytes().startswith(done[: done.rfind(b"\n") + 1])
+    keys = [line["key"] for line in lines(killed)]
+    assert len(keys) == len(set(keys)) == 7 * 3 + 1
+    assert set(keys) == {line["key"] for line in lines(tmp_path / "whole")}
+
+
+def test_a_stochastic_model_is_reproducible(pairs: Pairs, tmp_path: Path) -> None:
+    class Noisy(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.cat([images, images[:, :1]], 1) + 0.1 * torch.randn(len(images), 4, *images.shape[-2:])
+
+    found = [evaluate(Noisy(), pairs, batch_size=1, out=tmp_path / name, **QUICK) for name in ("a", "b")]
+    assert found[0].as_json() == found[1].as_json()
+    # Half of the work is missing: the rest must not depend on what was drawn for it.
+    kept = (tmp_path / "b" / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "b" / "results.jsonl").write_text("".join(kept[::2]))
+    assert evaluate(Noisy(), pairs, batch_size=1, out=tmp_path / "b", **QUICK).as_json() == found[0].as_json()
+
+
+def test_the_model_and_the_generator_are_left_alone(net: nn.Module, pairs: Pairs) -> None:
+    net.train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    state = torch.get_rng_state()
+    evaluate(net, pairs, **{**QUICK, "sanity": 1})
+    assert torch.equal(torch.get_rng_state(), state)
+    assert net.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+# -- errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"attacks": ["erosg"]}, "attacks is 'erosg', wanted one of .*did you mean eroseg"),
+        ({"attacks": "eroseg"}, "attacks is the string 'eroseg', wanted a list"),
+        ({"attacks": []}, "attacks is .*, wanted at least one method"),
+        ({"attacks": {"clean": {}}}, "wanted names of rows other than 'clean'"),
+        ({"attacks": {"a": {"eps": 1}}}, r"attacks\['a'\] sets eps, which is not a row's to set"),
+        ({"attacks": {"a": {"q": 0.5}}}, "q is 0.5"),
+        ({"eps": -1}, "eps is -1"),
+        ({"eps": []}, "eps is .*, wanted one or several numbers"),
+        ({"eps": [0.1, 0.1]}, "eps is .*, wanted"),
+        ({"steps": 0}, "steps is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"images": 0}, "images is 0"),
+        ({"sanity": -1}, "sanity is -1"),
+        ({"norm": "l1"}, "norm is 'l1', wanted one of linf, l2"),
+    ],
+)
+def test_settings_are_checked_before_any_work(settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, TypeError), match=sentence):
+        EvaluationSettings(**settings)
+    with pytest.raises((ValueError, TypeError), match=sentence):
+        evaluate(None, tmp_path / "nowhere", out=tmp_path / "out", **settings)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_labels_are_told_by_name(pixelwise: nn.Module, tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "data", 2)
+    labels = np.zeros((40, 64), np.uint8)
+    labels[3, 7] = 4
+    Image.fromarray(np.zeros((40, 64), np.uint8)).save(data / "labels" / "0.png")
+    Image.fromarray(labels).save(data / "labels" / "1.png")
+    with pytest.raises(ValueError, match=r"1\.jpg has the label 4 at row 3, column 7, wanted classes from 0 to 3"):
+        evaluate(pixelwise, data, **QUICK)
+
+
+def test_nothing_but_void(pixelwise: nn.Module, pairs: Pairs) -> None:
+    pairs.labels[:] = VOID
+    with pytest.raises(ValueError, match="data has no pixel with a label other than ignore_index=255"):
+        evaluate(pixelwise, pairs, **QUICK)
+
+
+def test_no_images(pixelwise: nn.Module) -> None:
+    with pytest.raises(ValueError, match="data has no image"):
+        evaluate(pixelwise, Pairs(torch.zeros(0, 3, 4, 4), torch.zeros(0, 4, 4, dtype=torch.int64)), **QUICK)
+
+
+def test_image_and_labels_of_different_sizes(pixelwise: nn.Module) -> None:
+    pairs = Pairs(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 5, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"image 0 is an image \[3, 4, 4\] with labels \[4, 5\]"):
+        evaluate(pixelwise, pairs, **QUICK)

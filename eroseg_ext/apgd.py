@@ -1,9 +1,11 @@
-"""The evaluation-grade attack: APGD with a shrinking radius around any method's gradient.
+"""The evaluation-grade attack: APGD around any method's gradient, in one ball or in shrinking ones.
 
 APGD (Croce & Hein, ICML 2020) is sign ascent with momentum that starts at steps of 2 radii and halves them, image by
 image, where it no longer gets on; SEA (Croce, Singh & Hein, ECCV 2024) runs it first in larger balls, 2 eps and
 1.5 eps, and projects between them. An image's progress is the number of its right pixels: it is defined for every
 method, it is what the evaluation reports, and every gradient operation returns it at no cost.
+
+The larger balls pay on some models and methods and cost strength on others (``bench/NOTES.md``), so both are here.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from tqdm import tqdm
 from eroseg_ext import backend, inputs, methods
 from eroseg_ext.attack import AttackInfo
 from eroseg_ext.model import Logits, Model, frozen, unwrapped
-from eroseg_ext.settings import AttackSettings
+from eroseg_ext.settings import AttackSettings, _check_choice
 
-RADII = ((2.0, 30), (1.5, 30), (1.0, 40))
-"""Radius in units of eps, and the percentage of the steps spent in it (SEA, section 4)."""
+RADII = {"fixed": ((1.0, 100),), "shrinking": ((2.0, 30), (1.5, 30), (1.0, 40))}
+"""Radii in units of eps, and the percentage of the steps spent in each; ``shrinking`` is SEA's."""
 MOMENTUM = 0.75
 """Weight of the new step; the rest is that of the previous one."""
 IMPROVING = 0.75
@@ -43,13 +45,14 @@ class Phase(NamedTuple):
     """numbers of the evaluations, counted from 0 within the phase, after which step sizes are reconsidered"""
 
 
-def phases(eps: float, steps: int) -> list[Phase]:
+def phases(eps: float, steps: int, radii: str = "fixed") -> list[Phase]:
     """The balls of an attack of so many steps; parts of less than a step are left out, and the last one is not."""
-    ends = [steps * sum(percentage for _, percentage in RADII[: index + 1]) // 100 for index in range(len(RADII))]
+    parts = RADII[radii]
+    ends = [steps * sum(percentage for _, percentage in parts[: index + 1]) // 100 for index in range(len(parts))]
     starts = [0, *ends[:-1]]
     return [
         Phase(factor * eps, start, end - start, _checkpoints(end - start))
-        for (factor, _), start, end in zip(RADII, starts, ends, strict=True)
+        for (factor, _), start, end in zip(parts, starts, ends, strict=True)
         if end > start
     ]
 
@@ -74,6 +77,7 @@ def strong_attack(
     mask: Tensor | None = None,
     seed: int = 0,
     indices: Sequence[int] | None = None,
+    radii: str = "fixed",
     return_info: Literal[False] = False,
     **settings: Any,
 ) -> Tensor: ...
@@ -88,6 +92,7 @@ def strong_attack(
     mask: Tensor | None = None,
     seed: int = 0,
     indices: Sequence[int] | None = None,
+    radii: str = "fixed",
     return_info: Literal[True],
     **settings: Any,
 ) -> tuple[Tensor, AttackInfo]: ...
@@ -101,10 +106,11 @@ def strong_attack(
     mask: Tensor | None = None,
     seed: int = 0,
     indices: Sequence[int] | None = None,
+    radii: str = "fixed",
     return_info: bool = False,
     **settings: Any,
 ) -> Tensor | tuple[Tensor, AttackInfo]:
-    """Adversarial images as strong as this package can make them: APGD in shrinking balls, best iterate, per image.
+    """Adversarial images as strong as this package can make them: APGD and the best iterate, image by image.
 
     >>> adversarial = eroseg_ext.strong_attack(model, images, labels, method="eroseg", eps=4 / 255, steps=100)
 
@@ -118,13 +124,14 @@ def strong_attack(
         mask: ``[B, 1, H, W]`` bool: the pixels that may change; default all.
         seed: of the random starts. An image's noise depends on the seed, its index and the restart, on nothing else.
         indices: B numbers that name the images in a larger set; default 0 to B-1.
+        radii: ``fixed``: all steps in the ball of eps; ``shrinking``: 30 % of them in that of 2 eps, then 30 % in
+            1.5 eps, then 40 % in eps.
         return_info: also return an :class:`AttackInfo`; its ``stats[r, t]`` are of the iterate that step t evaluated,
             which lies in the ball of that step's phase.
         **settings: fields of :class:`eroseg_ext.AttackSettings` with its defaults, but ``steps=100``: ``method``,
-            ``eps``, ``steps`` (gradients per restart: 30 % in the ball of 2 eps, 30 % in 1.5 eps), ``restarts``,
-            ``norm``, ``ignore_index``, ``random_start``, ``clip``, ``mean``, ``std``, ``autocast``, ``backend``,
-            ``model_mode``, ``progress`` and what ``method`` takes. Step sizes, the best iterate and the untargeted
-            goal are this attack's own.
+            ``eps``, ``steps`` (gradients per restart), ``restarts``, ``norm``, ``ignore_index``, ``random_start``,
+            ``clip``, ``mean``, ``std``, ``autocast``, ``backend``, ``model_mode``, ``progress`` and what ``method``
+            takes. Step sizes, the best iterate and the untargeted goal are this attack's own.
 
     Returns:
         Images like ``images``, ``|result - images| <= eps`` and within ``clip``, to rounding: of all iterates in the
@@ -136,10 +143,7 @@ def strong_attack(
 
     Source: Croce & Hein, ICML 2020 (APGD); Croce, Singh & Hein, ECCV 2024 (radii of SEA).
     """
-    for name in NOT_OF_APGD:
-        if name in settings:
-            raise TypeError(f"{name} is not a setting of strong_attack(), which decides it itself")
-    config = AttackSettings.create(**{"steps": 100, **settings})
+    config = checked(radii=radii, **settings)
     inputs.check(images, labels, mask, config)
     numbers = list(range(len(images))) if indices is None else list(indices)
     if len(numbers) != len(images):
@@ -148,9 +152,18 @@ def strong_attack(
     logits = Logits(model, mean=config.mean, std=config.std, autocast=config.autocast)
     ops = backend.select(images.device, config.backend)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model, config.model_mode):
-        search = _Search(config, logits, ops, images, labels, mask)
+        search = _Search(config, radii, logits, ops, images, labels, mask)
         adversarial, info = search.run(seed, numbers)
     return (adversarial, info) if return_info else adversarial
+
+
+def checked(*, radii: str = "fixed", **settings: Any) -> AttackSettings:
+    """The settings that :func:`strong_attack` would run with; raises as it does if they are not allowed."""
+    _check_choice("radii", radii, tuple(RADII))
+    for name in NOT_OF_APGD:
+        if name in settings:
+            raise TypeError(f"{name} is not a setting of strong_attack(), which decides it itself")
+    return AttackSettings.create(**{"steps": 100, **settings})
 
 
 def noise_seed(seed: int, index: int, restart: int) -> int:
@@ -201,6 +214,7 @@ class _Search:
     def __init__(
         self,
         config: AttackSettings,
+        radii: str,
         logits: Logits,
         ops: ModuleType,
         images: Tensor,
@@ -219,7 +233,7 @@ class _Search:
         # An image of void pixels has no gradient, but momentum and noise would move it.
         changeable = (self._valid > 0).view(-1, 1, 1, 1)
         self._ball = _Ball(self._clean, config, changeable if mask is None else mask & changeable)
-        self._phases = phases(config.eps, steps)
+        self._phases = phases(config.eps, steps, radii)
         self._buffer = methods.GradientBuffer()
         batch, device = len(images), images.device
         self._best_images = self._clean.clone()

@@ -132,7 +132,8 @@ def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _budgets(text: str) -> tuple[float, ...]:
-    return tuple(_fraction(part) for part in text.split(","))
+    """Several budgets; how large they may be depends on the norm."""
+    return tuple(_ratio(part) for part in text.split(","))
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -152,11 +153,21 @@ def _mapping(text: str) -> dict[str, Any]:
     return value
 
 
-def _fraction(text: str) -> float:
+def _ratio(text: str) -> float:
     above, _, below = text.partition("/")
     try:
         value = float(above) / float(below or 1)
     except (ValueError, ZeroDivisionError):
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no budget, wanted a number such as 8/255 or 0.03")
+    return value
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = _ratio(text)
+    except argparse.ArgumentTypeError:
         value = -1.0
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is no budget, wanted a number from 0 to 1 such as 8/255 or 0.03")
@@ -219,6 +230,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     from eroseg_ext.evaluation import evaluate
     from eroseg_ext.loading import load_network
 
+    if args.norm == "linf" and max(args.eps) > 1:
+        raise _UserError(f"--eps is {max(args.eps):g}, wanted numbers from 0 to 1 such as 8/255 with --norm linf")
     device = _device(args.device)
     data = SegmentationFolder(args.data, args.size)
     model = load_network(args.model, args.weights, classes=args.classes, model_args=args.model_args).to(device)

@@ -17,17 +17,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eroseg_ext import backend, reference, sanity
-from eroseg_ext.apgd import NOT_OF_APGD, noise_seed, strong_attack
+from eroseg_ext.apgd import NOT_OF_APGD, checked, noise_seed, strong_attack
 from eroseg_ext.cli import write_json
 from eroseg_ext.data import SegmentationFolder
 from eroseg_ext.journal import Journal, key_of
 from eroseg_ext.metrics import Counts, Scores, WorstCase, counts_of, scores, worst_case
 from eroseg_ext.model import Logits, Model, frozen, unwrapped
-from eroseg_ext.settings import METHODS, AttackSettings, _check_choice, _check_integer, _check_number, _require
+from eroseg_ext.settings import METHODS, _check_choice, _check_integer, _check_number, _require
 
 DEFAULT_ATTACKS = ("eroseg", "mce", "mce_bal", "js")
 CLEAN = "clean"
-_OF_THE_EVALUATION = ("eps", "steps", "restarts", "norm", "ignore_index", "clip", "mean", "std", "autocast", "backend")
+_OF_THE_DATA_AND_MODEL = ("norm", "ignore_index", "clip", "mean", "std", "autocast", "backend")
+"""Settings that all rows and the sanity checks share."""
+_OF_THE_ATTACKS = ("steps", "restarts")
+"""Settings that a row may have otherwise."""
 
 
 class SegmentationData(Protocol):
@@ -94,9 +97,9 @@ class EvaluationSettings:
                 if not isinstance(row, Mapping):
                     raise TypeError(f"attacks[{name!r}] is a {type(row).__name__}, wanted a dict of settings")
                 for setting in row:
-                    if setting in NOT_OF_APGD or setting in ("eps", "norm", "ignore_index", "model_mode", "progress"):
+                    if setting in (*NOT_OF_APGD, *_OF_THE_DATA_AND_MODEL, "eps", "model_mode", "progress"):
                         raise ValueError(f"attacks[{name!r}] sets {setting}, which is not a row's to set")
-                AttackSettings.create(**self.attack_keywords(name, eps))
+                checked(**self.attack_keywords(name, eps))
 
     @property
     def budgets(self) -> tuple[float, ...]:
@@ -114,7 +117,7 @@ class EvaluationSettings:
 
     def attack_keywords(self, row: str, eps: float) -> dict[str, Any]:
         """What :func:`eroseg_ext.strong_attack` is called with for a row at a budget."""
-        shared = {name: getattr(self, name) for name in _OF_THE_EVALUATION}
+        shared = {name: getattr(self, name) for name in (*_OF_THE_DATA_AND_MODEL, *_OF_THE_ATTACKS)}
         return {**shared, "eps": eps, **self.rows[row]}
 
 
@@ -290,9 +293,10 @@ class _Evaluator:
 
     def _plain_settings(self) -> dict[str, Any]:
         config = self._config
-        plain = {name: _plain(getattr(config, name)) for name in (*_OF_THE_EVALUATION, "seed", "batch_size", "sanity")}
+        names = (*_OF_THE_ATTACKS, *_OF_THE_DATA_AND_MODEL, "seed", "batch_size", "sanity")
+        plain = {name: _plain(getattr(config, name)) for name in names}
         rows = {name: {key: _plain(value) for key, value in row.items()} for name, row in config.rows.items()}
-        return {"attacks": rows, **plain, "eps": list(config.budgets)}
+        return {"attacks": rows, "eps": list(config.budgets), **plain}
 
     def _unit(self, name: str, eps: float, number: int) -> dict[str, Any]:
         """Counts of one batch under one attack: from the journal, or made now and put there."""
@@ -322,7 +326,7 @@ class _Evaluator:
 
     def _key(self, what: dict[str, Any], batch: list[int], number: int) -> str:
         """Everything that counts depend on; the batch too, since a sum's last bits may depend on its neighbours."""
-        shared = {name: _plain(getattr(self._config, name)) for name in ("seed", *_OF_THE_EVALUATION[3:])}
+        shared = {name: _plain(getattr(self._config, name)) for name in ("seed", *_OF_THE_DATA_AND_MODEL)}
         about = {
             "model": self._model_digest,
             "images": self._digests[number],
@@ -345,6 +349,11 @@ class _Evaluator:
         size = (pixels.shape[-2], pixels.shape[-1])
         with torch.no_grad():
             logits = self._logits(pixels, size)
+        broken = ~logits.isfinite().flatten(1).all(1)
+        if broken.any():
+            raise ValueError(
+                f"the model's logits of {_name(self._data, numbers[int(broken.int().argmax())])} are not finite"
+            )
         classes = max(logits.shape[1], 2)
         wrong = (labels != self._config.ignore_index) & ((labels < 0) | (labels >= classes))
         if wrong.any():
@@ -391,7 +400,7 @@ class _Evaluator:
             loaded = [self._load(number) for number in numbers]
             loaded = [pair for pair in loaded if pair[0].shape == loaded[0][0].shape]
             images, labels = (torch.stack(part).to(self._device) for part in zip(*loaded, strict=True))
-            shared = {name: getattr(config, name) for name in _OF_THE_EVALUATION[3:]}
+            shared = {name: getattr(config, name) for name in _OF_THE_DATA_AND_MODEL}
             torch.manual_seed(config.seed)
             checks = sanity.check(self._model, images, labels, eps=max(config.budgets), **shared)
             self._journal.put(key, "sanity checks", [asdict(check) for check in checks])

@@ -11,7 +11,7 @@ from conftest import VOID
 from torch import Tensor, nn
 
 from eroseg_ext import attack, strong_attack
-from eroseg_ext.apgd import NOT_OF_APGD, _checkpoints, phases
+from eroseg_ext.apgd import NOT_OF_APGD, RADII, _checkpoints, phases
 from eroseg_ext.data import generated_scenes
 from eroseg_ext.demo import DemoSettings, load_task, train
 from eroseg_ext.settings import METHODS
@@ -33,9 +33,10 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
     return model, scenes.images, scenes.labels
 
 
+@pytest.mark.parametrize("radii", RADII)
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 10, 100])
-def test_phases_share_the_steps(steps: int) -> None:
-    found = phases(0.5, steps)
+def test_phases_share_the_steps(steps: int, radii: str) -> None:
+    found = phases(0.5, steps, radii)
     assert sum(phase.steps for phase in found) == steps
     assert found[0].first == 0
     assert all(after.first == before.first + before.steps for before, after in pairwise(found))
@@ -45,7 +46,8 @@ def test_phases_share_the_steps(steps: int) -> None:
 
 
 def test_phases_of_sea() -> None:
-    assert [(phase.radius, phase.steps) for phase in phases(1.0, 300)] == [(2.0, 90), (1.5, 90), (1.0, 120)]
+    found = phases(1.0, 300, "shrinking")
+    assert [(phase.radius, phase.steps) for phase in found] == [(2.0, 90), (1.5, 90), (1.0, 120)]
     assert phases(1.0, 0) == []
 
 
@@ -54,9 +56,10 @@ def test_checkpoints_of_apgd() -> None:
     assert _checkpoints(100) == (22, 41, 57, 70, 80, 87, 93, 99)
 
 
+@pytest.mark.parametrize("radii", RADII)
 @pytest.mark.parametrize("method", METHODS)
-def test_stays_in_the_ball(net: nn.Module, batch: Batch, method: str, backend: str) -> None:
-    found = strong_attack(net, *batch, method=method, steps=7, backend=backend)
+def test_stays_in_the_ball(net: nn.Module, batch: Batch, method: str, radii: str, backend: str) -> None:
+    found = strong_attack(net, *batch, method=method, steps=7, radii=radii, backend=backend)
     assert outside_ball(found, batch[0], EPS["linf"], "linf") <= 1
     assert found.amin() >= 0
     assert found.amax() <= 1
@@ -65,8 +68,8 @@ def test_stays_in_the_ball(net: nn.Module, batch: Batch, method: str, backend: s
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_few_steps_stay_in_the_ball_too(net: nn.Module, batch: Batch, norm: str, steps: int) -> None:
-    found = strong_attack(net, *batch, eps=EPS[norm], norm=norm, steps=steps)
+def test_larger_balls_end_in_the_ball(net: nn.Module, batch: Batch, norm: str, steps: int) -> None:
+    found = strong_attack(net, *batch, eps=EPS[norm], norm=norm, steps=steps, radii="shrinking")
     assert outside_ball(found, batch[0], EPS[norm], norm) <= 1
 
 
@@ -84,13 +87,14 @@ def test_mask_void_and_zero_eps_keep_the_input(net: nn.Module, batch: Batch, nor
     assert same_bits(strong_attack(net, images, labels, eps=0, norm=norm, steps=6), images)
 
 
-def test_returns_the_best_iterate_in_the_ball(net: nn.Module, batch: Batch) -> None:
+@pytest.mark.parametrize("radii", RADII)
+def test_returns_the_best_iterate_in_the_ball(net: nn.Module, batch: Batch, radii: str) -> None:
     net.eval()
-    found, info = strong_attack(net, *batch, steps=20, restarts=2, return_info=True)
+    found, info = strong_attack(net, *batch, steps=20, restarts=2, radii=radii, return_info=True)
     right = right_pixels(net(found), batch[1])
     assert torch.equal(right, info.right)
     # Iterates of the larger balls may have had fewer; those of the last phase may not.
-    last = phases(8 / 255, 20)[-1].first
+    last = phases(8 / 255, 20, radii)[-1].first
     assert (right <= info.stats[:, last:, :, 1].amin((0, 1))).all()
     assert torch.equal(info.valid, (batch[1] != VOID).sum((1, 2)).double())
 
@@ -186,6 +190,11 @@ def test_labels_of_its_own(net: nn.Module, batch: Batch) -> None:
 def test_settings_that_are_not_its_own(net: nn.Module, batch: Batch, name: str) -> None:
     with pytest.raises(TypeError, match=f"{name} is not a setting of strong_attack"):
         strong_attack(net, *batch, **{name: None})
+
+
+def test_radii_are_checked(net: nn.Module, batch: Batch) -> None:
+    with pytest.raises(ValueError, match="radii is 'shrunk', wanted one of fixed, shrinking"):
+        strong_attack(net, *batch, radii="shrunk")
 
 
 def test_indices_go_with_the_images(net: nn.Module, batch: Batch) -> None:

@@ -142,7 +142,7 @@ def test_binary_model_of_one_logit(batch: Batch) -> None:
 
 
 def test_rows_with_settings_of_their_own(net: nn.Module, pairs: Pairs) -> None:
-    rows = {"narrow": {"method": "eroseg", "radius": 0}, "long": {"method": "pgd", "steps": 6}}
+    rows = {"narrow": {"method": "eroseg", "radius": 0}, "long": {"method": "js", "steps": 6, "radii": "shrinking"}}
     result = evaluate(net, pairs, attacks=rows, **QUICK)
     assert [row.attack for row in result.rows] == ["narrow", "long"]
     assert result.as_json()["settings"]["attacks"] == rows
@@ -339,6 +339,8 @@ def test_the_model_and_the_generator_are_left_alone(net: nn.Module, pairs: Pairs
         ({"attacks": {"clean": {}}}, "wanted names of rows other than 'clean'"),
         ({"attacks": {"a": {"eps": 1}}}, r"attacks\['a'\] sets eps, which is not a row's to set"),
         ({"attacks": {"a": {"q": 0.5}}}, "q is 0.5"),
+        ({"attacks": {"a": {"radii": "x"}}}, "radii is 'x', wanted one of fixed, shrinking"),
+        ({"attacks": {"a": {"keep": "last"}}}, r"attacks\['a'\] sets keep, which is not a row's to set"),
         ({"eps": -1}, "eps is -1"),
         ({"eps": []}, "eps is .*, wanted one or several numbers"),
         ({"eps": [0.1, 0.1]}, "eps is .*, wanted"),

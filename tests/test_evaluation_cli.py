@@ -1,0 +1,112 @@
+"""The command ``eroseg evaluate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import write_folder
+
+from eroseg_ext import cli
+from eroseg_ext.nets import SmallDeepLab
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``data/`` of three scenes and ``weights.pt`` of an untrained network of their 8 classes."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    write_folder(folder / "data", 3, void=9)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save({"model": SmallDeepLab(8, width=8).state_dict()}, folder / "weights.pt")
+    return folder
+
+
+def command(files: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "evaluate",
+        *("--data", str(files / "data"), "--weights", str(files / "weights.pt"), "--out", str(out)),
+        *("--ignore-index", "9", "--steps", "3", "--size", "32x48", "--device", "cpu", *more),
+    ]
+
+
+def test_table_and_json(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(command(files, tmp_path, "--attacks", "eroseg,js", "--eps", "2/255,0.03", "--sanity", "2")) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [(row["attack"], round(row["eps"] * 255, 2)) for row in result["rows"]] == [
+        ("eroseg", 2.0),
+        ("js", 2.0),
+        ("eroseg", 7.65),
+        ("js", 7.65),
+    ]
+    rows = {cells[1].strip(): cells for cells in (line.split("|") for line in printed.splitlines()) if len(cells) > 3}
+    for column in (0, 1):
+        found = result["rows"][2 * column]
+        assert (
+            rows["`eroseg`"][2 + column].strip() == f"{found['miou']:.2f} / {found['macc']:.2f} / {found['aacc']:.2f}"
+        )
+        worst = result["worst"][column]
+        assert rows["lower bound of its mIoU"][2 + column].strip() == f"{worst['miou_bound']:.2f}"
+    assert len(result["sanity"]) == 8
+    for check in result["sanity"]:
+        assert f"{'ok  ' if check['passed'] else 'FAIL'}  {check['name']}: {check['verdict']}" in printed.splitlines()
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_options_reach_the_evaluation(files: Path, tmp_path: Path) -> None:
+    more = ["--norm", "l2", "--eps", "2.5", "--images", "2", "--batch-size", "1", "--restarts", "2", "--seed", "3"]
+    more += ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25", "--amp", "bf16", "--sanity", "0", "--attacks", "pgd"]
+    assert cli.main(command(files, tmp_path, *more)) == 0
+    settings = json.loads((tmp_path / "evaluation.json").read_text())["settings"]
+    wanted = {"norm": "l2", "eps": [2.5], "batch_size": 1, "restarts": 2, "seed": 3, "autocast": "bfloat16", "steps": 3}
+    wanted |= {"mean": [0.5] * 3, "std": [0.25] * 3, "attacks": {"pgd": {"method": "pgd"}}, "ignore_index": 9}
+    assert {name: settings[name] for name in wanted} == wanted
+
+
+def test_a_network_by_import_path(files: Path, tmp_path: Path) -> None:
+    arguments = ["evaluate", "--data", str(files / "data"), "--ignore-index", "9", "--out", str(tmp_path)]
+    arguments += ["--model", "eroseg_ext.nets:SmallDeepLab", "--model-args", '{"classes": 8, "width": 8}']
+    assert cli.main([*arguments, "--steps", "1", "--attacks", "pgd", "--sanity", "0", "--images", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--eps", "8"], "--eps is 8, wanted numbers from 0 to 1 such as 8/255 with --norm linf"),
+        (["--eps", "2/255,x"], "x is no budget"),
+        (["--attacks", "erosg"], "attacks is 'erosg', wanted one of eroseg"),
+        (["--steps", "0"], "0 is not a number of steps"),
+        (["--mean", "a"], "a is not a list of numbers"),
+        (["--mean", "0.5"], "std is None, wanted both mean and std"),
+        (["--model-args", "[]"], "[] is not a JSON object"),
+        (["--weights", "nowhere.pt"], "nowhere.pt"),
+        (["--model", "nowhere"], "model is 'nowhere'"),
+        (["--data", "nowhere"], "nowhere must hold the folders images/ and labels/"),
+        (["--device", "toaster"], "device 'toaster' cannot be used"),
+        (["--ignore-index", "255"], "has the label 9 at row"),
+        (["--sanity", "-1"], "sanity is -1"),
+    ],
+)
+def test_errors_are_one_sentence(
+    files: Path, tmp_path: Path, more: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(command(files, tmp_path, *more)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("eroseg: ")
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_broken_model_is_told(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = torch.load(files / "weights.pt")["model"]
+    state["classifier.bias"][0] = torch.nan
+    torch.save(state, tmp_path / "broken.pt")
+    arguments = command(files, tmp_path, "--sanity", "0", "--weights", str(tmp_path / "broken.pt"))
+    assert cli.main(arguments) == 2
+    assert "the model's logits of 0.jpg are NaN or infinite" in capsys.readouterr().err

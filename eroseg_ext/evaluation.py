@@ -351,9 +351,8 @@ class _Evaluator:
             logits = self._logits(pixels, size)
         broken = ~logits.isfinite().flatten(1).all(1)
         if broken.any():
-            raise ValueError(
-                f"the model's logits of {_name(self._data, numbers[int(broken.int().argmax())])} are not finite"
-            )
+            name = _name(self._data, numbers[int(broken.int().argmax())])
+            raise ValueError(f"the model's logits of {name} are NaN or infinite")
         classes = max(logits.shape[1], 2)
         wrong = (labels != self._config.ignore_index) & ((labels < 0) | (labels >= classes))
         if wrong.any():

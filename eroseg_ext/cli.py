@@ -111,7 +111,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
     add("--model-args", type=_mapping, metavar="JSON", help='keywords for the callable, such as {"num_classes": 21}')
     add("--weights", "--checkpoint", type=Path, metavar="FILE", help="state dict, or checkpoint with one as 'model'")
     add("--classes", type=_at_least_1, metavar="N", help="classes of small or tiny, without weights")
-    add("--attacks", type=_names, metavar="A,B,...", help="methods, default: eroseg,mce_bal,js,pgd")
+    add("--attacks", type=_names, metavar="A,B,...", help="methods, default: eroseg,js:shrinking,cospgd")
     add("--eps", type=_budgets, default=(8 / 255,), metavar="E,...", help="such as 2/255,4/255 (default: 8/255)")
     add("--norm", choices=["linf", "l2"], default="linf", help="default: linf")
     add("--steps", type=_at_least_1, default=100, metavar="T", help="per attack and restart, default: 100")

@@ -25,7 +25,8 @@ from eroseg_ext.metrics import Counts, Scores, WorstCase, counts_of, scores, wor
 from eroseg_ext.model import Logits, Model, frozen, unwrapped
 from eroseg_ext.settings import METHODS, _check_choice, _check_integer, _check_number, _require
 
-DEFAULT_ATTACKS = ("eroseg", "mce", "mce_bal", "js")
+DEFAULT_ATTACKS = ("eroseg", "js:shrinking", "cospgd")
+"""Of all methods and radii the three whose worst case was lowest on three trained networks, see ``bench/NOTES.md``."""
 CLEAN = "clean"
 _OF_THE_DATA_AND_MODEL = ("norm", "ignore_index", "clip", "mean", "std", "autocast", "backend")
 """Settings that all rows and the sanity checks share."""
@@ -49,7 +50,8 @@ class EvaluationSettings:
     """
 
     attacks: Sequence[str] | Mapping[str, Mapping[str, Any]] = DEFAULT_ATTACKS
-    """methods, or names of rows with settings of :func:`eroseg_ext.strong_attack` for each"""
+    """methods, such as ``"js"``, with ``"js:shrinking"`` for the shrinking radii; or by name of the row what it passes
+    to :func:`eroseg_ext.strong_attack`"""
     eps: float | Sequence[float] = 8 / 255
     """radius of the ball, or several; each has a worst case of its own"""
     steps: int = 100
@@ -111,14 +113,19 @@ class EvaluationSettings:
         """Settings of its own by row: name of the attack, and at least its method."""
         if isinstance(self.attacks, Mapping):
             return {name: row for name, row in self.attacks.items()}
-        for method in self.attacks:
-            _check_choice("attacks", method, METHODS)
-        return {method: {"method": method} for method in self.attacks}
+        return {entry: _row(entry) for entry in self.attacks}
 
     def attack_keywords(self, row: str, eps: float) -> dict[str, Any]:
         """What :func:`eroseg_ext.strong_attack` is called with for a row at a budget."""
         shared = {name: getattr(self, name) for name in (*_OF_THE_DATA_AND_MODEL, *_OF_THE_ATTACKS)}
         return {**shared, "eps": eps, **self.rows[row]}
+
+
+def _row(entry: str) -> dict[str, str]:
+    """What ``method`` or ``method:radii`` passes to the attack."""
+    method, colon, radii = entry.partition(":")
+    _check_choice("attacks", method, METHODS)
+    return {"method": method, "radii": radii} if colon else {"method": method}
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,7 @@ class Evaluation:
     """by eps, over the clean images and the attacks of that eps; ``chosen_...`` number these, clean as 0"""
     sanity: tuple[sanity.Check, ...]
     seconds: dict[str, float]
-    """per image, by row name, over all budgets; of interrupted runs too"""
+    """per image and budget, by row name; of interrupted runs too"""
     settings: dict[str, Any]
     environment: dict[str, Any]
     images: tuple[str, ...]
@@ -162,7 +169,8 @@ class Evaluation:
     def markdown(self) -> str:
         """A table of one row per attack, one column per eps, and below it the worst case with its bound."""
         budgets = list(self.worst)
-        head = ["attack", *(f"eps {budget(eps)}" for eps in budgets), "s per image"]
+        norm = self.settings["norm"]
+        head = ["attack", *(f"eps {budget(eps, norm)}" for eps in budgets), "s per image"]
         lines = [head, ["---"] * len(head)]
         lines.append(["none", *([_triple(self.clean)] * len(budgets)), f"{self.seconds[CLEAN]:.2f}"])
         for name in dict.fromkeys(row.attack for row in self.rows):
@@ -173,10 +181,11 @@ class Evaluation:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def budget(eps: float) -> str:
-    """``eps`` in words: as 255ths where it is a multiple of a quarter of one."""
+def budget(eps: float, norm: str = "linf") -> str:
+    """``eps`` in words: in l_inf as 255ths where it is a multiple of a quarter of one."""
     quarters = eps * 255 * 4
-    return f"{round(quarters) / 4:g}/255" if abs(quarters - round(quarters)) < 1e-6 else f"{eps:.4g}"
+    whole = norm == "linf" and abs(quarters - round(quarters)) < 1e-6
+    return f"{round(quarters) / 4:g}/255" if whole else f"{eps:.4g}"
 
 
 def _triple(found: Scores | WorstCase) -> str:
@@ -241,8 +250,8 @@ class _Evaluator:
         self._data = data
         self._journal = journal
         self._logits = Logits(model, mean=config.mean, std=config.std, autocast=config.autocast)
-        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-        self._device = torch.device("cpu") if parameter is None else parameter.device
+        kept = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+        self._device = kept[0].device if kept else data[0][0].device
         self._ops = backend.select(self._device, config.backend)
         self._environment = {
             "eroseg_ext": backend.report()["eroseg_ext"],
@@ -265,9 +274,9 @@ class _Evaluator:
         counts: dict[tuple[str, float], Counts] = {}
         seconds = dict.fromkeys((CLEAN, *config.rows), 0.0)
         with tqdm(total=len(plan) * len(self._indices), unit="image", disable=not config.progress) as bar:
-            checks = self._sanity()
+            checks: list[sanity.Check] = []
             for name, eps in plan:
-                bar.set_description(name if name == CLEAN else f"{name} {budget(eps)}")
+                bar.set_description(name if name == CLEAN else f"{name} {budget(eps, config.norm)}")
                 parts = []
                 for number in range(len(self._batches)):
                     found = self._unit(name, eps, number)
@@ -277,6 +286,8 @@ class _Evaluator:
                 counts[name, eps] = np.concatenate(parts)
                 if not counts[name, eps].any():
                     raise ValueError(f"data has no pixel with a label other than ignore_index={config.ignore_index}")
+                if name == CLEAN:
+                    checks = self._sanity()
         worst = {}
         for eps in config.budgets:
             worst[eps] = worst_case(np.stack([counts[CLEAN, 0.0], *(counts[row, eps] for row in config.rows)]))
@@ -285,7 +296,10 @@ class _Evaluator:
             rows=tuple(AttackRow(name, eps, scores(counts[name, eps])) for name, eps in plan[1:]),
             worst=worst,
             sanity=tuple(checks),
-            seconds={name: total / len(self._indices) for name, total in seconds.items()},
+            seconds={
+                name: total / len(self._indices) / (1 if name == CLEAN else len(config.budgets))
+                for name, total in seconds.items()
+            },
             settings=self._plain_settings(),
             environment={**self._environment, "model": self._model_digest},
             images=tuple(_name(self._data, index) for index in self._indices),
@@ -317,11 +331,10 @@ class _Evaluator:
                     pixels = strong_attack(self._model, pixels, labels, seed=config.seed, indices=numbers, **keywords)
                 counts += self._count(pixels, labels, [batch[i] for i in part])
             sparse = [_sparse(part) for part in torch.stack(counts).cpu().numpy()]
-            words = (
-                f"{name}, " + ("" if name == CLEAN else f"eps {budget(eps)}, ") + f"images {batch[0]} to {batch[-1]}"
-            )
+            under = name if name == CLEAN else f"{name}, eps {budget(eps, config.norm)}"
             took = round(time.perf_counter() - start, 3)
-            self._journal.put(key, words, {"classes": len(counts[0]), "counts": sparse, "seconds": took})
+            what = f"{under}, images {batch[0]} to {batch[-1]}"
+            self._journal.put(key, what, {"classes": len(counts[0]), "counts": sparse, "seconds": took})
         return dict(self._journal[key])
 
     def _key(self, what: dict[str, Any], batch: list[int], number: int) -> str:

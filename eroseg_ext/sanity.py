@@ -78,6 +78,8 @@ def check(model: Model, images: Tensor, labels: Tensor, *, eps: float, **setting
 def _tried(name: str, run: Callable[[], tuple[bool, str]]) -> Check:
     try:
         return Check(name, *run())
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError) as error:
         return Check(name, False, f"could not be checked: {' '.join(str(error).split())}")
 

@@ -148,6 +148,13 @@ def test_rows_with_settings_of_their_own(net: nn.Module, pairs: Pairs) -> None:
     assert result.as_json()["settings"]["attacks"] == rows
 
 
+def test_radii_of_a_row(net: nn.Module, pairs: Pairs) -> None:
+    short = evaluate(net, pairs, attacks=["js", "js:shrinking"], **QUICK)
+    long = evaluate(net, pairs, attacks={"a": {"method": "js"}, "b": {"method": "js", "radii": "shrinking"}}, **QUICK)
+    assert [row.scores for row in short.rows] == [row.scores for row in long.rows]
+    assert short.rows[0].scores != short.rows[1].scores
+
+
 def test_some_of_the_images(net: nn.Module, pairs: Pairs) -> None:
     assert evaluate(net, pairs, images=2, **QUICK).images == ("image 0", "image 1")
     assert len(evaluate(net, pairs, images=9, **QUICK).images) == 3
@@ -171,6 +178,7 @@ def test_table(net: nn.Module, pairs: Pairs) -> None:
 
 def test_budget_in_words() -> None:
     assert [budget(eps) for eps in (0, 8 / 255, 0.5 / 255, 0.03)] == ["0/255", "8/255", "0.5/255", "0.03"]
+    assert budget(0.5, "l2") == "0.5"
 
 
 # -- what is kept on disk ------------------------------------------------------------------------------------------
@@ -179,8 +187,8 @@ def test_budget_in_words() -> None:
 def test_a_second_call_computes_nothing(net: nn.Module, pairs: Pairs, tmp_path: Path) -> None:
     first = evaluate(net, pairs, out=tmp_path, batch_size=2, **{**QUICK, "sanity": 2})
     before = (tmp_path / "results.jsonl").read_bytes()
-    # Clean and four attacks on two batches, and the sanity checks.
-    assert len(lines(tmp_path)) == 11
+    # Clean and three attacks on two batches, and the sanity checks.
+    assert len(lines(tmp_path)) == 9
     written = (tmp_path / "evaluation.json").read_bytes()
     again = evaluate(net, pairs, out=tmp_path, batch_size=2, **{**QUICK, "sanity": 2})
     assert (tmp_path / "results.jsonl").read_bytes() == before
@@ -334,6 +342,7 @@ def test_the_model_and_the_generator_are_left_alone(net: nn.Module, pairs: Pairs
     ("settings", "sentence"),
     [
         ({"attacks": ["erosg"]}, "attacks is 'erosg', wanted one of .*did you mean eroseg"),
+        ({"attacks": ["js:"]}, "radii is '', wanted one of fixed, shrinking"),
         ({"attacks": "eroseg"}, "attacks is the string 'eroseg', wanted a list"),
         ({"attacks": []}, "attacks is .*, wanted at least one method"),
         ({"attacks": {"clean": {}}}, "wanted names of rows other than 'clean'"),

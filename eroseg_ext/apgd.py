@@ -174,34 +174,33 @@ def noise_seed(seed: int, index: int, restart: int) -> int:
 class _Ball:
     """The images that may be reached: the l_p ball around the clean ones, the range of pixel values, the mask."""
 
-    def __init__(self, clean: Tensor, config: AttackSettings, mask: Tensor | None) -> None:
+    def __init__(self, clean: Tensor, config: AttackSettings, mask: Tensor, radius: float) -> None:
         self._clean = clean
-        self._clip = config.clip
         self._mask = mask
+        self._radius = radius
         self._linf = config.norm == "linf"
+        # Bounds that coincide hold a pixel where it is: outside the mask, and where the image has no valid pixel.
+        reach = radius if self._linf else torch.inf
+        self._low = (clean - reach).clamp(*config.clip).where(mask, clean)
+        self._high = (clean + reach).clamp(*config.clip).where(mask, clean)
 
-    def project(self, images: Tensor, radius: float) -> Tensor:
+    def project(self, images: Tensor) -> Tensor:
         """The nearest images in the ball."""
-        clean = self._clean
-        if self._linf:
-            inside = images.clamp(clean - radius, clean + radius)
-        else:
-            delta = images - clean
+        if not self._linf:
+            delta = (images - self._clean).where(self._mask, 0.0)
             length = _length(delta)
-            inside = clean + torch.where(length > radius, radius / length, 1.0).float() * delta
-        inside = inside.clamp(*self._clip)
-        return inside if self._mask is None else inside.where(self._mask, clean)
+            images = self._clean + torch.where(length > self._radius, self._radius / length, 1.0).float() * delta
+        return images.clamp(self._low, self._high)
 
-    def step(self, images: Tensor, grad: Tensor, size: Tensor, radius: float) -> Tensor:
+    def step(self, images: Tensor, grad: Tensor, size: Tensor) -> Tensor:
         """``images`` moved along the gradient by ``size[B, 1, 1, 1]``, projected. NaN gradients make NaN images."""
         if self._linf:
-            direction = grad.sign().where(~grad.isnan(), torch.nan)
+            direction = grad.sign().masked_fill_(grad.isnan(), torch.nan)
         else:
-            if self._mask is not None:
-                grad = grad.where(self._mask, 0.0)
+            grad = grad.where(self._mask, 0.0)
             length = _length(grad)
             direction = grad * torch.where(length == 0, 0.0, 1 / length).float()
-        return self.project(images + size * direction, radius)
+        return self.project(direction.mul_(size).add_(images))
 
 
 def _length(images: Tensor) -> Tensor:
@@ -232,7 +231,7 @@ class _Search:
         self._valid = (self._labels.long() != config.ignore_index).sum((1, 2)).double()
         # An image of void pixels has no gradient, but momentum and noise would move it.
         changeable = (self._valid > 0).view(-1, 1, 1, 1)
-        self._ball = _Ball(self._clean, config, changeable if mask is None else mask & changeable)
+        self._mask = changeable if mask is None else mask & changeable
         self._phases = phases(config.eps, steps, radii)
         self._buffer = methods.GradientBuffer()
         batch, device = len(images), images.device
@@ -273,12 +272,13 @@ class _Search:
                 draw = torch.randn(shape, generator=generator)
                 length = torch.rand((), generator=generator).double() ** (1 / max(draw.numel(), 1))
                 draws.append(draw * (radius * length / draw.double().norm()).float())
-        return self._ball.project(clean + torch.stack(draws).to(clean.device), radius)
+        return clean + torch.stack(draws).to(clean.device)
 
     def _ascend(self, images: Tensor, method: methods.Method, phase: Phase, restart: int, bar: tqdm[Any]) -> Tensor:
-        """Takes a phase's steps; returns the images that the next phase starts from."""
-        ball, radius = self._ball, phase.radius
-        images = previous = ball.project(images, radius)
+        """Takes a phase's steps from images that need not be in its ball; returns those that the next starts from."""
+        radius = phase.radius
+        ball = _Ball(self._clean, self._config, self._mask, radius)
+        images = previous = ball.project(images)
         size = torch.full((len(images), 1, 1, 1), 2 * radius, device=images.device)
         halved_last = torch.ones(len(images), dtype=torch.bool, device=images.device)
         improvements = torch.zeros(len(images), device=images.device)
@@ -304,10 +304,10 @@ class _Search:
                 grad, last_right = _choose(halve, best_grad, grad), torch.where(halve, best_right, last_right)
                 halved_last, right_at_check, checked = halve, best_right, number
                 improvements = torch.zeros_like(improvements)
-            stepped = ball.step(images, grad, size, radius)
+            stepped = ball.step(images, grad, size)
             if number > 0:
-                stepped = images + MOMENTUM * (stepped - images) + (1 - MOMENTUM) * (images - previous)
-                stepped = ball.project(stepped, radius)
+                blend = images.lerp(stepped, MOMENTUM).add_(images - previous, alpha=1 - MOMENTUM)
+                stepped = ball.project(blend)
             images, previous = stepped, images
             bar.update()
         return images

@@ -31,6 +31,8 @@ MOMENTUM = 0.75
 """Weight of the new step; the rest is that of the previous one."""
 IMPROVING = 0.75
 """A step size is kept while at least this part of the steps since the last checkpoint improved."""
+DEFAULTS: dict[str, Any] = {"steps": 100, "front_min": 0.1}
+"""Defaults that differ from ``attack``'s: over many steps a front of 3 % leaves too many pixels alone."""
 NOT_OF_APGD = ("step_size", "targeted", "keep", "early_stop", "micro_batch", "preset")
 """Settings of ``attack`` that this attack decides for itself."""
 
@@ -128,10 +130,11 @@ def strong_attack(
             1.5 eps, then 40 % in eps.
         return_info: also return an :class:`AttackInfo`; its ``stats[r, t]`` are of the iterate that step t evaluated,
             which lies in the ball of that step's phase.
-        **settings: fields of :class:`eroseg_ext.AttackSettings` with its defaults, but ``steps=100``: ``method``,
-            ``eps``, ``steps`` (gradients per restart), ``restarts``, ``norm``, ``ignore_index``, ``random_start``,
-            ``clip``, ``mean``, ``std``, ``autocast``, ``backend``, ``model_mode``, ``progress`` and what ``method``
-            takes. Step sizes, the best iterate and the untargeted goal are this attack's own.
+        **settings: fields of :class:`eroseg_ext.AttackSettings` with its defaults, but ``steps=100`` and, for
+            eroseg, ``front_min=0.1``: ``method``, ``eps``, ``steps`` (gradients per restart), ``restarts``, ``norm``,
+            ``ignore_index``, ``random_start``, ``clip``, ``mean``, ``std``, ``autocast``, ``backend``, ``model_mode``,
+            ``progress`` and what ``method`` takes. Step sizes, the best iterate and the untargeted goal are this
+            attack's own.
 
     Returns:
         Images like ``images``, ``|result - images| <= eps`` and within ``clip``, to rounding: of all iterates in the
@@ -163,7 +166,7 @@ def checked(*, radii: str = "fixed", **settings: Any) -> AttackSettings:
     for name in NOT_OF_APGD:
         if name in settings:
             raise TypeError(f"{name} is not a setting of strong_attack(), which decides it itself")
-    return AttackSettings.create(**{"steps": 100, **settings})
+    return AttackSettings.create(**{**DEFAULTS, **settings})
 
 
 def noise_seed(seed: int, index: int, restart: int) -> int:

@@ -316,7 +316,9 @@ class _Evaluator:
         """Counts of one batch under one attack: from the journal, or made now and put there."""
         config, batch = self._config, self._batches[number]
         keywords = {} if name == CLEAN else config.attack_keywords(name, eps)
-        key = self._key({"attack": {key: _plain(value) for key, value in keywords.items()}}, batch, number)
+        # With every default as it is now: another version may have others.
+        resolved = {} if name == CLEAN else {**asdict(checked(**keywords)), "radii": keywords.get("radii", "fixed")}
+        key = self._key({"attack": {key: _plain(value) for key, value in resolved.items()}}, batch, number)
         if key not in self._journal:
             start = time.perf_counter()
             # For models that draw random numbers: this batch gets the same ones, whatever was computed before it.

@@ -15,6 +15,8 @@ from eroseg_ext.nets import DEMO_WIDTH, FULL_WIDTH, SmallDeepLab
 BUILT_IN = {"small": FULL_WIDTH, "tiny": DEMO_WIDTH}
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 """What DistributedDataParallel, torch.compile and a module that holds the network put before its weights' names."""
+_ENTRIES = ("ema", "model", "state_dict", "updater")
+"""Where checkpoints keep the weights; an average over the training is what its end would have saved."""
 
 
 def load_network(
@@ -30,7 +32,8 @@ def load_network(
         name: ``small`` or ``tiny``, the built-in :class:`eroseg_ext.nets.SmallDeepLab`, or the import path
             ``package.module:callable`` of what returns an nn.Module. None: built-in, its width and classes as the
             weights tell.
-        weights: file with a state dict, or with a dict whose entry ``model`` or ``state_dict`` is one. None: as made.
+        weights: file with a state dict, or a checkpoint: a dict that holds one as ``ema``, ``model`` or
+            ``state_dict``. None: as made.
         classes: number of classes of a built-in network without weights.
         model_args: keywords for the callable.
 
@@ -59,15 +62,27 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:
         raise ValueError(f"{path} is no file of weights: {str(error).splitlines()[0]}") from error
-    for entry in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(entry), dict):
-            content = content[entry]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    state = _state_in(content)
+    if state is None:
         raise ValueError(f"{path} holds no weights, wanted a state dict, or a dict whose entry 'model' is one")
     for prefix in _WRAPPERS:
-        if all(name.startswith(prefix) for name in content):
-            content = {name.removeprefix(prefix): value for name, value in content.items()}
-    return content
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _state_in(content: Any) -> dict[str, Tensor] | None:
+    """The state dict that ``content`` is or holds."""
+    if not isinstance(content, dict) or not content:
+        return None
+    if all(isinstance(value, Tensor) for value in content.values()):
+        # torch.optim.swa_utils.AveragedModel counts its averages there.
+        return {name: value for name, value in content.items() if name != "n_averaged"}
+    for entry in _ENTRIES:
+        found = _state_in(content.get(entry))
+        if found is not None:
+            return found
+    return None
 
 
 def _built_in(

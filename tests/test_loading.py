@@ -18,6 +18,10 @@ def forked(width: int) -> SmallDeepLab:
     return SmallDeepLab(5, width=width)
 
 
+def with_module(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {"module." + name: value for name, value in state.items()}
+
+
 def same(left: nn.Module, right: nn.Module) -> bool:
     one, two = left.state_dict(), right.state_dict()
     return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
@@ -29,10 +33,12 @@ def same(left: nn.Module, right: nn.Module) -> bool:
         lambda state: state,
         lambda state: {"model": state, "epoch": 3, "optimizer": {"lr": 0.1}},
         lambda state: {"state_dict": state},
-        lambda state: {"module." + name: value for name, value in state.items()},
+        lambda state: {"updater": {"model": state, "optimizer": {"state": {0: 1}}, "ema": None}, "model": "tiny"},
+        lambda state: {"model": {"a": torch.ones(1)}, "ema": {"n_averaged": torch.ones(()), **with_module(state)}},
+        with_module,
         lambda state: {"model": {"_orig_mod." + name: value for name, value in state.items()}},
     ],
-    ids=["state-dict", "checkpoint", "lightning", "ddp", "compiled"],
+    ids=["state-dict", "checkpoint", "lightning", "training", "ema", "ddp", "compiled"],
 )
 def test_weights_of_the_built_in_network(tmp_path: Path, wrap: Any) -> None:
     with torch.random.fork_rng():

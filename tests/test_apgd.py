@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from attack_common import Batch, Counted, outside_ball, right_pixels, same_bits, seeded
 from conftest import VOID
+from test_attack_costs import HostSyncs
 from torch import Tensor, nn
 
 from eroseg_ext import attack, strong_attack
@@ -133,6 +135,21 @@ def test_costs_a_pass_per_step_and_one(net: nn.Module, batch: Batch) -> None:
     counted = Counted(net)
     strong_attack(counted, *batch, steps=10, restarts=2)
     assert counted.calls == 2 * 11
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("settings", [{}, {"radii": "shrinking"}, {"norm": "l2", "eps": 0.5}], ids=str)
+def test_steps_do_not_wait_for_the_device(
+    net: nn.Module, batch: Batch, backend: str, settings: dict[str, Any], method: str
+) -> None:
+    mask = torch.ones_like(batch[0][:, :1], dtype=torch.bool)
+    counts = []
+    # Both take all phases and have checkpoints.
+    for steps in (5, 25):
+        with HostSyncs() as syncs:
+            strong_attack(net, *batch, steps=steps, backend=backend, mask=mask, method=method, **settings)
+        counts.append(+syncs.seen)
+    assert counts[0] == counts[1]
 
 
 def test_step_sizes_are_halved_where_nothing_improves(batch: Batch, device: torch.device) -> None:

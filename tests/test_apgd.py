@@ -12,8 +12,8 @@ from conftest import VOID
 from test_attack_costs import HostSyncs
 from torch import Tensor, nn
 
-from eroseg_ext import attack, strong_attack
-from eroseg_ext.apgd import NOT_OF_APGD, RADII, _checkpoints, phases
+from eroseg_ext import attack, reference, strong_attack
+from eroseg_ext.apgd import NOT_OF_APGD, RADII, _checkpoints, noise_seed, phases
 from eroseg_ext.data import generated_scenes
 from eroseg_ext.demo import DemoSettings, load_task, train
 from eroseg_ext.settings import METHODS
@@ -152,30 +152,105 @@ def test_steps_do_not_wait_for_the_device(
     assert counts[0] == counts[1]
 
 
-def test_step_sizes_are_halved_where_nothing_improves(batch: Batch, device: torch.device) -> None:
-    """One right pixel decides; the attack overshoots with large steps unless it halves them, image by image."""
+class Band(nn.Module):
+    """A pixel is wrong while its first channel has moved by about ``target`` 255ths; further on it is right again."""
 
-    class Narrow(nn.Module):
-        """Wrong only where a channel lies within a narrow band above its clean value."""
+    def __init__(self, clean: Tensor, target: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("clean", clean)
+        self.register_buffer("target", target)
 
-        def __init__(self, clean: Tensor) -> None:
-            super().__init__()
-            self.register_buffer("clean", clean)
+    def forward(self, images: Tensor) -> Tensor:
+        margin = ((images - self.clean)[:, :1] * 255 - self.target).abs() - 0.5
+        return torch.cat([margin, torch.zeros_like(margin)], 1)
 
-        def forward(self, images: Tensor) -> Tensor:
-            moved = (images - self.clean)[:, :1] * 255
-            margin = (moved - 1).abs() - 0.3
-            return torch.cat([margin, torch.zeros_like(margin)], 1)
 
-    images = torch.full((1, 3, 8, 8), 0.5, device=device)
-    labels = torch.zeros(1, 8, 8, dtype=torch.int64, device=device)
-    settings = {"eps": 8 / 255, "method": "pgd"}
-    coarse = attack(
-        Narrow(images), images, labels, steps=60, step_size=16 / 255, generator=seeded(), keep="best", **settings
-    )
-    fine = strong_attack(Narrow(images), images, labels, steps=60, **settings)
-    counts = [right_pixels(Narrow(images)(found), labels).item() for found in (coarse, fine)]
+def band(images: int) -> tuple[Band, Tensor, Tensor]:
+    clean = torch.full((images, 3, 12, 12), 0.5)
+    generator = torch.Generator().manual_seed(0)
+    # Images differ in how far their targets lie, and so in when their step sizes should be halved.
+    target = torch.rand(images, 1, 12, 12, generator=generator) * torch.arange(1.0, images + 1).view(-1, 1, 1, 1)
+    return Band(clean, target), clean, torch.zeros(images, 12, 12, dtype=torch.int64)
+
+
+def test_step_sizes_are_halved_where_nothing_improves() -> None:
+    model, images, labels = band(2)
+    settings = {"eps": 8 / 255, "steps": 60, "method": "pgd"}
+    coarse = attack(model, images, labels, step_size=16 / 255, generator=seeded(), keep="best", **settings)
+    fine = strong_attack(model, images, labels, **settings)
+    counts = [right_pixels(model(found), labels).sum().item() for found in (coarse, fine)]
     assert counts[1] < counts[0] / 2
+
+
+def apgd_with_decisions(model: nn.Module, clean: Tensor, label: Tensor, start: Tensor, eps: float, steps: int) -> list:
+    """Right pixels of every iterate of one image: APGD as its paper's Algorithm 1 tells it, with the host deciding."""
+    low, high = (clean - eps).clamp(0, 1), (clean + eps).clamp(0, 1)
+    x = before = start.clamp(low, high)
+    size, history, best, improved, at_check, was_halved, last_check = 2 * eps, [], None, 0, None, True, 0
+    previous = 0.0
+    for t in range(steps):
+        leaf = x.clone().requires_grad_()
+        logits = model(leaf)
+        gradient, stats = reference.pixel_grad(logits.detach(), label, "pgd")
+        (grad,) = torch.autograd.grad(logits, leaf, gradient)
+        right = stats[0, 1].item()
+        improved += right < previous
+        history.append(previous := right)
+        if best is None or right < best[0]:
+            best = right, x, grad
+        if t == 0:
+            at_check = right
+        if t in _checkpoints(steps):
+            not_enough = improved <= 0.75 * (t - last_check)
+            no_better = not was_halved and best[0] == at_check
+            was_halved = not_enough or no_better
+            if was_halved:
+                size /= 2
+                previous, x, grad = best
+                before = x
+            at_check, improved, last_check = best[0], 0, t
+        moved = (x + size * grad.sign()).clamp(low, high)
+        if t > 0:
+            moved = (x.lerp(moved, 0.75) + 0.25 * (x - before)).clamp(low, high)
+        x, before = moved, x
+    return history
+
+
+def start_of(images: Tensor, index: int, eps: float, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(noise_seed(seed, index, 0))
+    return images + torch.empty(images.shape[1:]).uniform_(-eps, eps, generator=generator)
+
+
+def test_each_image_goes_as_if_it_were_alone() -> None:
+    """Batched decisions by ``torch.where`` against decisions by ``if``."""
+    model, images, labels = band(7)
+    eps, steps = 8 / 255, 80
+    _, info = strong_attack(model, images, labels, method="pgd", eps=eps, steps=steps, seed=3, return_info=True)
+    ways = set()
+    for i in range(len(images)):
+        alone = Band(model.clean[i : i + 1], model.target[i : i + 1])
+        image = images[i : i + 1]
+        wanted = apgd_with_decisions(alone, image, labels[i : i + 1], start_of(image, i, eps, 3), eps, steps)
+        assert info.stats[0, :, i, 1].tolist() == wanted
+        ways.add(tuple(wanted))
+    assert len(ways) == len(images)
+
+
+@pytest.mark.parametrize("steps", [10, 25, 60])
+@pytest.mark.parametrize("index", range(3))
+def test_a_network_is_attacked_as_the_algorithm_says(
+    trained: tuple[nn.Module, Tensor, Tensor], index: int, steps: int
+) -> None:
+    """One image at a time, so that the network's sums are the same to the last bit."""
+    model, images, labels = trained
+    image, label = images[index : index + 1], labels[index : index + 1]
+    eps = 4 / 255
+    _, info = strong_attack(
+        model, image, label, method="pgd", eps=eps, steps=steps, backend="reference", return_info=True
+    )
+    assert info.stats[0, :, 0, 1].tolist() == apgd_with_decisions(
+        model, image, label, start_of(image, 0, eps, 0), eps, steps
+    )
 
 
 @pytest.mark.parametrize("method", ["pgd", "js", "mce", "eroseg"])

@@ -23,6 +23,7 @@ from eroseg_ext.data import SegmentationFolder
 from eroseg_ext.journal import Journal, key_of
 from eroseg_ext.metrics import Counts, Scores, WorstCase, counts_of, scores, worst_case
 from eroseg_ext.model import Logits, Model, frozen, unwrapped
+from eroseg_ext.sanity import budget
 from eroseg_ext.settings import METHODS, _check_choice, _check_integer, _check_number, _require
 
 DEFAULT_ATTACKS = ("eroseg", "js:shrinking", "cospgd")
@@ -179,13 +180,6 @@ class Evaluation:
         lines.append(["**worst case**", *(f"**{_triple(self.worst[eps])}**" for eps in budgets), ""])
         lines.append(["lower bound of its mIoU", *(f"{self.worst[eps].miou_bound:.2f}" for eps in budgets), ""])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def budget(eps: float, norm: str = "linf") -> str:
-    """``eps`` in words: in l_inf as 255ths where it is a multiple of a quarter of one."""
-    quarters = eps * 255 * 4
-    whole = norm == "linf" and abs(quarters - round(quarters)) < 1e-6
-    return f"{round(quarters) / 4:g}/255" if whole else f"{eps:.4g}"
 
 
 def _triple(found: Scores | WorstCase) -> str:

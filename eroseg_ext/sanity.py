@@ -44,6 +44,13 @@ class Check:
     """one line"""
 
 
+def budget(eps: float, norm: str = "linf") -> str:
+    """``eps`` in words: in l_inf as 255ths where it is a multiple of a quarter of one."""
+    quarters = eps * 255 * 4
+    whole = norm == "linf" and abs(quarters - round(quarters)) < 1e-6
+    return f"{round(quarters) / 4:g}/255" if whole else f"{eps:.4g}"
+
+
 def check(model: Model, images: Tensor, labels: Tensor, *, eps: float, **settings: Any) -> list[Check]:
     """Runs every check on a few images.
 
@@ -91,7 +98,8 @@ class _Checker:
         self._model = model
         self._images = images
         self._labels = labels
-        self._linf = settings.get("norm", "linf") == "linf"
+        self._norm = settings.get("norm", "linf")
+        self._linf = self._norm == "linf"
         # An l_2 ball as large as the l_inf ball's, were it filled: its norm over an image of so many values.
         self._large = LARGE_EPS if self._linf else LARGE_EPS * images[0].numel() ** 0.5
         self._eps = eps if eps > 0 else self._large / 4
@@ -162,7 +170,7 @@ class _Checker:
     def falls_with_eps(self) -> tuple[bool, str]:
         budgets = [factor * self._eps for factor in (0.25, 0.5, 1.0, 2.0, 4.0)]
         found = [self._accuracy(self._images), *(self._attacked(eps, STEPS) for eps in budgets)]
-        return _falls(found, f"from eps 0 over {', '.join(f'{eps:.3g}' for eps in budgets)}")
+        return _falls(found, f"from eps 0 over {', '.join(budget(eps, self._norm) for eps in budgets)}")
 
     def falls_with_steps(self) -> tuple[bool, str]:
         found = [self._attacked(self._eps, steps) for steps in LADDER_OF_STEPS]
@@ -171,7 +179,7 @@ class _Checker:
     def large_eps(self) -> tuple[bool, str]:
         eps = max(self._large, 4 * self._eps)
         left = self._attacked(eps, LARGE_STEPS)
-        words = f"eps {eps:.3g} leaves an accuracy of {left:.2f} %"
+        words = f"eps {budget(eps, self._norm)} leaves an accuracy of {left:.2f} %"
         if left <= NEAR_ZERO:
             return True, words
         return False, f"{words}, wanted at most {NEAR_ZERO:g} %: the attack fails where no model can withstand"
@@ -182,7 +190,8 @@ class _Checker:
         signs = torch.randint(0, 2, self._images.shape, generator=generator).to(self._images) * 2 - 1
         size = self._eps if self._linf else self._eps / self._images[0].numel() ** 0.5
         noisy = self._accuracy((self._images + size * signs).clamp(*self._settings.get("clip", (0.0, 1.0))))
-        words = f"eps {self._eps:.3g}: accuracy {attacked:.2f} % under attack, {noisy:.2f} % under noise of that size"
+        eps = budget(self._eps, self._norm)
+        words = f"eps {eps}: accuracy {attacked:.2f} % under attack, {noisy:.2f} % under noise of that size"
         if attacked < noisy - SLACK or noisy == 0:
             return True, words
         return False, f"{words}: the gradient is no better than chance"

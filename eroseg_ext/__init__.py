@@ -3,6 +3,7 @@
 from eroseg_ext.attack import AttackInfo, StepInfo, attack
 from eroseg_ext.objects import JSD, PGD, CosPGD, EroSeg, MaskedCE, SegPGD, Tsallis
 from eroseg_ext.settings import AttackSettings
+from eroseg_ext.training import train
 
 __version__ = "0.1.0"
 
@@ -19,4 +20,5 @@ __all__ = [
     "Tsallis",
     "__version__",
     "attack",
+    "train",
 ]

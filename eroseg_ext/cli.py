@@ -1,4 +1,4 @@
-"""The command ``eroseg``: ``eroseg demo`` and ``eroseg info``."""
+"""The command ``eroseg``: ``eroseg demo``, ``eroseg train`` and ``eroseg info``."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     try:
         args = parser.parse_args(argv)
-        run = _demo if args.command == "demo" else _info
-        run(args)
+        {"demo": _demo, "train": _train, "info": _info}[args.command](args)
     except SystemExit as done:  # --help and --version end this way
         return int(done.code or 0)
     except KeyboardInterrupt:
@@ -62,10 +61,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     from eroseg_ext import __version__
+    from eroseg_ext.training import command
 
     parser = _Parser(prog="eroseg", description="Adversarial attacks on semantic segmentation.")
     parser.add_argument("--version", action="version", version=f"eroseg_ext {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,info}", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,train,info}", parser_class=_Parser)
 
     demo = commands.add_parser(
         "demo",
@@ -85,6 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--class-names", type=_names, metavar="A,B,...", help="names of the classes of --data")
     demo.add_argument("--device", help="where to run, default: cuda if there is one, else cpu")
     demo.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+
+    train = commands.add_parser(
+        "train",
+        help="train a model on adversarial examples",
+        description="Trains a segmentation model on a folder of images and labels, part of each batch attacked. Under "
+        "torchrun, processes share the batches.",
+    )
+    command.add_options(train)
 
     info = commands.add_parser(
         "info", help="versions, backends and devices", description="Tells versions, backends and devices."
@@ -150,6 +158,16 @@ def _demo(args: argparse.Namespace) -> None:
     result = demo.run(settings, say=lambda line: print(line, flush=True))
     if args.json is not None:
         write_json(args.json, result)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from eroseg_ext import training
+    from eroseg_ext.training import command
+
+    try:
+        training.train(say=lambda line: print(line, flush=True), **command.settings(args, progress=sys.stderr.isatty()))
+    except training.TrainingStopped as stopped:
+        raise _UserError(str(stopped)) from stopped
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -1,0 +1,481 @@
+"""Adversarial training from a folder to weights: data, updates, validations, checkpoints, log and summary."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from eroseg_ext import backend
+from eroseg_ext.cli import write_json
+from eroseg_ext.training import checkpoint, datasets, distributed, network, seeds
+from eroseg_ext.training import clock as phases
+from eroseg_ext.training.clock import Clock
+from eroseg_ext.training.datasets import ClassMap, Pair
+from eroseg_ext.training.distributed import Processes
+from eroseg_ext.training.log import Log
+from eroseg_ext.training.samples import Augmentation, Batch, Batches, Reader, Samples, joined
+from eroseg_ext.training.settings import NOT_OF_THE_RESULT, TrainSettings
+from eroseg_ext.training.update import Updater
+from eroseg_ext.training.validate import validate
+
+CHECKPOINT = "checkpoint.pt"
+WEIGHTS = "weights.pt"
+SUMMARY = "summary.json"
+
+Say = Callable[[str], None]
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; one sentence says why and what is kept."""
+
+
+class _Task(NamedTuple):
+    """What the settings' folders hold."""
+
+    pairs: list[Pair]
+    val_pairs: list[Pair]
+    to_class: ClassMap
+    crop: tuple[int, int]
+    class_weights: Tensor | None
+    fingerprint: str
+    """changes with the images' names, whose order the run depends on"""
+
+
+def train(model: nn.Module | None = None, *, say: Say = print, **settings: Any) -> dict[str, Any]:
+    """Trains a segmentation model on adversarial examples; ``out`` then holds its weights, checkpoint, log and curves.
+
+    >>> eroseg_ext.train(data="camvid/train", val="camvid/val", dataset="camvid", out="runs/eroseg", size=(180, 240))
+
+    Each update attacks ``adv_fraction`` of the batch with the weights as they are (Madry et al., ICLR 2018; a mixed
+    batch as in Gu et al., "SegPGD", ECCV 2022) and descends the cross-entropy of the whole batch. The attack runs
+    with the model in eval mode, so that an image's attack does not depend on the other images, and dropout is off
+    (Pang et al., "Bag of Tricks for Adversarial Training", ICLR 2021, find eval mode as robust and a little better on
+    clean images); ``attack_mode="train"`` is the alternative.
+
+    Every random number follows from the seed and the number of the update, so that an interrupted run, continued with
+    ``resume=True``, ends with the weights of an uninterrupted one, on the CPU to the last bit. Started by torchrun,
+    processes share each batch.
+
+    Args:
+        model: trained in place; None builds the one that the settings ``model`` and ``model_args`` name. Gives logits
+            [B, C, h, w] or any output that :func:`eroseg_ext.attack` takes.
+        say: told what happens, a line at a time.
+        **settings: the fields of :class:`eroseg_ext.training.TrainSettings`; ``data`` and ``out`` are required.
+
+    Returns:
+        The summary, as ``out/summary.json`` holds it: ``settings``, ``environment``, ``updates``, ``seconds``, ``time``
+        (share of model, attack kernels, data and the rest), ``images_per_second``, ``validation`` (mIoU and pixel
+        accuracy in percent, clean and under attack), ``comparison`` (of the backends, if asked for) and more.
+
+    Raises:
+        ValueError, TypeError, OSError: a setting or file is not as wanted; one sentence names it. Checkpoints stay.
+        TrainingStopped: the loss or the weights are not finite; the last good checkpoint stays.
+    """
+    try:
+        config = TrainSettings(**settings)
+    except TypeError as error:
+        raise TypeError(str(error).replace("TrainSettings.__init__()", "train()")) from None
+    with distributed.joined(config.device, config.timeout) as processes, torch.random.fork_rng():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(config.threads or threads)
+        try:
+            return _Run(config, model, processes, say if processes.first else _silent).run()
+        finally:
+            torch.set_num_threads(threads)
+
+
+class _Run:
+    """One call of :func:`train`."""
+
+    def __init__(self, settings: TrainSettings, model: nn.Module | None, processes: Processes, say: Say) -> None:
+        self._settings = settings
+        self._processes = processes
+        self._say = say
+        pieces = processes.world * settings.accumulate
+        if settings.batch_size % pieces:
+            raise ValueError(
+                f"batch_size is {settings.batch_size}, wanted a multiple of {pieces} = processes x accumulate"
+            )
+        _check_backend(processes.device, settings)
+        self._check_out()
+        self._task = _load_task(settings, say)
+        self._updates_per_epoch = len(self._task.pairs) // settings.batch_size
+        self._updates = settings.epochs * self._updates_per_epoch
+        gpu = processes.device.type == "cuda"
+        self._workers = settings.workers if settings.workers is not None else (4 if gpu else 0)
+        self._clock = Clock(processes.device)
+        torch.manual_seed(seeds.torch_seed(settings.seed, seeds.INITIAL))
+        given = model is not None
+        if model is None:
+            model = network.build(settings.model, self._task.to_class.classes, settings.model_args)
+        self._model_name = type(model).__name__ if given else settings.model
+        model = model.to(processes.device)
+        if gpu and processes.world > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # On CPUs with bfloat16 or AVX-512, and on GPUs, convolutions are fastest in this layout.
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if settings.init is not None:
+            _load_weights(model, settings)
+        module = network.Network(model, self._clock, mean=settings.mean, std=settings.std, autocast=settings.autocast)
+        unused = network.check_model(module, self._task.to_class.classes, self._task.crop, processes.device)
+        if unused:
+            say(f"{len(unused)} parameters do not change the logits and stay as they are, {unused[0]} the first")
+        self._updater = Updater(
+            settings,
+            module,
+            None if self._task.class_weights is None else self._task.class_weights.to(processes.device),
+            self._updates,
+            self._updates_per_epoch,
+            processes,
+            self._clock,
+        )
+        augmentation = Augmentation(settings.seed, self._task.crop, settings.scale, settings.flip)
+        read = Reader(self._task.pairs, self._task.to_class, settings.size, settings.cache)
+        self._samples = Samples(read, augmentation)
+        self._val = Reader(self._task.val_pairs, self._task.to_class, settings.size, settings.cache)
+        self._done = 0
+        """updates"""
+        self._seconds = dict.fromkeys(phases.PHASES, 0.0)
+        """of the run before it was resumed"""
+        self._pending: list[Tensor] = []
+        """losses of updates since the log's last line"""
+
+    def run(self) -> dict[str, Any]:
+        """Trains; returns the summary."""
+        settings = self._settings
+        self._resume()
+        self._say(self._described())
+        comparison = self._compare() if settings.compare_reference else None
+        log = Log(settings.out, self._done) if self._processes.first else None
+        validation: dict[str, float] = {}
+        every = settings.checkpoint_every or self._updates_per_epoch
+        start = time.perf_counter()
+        with self._bar() as bar:
+            for batch in self._batches(self._done, self._updates):
+                self._update(batch)
+                bar.update(settings.batch_size)
+                ends_epoch = self._done % self._updates_per_epoch == 0
+                epoch = self._done // self._updates_per_epoch
+                if self._done % settings.log_every == 0 or ends_epoch:
+                    self._record(log, bar)
+                if ends_epoch and (epoch % settings.val_every == 0 or epoch == settings.epochs) and len(self._val):
+                    validation = self._validate(log)
+                if self._done % every == 0 or self._done == self._updates:
+                    self._save(log)
+        if not validation and len(self._val):
+            validation = self._validate(None)  # resumed after its end
+        summary = self._summary(time.perf_counter() - start, validation, comparison)
+        if log is not None:
+            self._finish(log, summary)
+        self._processes.wait()
+        return summary
+
+    def _batches(self, first: int, last: int) -> Iterator[Batch]:
+        """This process's parts of the batches of these updates; time spent waiting for them is booked as data."""
+        settings, processes = self._settings, self._processes
+        keys = Batches(
+            len(self._task.pairs), settings.batch_size, settings.seed, first, last, processes.rank, processes.world
+        )
+        loader = DataLoader(
+            self._samples,
+            batch_sampler=keys,
+            collate_fn=joined,
+            num_workers=self._workers,
+            pin_memory=processes.device.type == "cuda",
+        )
+        self._clock.switch(phases.DATA)
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+            self._clock.switch(phases.DATA)
+        self._clock.switch(phases.OTHER)
+
+    def _update(self, batch: Batch) -> None:
+        try:
+            loss = self._updater(self._done, batch)
+        except RuntimeError as error:
+            # The attack tells of logits that are not finite; the loss of an update before may be the reason.
+            self._check_losses()
+            if "NaN" in str(error) or "infinite" in str(error):
+                raise self._stopped(self._done + 1, f"the attack found that {error}") from error
+            raise
+        self._clock.switch(phases.OTHER)
+        self._done += 1
+        self._pending.append(loss)
+        if self._processes.device.type == "cpu":
+            self._check_losses()
+
+    def _check_losses(self) -> list[float]:
+        """The losses since the log's last line; raises if one is not finite. Waits for the device."""
+        losses = torch.stack(self._pending).tolist() if self._pending else []
+        for number, loss in enumerate(losses):
+            if not np.isfinite(loss):
+                raise self._stopped(self._done - len(losses) + number + 1, f"the loss is {loss}")
+        return losses
+
+    def _stopped(self, update: int, what: str) -> TrainingStopped:
+        path = self._settings.out / CHECKPOINT
+        kept = f"{path} holds the last good state" if path.exists() else "no checkpoint was written yet"
+        return TrainingStopped(f"training stopped at update {update} of {self._updates}: {what}; {kept}")
+
+    def _record(self, log: Log | None, bar: tqdm[Any]) -> None:
+        losses = self._check_losses()
+        self._pending.clear()
+        seconds = self._clock.seconds()
+        loss = sum(losses) / len(losses)
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        if log is not None:
+            log.write(
+                {
+                    "update": self._done,
+                    "epoch": self._done / self._updates_per_epoch,
+                    "loss": loss,
+                    "learning_rate": self._updater.learning_rate(self._done - 1),
+                    "seconds": {phase: self._seconds[phase] + value for phase, value in seconds.items()},
+                }
+            )
+
+    def _validate(self, log: Log | None) -> dict[str, float]:
+        classes = self._task.to_class.classes
+        result = validate(
+            self._settings, self._updater.trained, classes, self._val, self._processes, min(self._workers, 2)
+        )
+        if log is not None:
+            log.write({"update": self._done, "epoch": self._done / self._updates_per_epoch, **result})
+            log.draw()
+        self._say(f"epoch {self._done / self._updates_per_epoch:g}: {_scores(result)}")
+        return result
+
+    def _save(self, log: Log | None) -> None:
+        self._check_losses()
+        if not self._updater.finite():
+            raise self._stopped(self._done, "a weight is not finite")
+        if log is None:
+            return
+        settings = self._settings
+        state = {
+            "updater": self._updater.state(),
+            "done": self._done,
+            "seconds": {phase: self._seconds[phase] + value for phase, value in self._clock.seconds().items()},
+            "settings": settings.plain(),
+            "model": self._model_name,
+            "data": self._task.fingerprint,
+        }
+        checkpoint.save(state, settings.out / CHECKPOINT)
+
+    def _check_out(self) -> None:
+        settings = self._settings
+        if (settings.out / CHECKPOINT).exists() and not settings.resume:
+            raise ValueError(f"out {settings.out} holds a run already: continue it with resume, or take another folder")
+        # Other processes must not find the folder or a checkpoint half made.
+        self._processes.wait()
+        settings.out.mkdir(parents=True, exist_ok=True)
+
+    def _resume(self) -> None:
+        path = self._settings.out / CHECKPOINT
+        if not (self._settings.resume and path.exists()):
+            return
+        state = checkpoint.load(path)
+        if not isinstance(state, dict) or "updater" not in state:
+            raise ValueError(f"{path} is no checkpoint of a training")
+        now, then = self._settings.plain(), state["settings"]
+        for name in now:
+            if name not in NOT_OF_THE_RESULT and name != "model" and now[name] != then.get(name):
+                raise ValueError(f"{name} is {now[name]!r}, but the run in {self._settings.out} has {then.get(name)!r}")
+        if state["model"] != self._model_name:
+            raise ValueError(f"model is {self._model_name}, but the run in {self._settings.out} has {state['model']}")
+        if state["data"] != self._task.fingerprint:
+            raise ValueError(f"data {self._settings.data} holds other images than when {path} was written")
+        self._updater.load_state(state["updater"])
+        self._done = state["done"]
+        self._seconds = state["seconds"]
+        self._say(f"continuing after update {self._done} of {self._updates}")
+
+    def _described(self) -> str:
+        settings, task = self._settings, self._task
+        parameters = sum(parameter.numel() for parameter in self._updater.model.parameters())
+        attacked = "clean images"
+        if (config := settings.attack_settings()) is not None:
+            attacked = (
+                f"{settings.adv_fraction:.0%} attacked by {config.method}, eps {255 * config.eps:.3g}/255, "
+                f"{config.steps} steps of {255 * config.alpha:.3g}/255"
+            )
+        return (
+            f"{self._model_name}, {parameters:,} parameters, {task.to_class.classes} classes, "
+            f"{len(task.pairs)} images, crops of {task.crop[0]}x{task.crop[1]}; {self._updates} updates of {settings.batch_size}, {attacked}"
+        )
+
+    def _bar(self) -> tqdm[Any]:
+        settings = self._settings
+        images = self._updates * settings.batch_size
+        return tqdm(
+            total=images,
+            initial=self._done * settings.batch_size,
+            unit="img",
+            disable=not (settings.progress and self._processes.first),
+            dynamic_ncols=True,
+        )
+
+    def _compare(self) -> dict[str, Any]:
+        """Times the same updates with both backends; everything is then as it was."""
+        count = min(self._settings.compare_reference, self._updates - self._done)
+        batches = list(self._batches(self._done, self._done + count))
+        before = copy.deepcopy(self._updater.state())
+        seconds: dict[str, dict[str, float]] = {}
+        losses: dict[str, list[float]] = {}
+        for name in ("fused", "reference"):
+            # The first update of a kind pays for memory and autotuning.
+            self._updater(self._done, batches[0], name)
+            self._updater.load_state(before)
+            start = self._clock.seconds()
+            taken = [self._updater(self._done + number, batch, name) for number, batch in enumerate(batches)]
+            losses[name] = torch.stack(taken).tolist()
+            self._updater.load_state(before)
+            end = self._clock.seconds()
+            seconds[name] = {phase: (end[phase] - start[phase]) / count for phase in phases.PHASES}
+        # The comparison is no part of the run's time.
+        self._clock.reset()
+        result = {"updates": count, "seconds_per_update": seconds, "losses": losses}
+        for line in _compared(result):
+            self._say(line)
+        return result
+
+    def _summary(
+        self, elapsed: float, validation: dict[str, float], comparison: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        seconds = {phase: self._seconds[phase] + value for phase, value in self._clock.seconds().items()}
+        total = sum(seconds.values())
+        model = seconds[phases.UPDATE] + seconds[phases.ATTACK_MODEL]
+        shares = {
+            "model": model,
+            "attack kernels": seconds[phases.ATTACK_KERNELS],
+            "data": seconds[phases.DATA],
+            "other": seconds[phases.OTHER],
+        }
+        shares = {name: value / total for name, value in shares.items()}
+        training = total - seconds[phases.OTHER]
+        images = self._done * self._settings.batch_size
+        return {
+            "settings": self._settings.plain(),
+            "model": self._model_name,
+            "classes": self._task.to_class.classes,
+            "class_names": list(self._task.to_class.names),
+            "environment": {
+                **backend.report(),
+                "device": str(self._processes.device),
+                "processes": self._processes.world,
+            },
+            "updates": self._done,
+            "epochs": self._done / self._updates_per_epoch,
+            "seconds": total,
+            "seconds_by_phase": seconds,
+            "seconds_per_epoch": training / self._done * self._updates_per_epoch,
+            "images_per_second": images / training,
+            "time": shares,
+            "validation": validation,
+            "comparison": comparison,
+        }
+
+    def _finish(self, log: Log, summary: dict[str, Any]) -> None:
+        out = self._settings.out
+        checkpoint.save(self._updater.trained.state_dict(), out / WEIGHTS)
+        log.draw()
+        log.close()
+        write_json(out / SUMMARY, summary)
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in summary["time"].items())
+        self._say(
+            f"{summary['updates']} updates in {summary['seconds']:.0f} s, {summary['images_per_second']:.1f} images/s, "
+            f"{summary['seconds_per_epoch']:.1f} s an epoch; of the time: {shares}"
+        )
+        if summary["validation"]:
+            self._say(_scores(summary["validation"]))
+        self._say(f"written to {out}: {WEIGHTS}, {CHECKPOINT}, {SUMMARY}, log.jsonl, curves.png")
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _scores(result: dict[str, float]) -> str:
+    text = f"validation mIoU {result['miou']:.1f} %, pixel accuracy {result['accuracy']:.1f} %"
+    if "adversarial_miou" in result:
+        text += f"; attacked {result['adversarial_miou']:.1f} %, {result['adversarial_accuracy']:.1f} %"
+    return text
+
+
+def _compared(result: dict[str, Any]) -> list[str]:
+    """The comparison of the backends in words, a line for each part."""
+    fused, plain = (result["seconds_per_update"][name] for name in ("fused", "reference"))
+    parts = {
+        "attack kernels": (phases.ATTACK_KERNELS,),
+        "whole attack": (phases.ATTACK_KERNELS, phases.ATTACK_MODEL),
+        "whole update": (phases.ATTACK_KERNELS, phases.ATTACK_MODEL, phases.UPDATE),
+    }
+    lines = [f"fused against reference, {result['updates']} updates on the same batches:"]
+    for name, members in parts.items():
+        fast, slow = (1000 * sum(seconds[member] for member in members) for seconds in (fused, plain))
+        lines.append(f"  {name}: {fast:.1f} ms instead of {slow:.1f} ms, {slow / fast:.2f}x")
+    apart = max(abs(a - b) for a, b in zip(*result["losses"].values(), strict=True))
+    lines.append(f"  losses differ by {apart:.1e} at most")
+    return lines
+
+
+def _check_backend(device: torch.device, settings: TrainSettings) -> None:
+    if settings.backend != "fused" and not settings.compare_reference:
+        return
+    why_not = backend.why_not_fused(device)
+    if why_not is not None:
+        name = "backend is 'fused'" if settings.backend == "fused" else "compare_reference is set"
+        raise ValueError(f"{name}, but {why_not}")
+
+
+def _load_weights(model: nn.Module, settings: TrainSettings) -> None:
+    assert settings.init is not None
+    state = checkpoint.load(settings.init)
+    if isinstance(state, dict) and "updater" in state:
+        state = state["updater"]["model"]
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"init {settings.init} does not fit the model: {error}") from error
+
+
+def _load_task(settings: TrainSettings, say: Say) -> _Task:
+    """Finds the files and reads as many as must be read before training."""
+    pairs = datasets.find(settings.dataset, settings.data, "train")
+    val_pairs = [] if settings.val is None else datasets.find(settings.dataset, settings.val, "val")
+    if len(pairs) < settings.batch_size:
+        raise ValueError(
+            f"{settings.data} holds {len(pairs)} images, wanted at least batch_size = {settings.batch_size}"
+        )
+    classes = settings.classes
+    if settings.dataset == "folder" and classes is None:
+        say(f"reading the labels of {len(pairs)} images to count the classes")
+        classes = datasets.count_classes(pairs, settings.ignore_index)
+    to_class = datasets.class_map(settings.dataset, classes, settings.ignore_index)
+    weights: Tensor | None = None
+    if isinstance(settings.class_weights, tuple):
+        if len(settings.class_weights) != to_class.classes:
+            raise ValueError(
+                f"class_weights has {len(settings.class_weights)} numbers, wanted {to_class.classes}, one per class"
+            )
+        weights = torch.tensor(settings.class_weights)
+    elif settings.class_weights == "median-frequency":
+        say(f"reading the labels of {len(pairs)} images for the class weights")
+        weights = torch.from_numpy(datasets.median_frequency_weights(pairs, to_class))
+    crop = settings.crop or settings.size
+    if crop is None:
+        image, _ = Reader(pairs[:1], to_class, None, False)(0)
+        crop = (image.height, image.width)
+    names = "\n".join(image.name for image, _ in pairs)
+    return _Task(pairs, val_pairs, to_class, crop, weights, hashlib.sha256(names.encode()).hexdigest())

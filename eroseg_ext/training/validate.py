@@ -1,0 +1,70 @@
+"""Scores of a model on a validation set, clean and under attack, over all processes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from eroseg_ext import backend
+from eroseg_ext.attack import attack
+from eroseg_ext.demo import scores
+from eroseg_ext.training import seeds
+from eroseg_ext.training.clock import Clock
+from eroseg_ext.training.datasets import VOID
+from eroseg_ext.training.distributed import Processes
+from eroseg_ext.training.network import Network
+from eroseg_ext.training.samples import Key, Reader, Samples, joined
+from eroseg_ext.training.settings import TrainSettings
+
+
+def validate(
+    settings: TrainSettings, model: nn.Module, classes: int, read: Reader, processes: Processes, workers: int
+) -> dict[str, float]:
+    """mIoU and pixel accuracy in percent, on clean images and under eroseg's attack of ``settings.val_attack_steps``.
+
+    Every process judges its own images; one confusion matrix over all of them is what the scores are made from.
+
+    Returns:
+        ``miou``, ``accuracy``, and with an attack ``adversarial_miou``, ``adversarial_accuracy``.
+    """
+    count = len(read) if settings.val_images is None else min(settings.val_images, len(read))
+    keys = [Key(int((place + 0.5) * len(read) / count)) for place in range(processes.rank, count, processes.world)]
+    # Images at their own sizes do not go into one batch.
+    size = 1 if settings.size is None else max(1, settings.batch_size // processes.world // settings.accumulate)
+    batches = [keys[start : start + size] for start in range(0, len(keys), size)]
+    loader = DataLoader(Samples(read, None), batch_sampler=batches, collate_fn=joined, num_workers=workers)
+    network = Network(model, Clock(processes.device), mean=settings.mean, std=settings.std, autocast=settings.autocast)
+    ops = backend.select(processes.device, settings.backend)
+    attacked = settings.val_attack_steps > 0 and settings.eps > 0
+    matrices = torch.zeros(1 + attacked, classes, classes, dtype=torch.int64, device=processes.device)
+    training = model.training
+    model.eval()
+    for keys_of_batch, batch in zip(batches, loader, strict=True):
+        if isinstance(batch, Exception):
+            raise batch
+        images = batch.images.to(processes.device).float().div_(255)
+        labels = batch.labels.to(processes.device).long()
+        for number in range(1 + attacked):
+            if number == 1:
+                generator = torch.Generator(processes.device)
+                generator.manual_seed(seeds.torch_seed(settings.seed, seeds.ATTACK, keys_of_batch[0].image))
+                images = attack(
+                    network,
+                    images,
+                    labels,
+                    eps=settings.eps,
+                    steps=settings.val_attack_steps,
+                    ignore_index=VOID,
+                    backend=settings.backend,
+                    generator=generator,
+                )
+            with torch.no_grad():
+                prediction = network(images).argmax(1)
+            matrices[number] += ops.confusion(prediction, labels, classes, ignore_index=VOID)
+    model.train(training)
+    processes.sum_(matrices)
+    result = scores(matrices[0])
+    if attacked:
+        result |= {f"adversarial_{name}": value for name, value in scores(matrices[1]).items()}
+    return result

@@ -55,6 +55,10 @@ class StepInfo:
 Callback = Callable[[StepInfo], None]
 
 
+class NotFiniteError(RuntimeError):
+    """The model's logits or gradients are NaN or infinite."""
+
+
 @overload
 def attack(
     model: Model,
@@ -127,8 +131,8 @@ def attack(
 
     Raises:
         ValueError, TypeError: an argument is not as described; one sentence names it. Nothing was done then.
-        RuntimeError: the model's logits or gradients are NaN or infinite; names step and image. Raised at the end of
-            the call, so that the loop needs no synchronisation.
+        NotFiniteError: a RuntimeError; the model's logits or gradients are NaN or infinite; names step and image.
+            Raised at the end of the call, so that the loop needs no synchronisation.
 
     Source: arXiv 2601.14950 for ``eroseg``; the other methods' sources are in :func:`eroseg_ext.reference.pixel_grad`.
     """
@@ -312,9 +316,9 @@ class _Loop:
             if broken_logits.any():
                 restart, step, image = broken_logits.nonzero()[0].tolist()
                 where = "after the last step" if step == self._steps else f"at step {step}"
-                raise RuntimeError(
+                raise NotFiniteError(
                     f"the model's logits are NaN or infinite {where} for image {image}"
                     + (f" of restart {restart}" if self._config.restarts > 1 else "")
                 )
             image = self._broken_images.nonzero()[0].item()
-            raise RuntimeError(f"the model's gradient with respect to image {image} is NaN")
+            raise NotFiniteError(f"the model's gradient with respect to image {image} is NaN")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from eroseg_ext.training import files
 
 Record = dict[str, Any]
 
@@ -17,7 +18,8 @@ class Log:
 
     Args:
         folder: of the run.
-        update: the update to continue from; what the log says of later ones is dropped, since they are done again.
+        update: the update to continue after; what the log says of later ones, and of a validation after this one, is
+            dropped, since that is done again.
 
     Raises:
         OSError: it cannot be written.
@@ -26,10 +28,13 @@ class Log:
     def __init__(self, folder: Path, update: int) -> None:
         self._path = folder / "log.jsonl"
         self._curves = folder / "curves.png"
-        self.records = [record for record in _read(self._path) if record["update"] <= update]
-        part = self._path.with_name(f"{self._path.name}.part")
-        part.write_text("".join(map(_line, self.records)), encoding="utf-8")
-        os.replace(part, self._path)
+        self.records = [
+            record
+            for record in _read(self._path)
+            if record["update"] < update or (record["update"] == update and "loss" in record)
+        ]
+        with files.replacing(self._path) as file:
+            file.write("".join(map(_line, self.records)).encode())
         self._board = _board(folder, update)
 
     def write(self, record: Record) -> None:
@@ -65,9 +70,8 @@ class Log:
             axes.grid(alpha=0.3)
         if validated:
             score.legend(fontsize=9)
-        part = self._curves.with_name(f"{self._curves.name}.part")
-        figure.savefig(part, format="png")
-        os.replace(part, self._curves)
+        with files.replacing(self._curves) as file:
+            figure.savefig(file, format="png")
 
     def close(self) -> None:
         """Flushes what TensorBoard's writer still holds."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from eroseg_ext import backend
-from eroseg_ext.cli import write_json
-from eroseg_ext.training import checkpoint, datasets, distributed, network, seeds
+from eroseg_ext.attack import NotFiniteError
 from eroseg_ext.training import clock as phases
+from eroseg_ext.training import datasets, distributed, files, network, seeds
 from eroseg_ext.training.clock import Clock
 from eroseg_ext.training.datasets import ClassMap, Pair
 from eroseg_ext.training.distributed import Processes
@@ -50,7 +50,7 @@ class _Task(NamedTuple):
     """changes with the images' names, whose order the run depends on"""
 
 
-def train(model: nn.Module | None = None, *, say: Say = print, **settings: Any) -> dict[str, Any]:
+def train(model: nn.Module | str = "small", *, say: Say = print, **settings: Any) -> dict[str, Any]:
     """Trains a segmentation model on adversarial examples; ``out`` then holds its weights, checkpoint, log and curves.
 
     >>> eroseg_ext.train(data="camvid/train", val="camvid/val", dataset="camvid", out="runs/eroseg", size=(180, 240))
@@ -66,8 +66,9 @@ def train(model: nn.Module | None = None, *, say: Say = print, **settings: Any) 
     processes share each batch.
 
     Args:
-        model: trained in place; None builds the one that the settings ``model`` and ``model_args`` name. Gives logits
-            [B, C, h, w] or any output that :func:`eroseg_ext.attack` takes.
+        model: a module, trained in place; or ``small``, ``tiny`` or an import path ``package.module:callable``, see
+            :class:`eroseg_ext.training.TrainSettings`. Gives logits [B, C, h, w] or any output that
+            :func:`eroseg_ext.attack` takes.
         say: told what happens, a line at a time.
         **settings: the fields of :class:`eroseg_ext.training.TrainSettings`; ``data`` and ``out`` are required.
 
@@ -80,15 +81,16 @@ def train(model: nn.Module | None = None, *, say: Say = print, **settings: Any) 
         ValueError, TypeError, OSError: a setting or file is not as wanted; one sentence names it. Checkpoints stay.
         TrainingStopped: the loss or the weights are not finite; the last good checkpoint stays.
     """
+    given = None if isinstance(model, str) else model
     try:
-        config = TrainSettings(**settings)
+        config = TrainSettings(**settings, model=model if isinstance(model, str) else type(model).__name__)
     except TypeError as error:
         raise TypeError(str(error).replace("TrainSettings.__init__()", "train()")) from None
-    with distributed.joined(config.device, config.timeout) as processes, torch.random.fork_rng():
+    with distributed.joined(config.device, config.timeout) as processes, _own_random_numbers(processes):
         threads = torch.get_num_threads()
         torch.set_num_threads(config.threads or threads)
         try:
-            return _Run(config, model, processes, say if processes.first else _silent).run()
+            return _Run(config, given, processes, say if processes.first else _silent).run()
         finally:
             torch.set_num_threads(threads)
 
@@ -105,6 +107,11 @@ class _Run:
             raise ValueError(
                 f"batch_size is {settings.batch_size}, wanted a multiple of {pieces} = processes x accumulate"
             )
+        if processes.world > 1 and processes.device.type == "cuda" and settings.attack_mode != "eval":
+            raise ValueError(
+                f"attack_mode is {settings.attack_mode!r}, wanted 'eval' with several GPUs: SyncBatchNorm would wait "
+                "for the others in every step of the attack"
+            )
         _check_backend(processes.device, settings)
         self._check_out()
         self._task = _load_task(settings, say)
@@ -114,10 +121,8 @@ class _Run:
         self._workers = settings.workers if settings.workers is not None else (4 if gpu else 0)
         self._clock = Clock(processes.device)
         torch.manual_seed(seeds.torch_seed(settings.seed, seeds.INITIAL))
-        given = model is not None
         if model is None:
             model = network.build(settings.model, self._task.to_class.classes, settings.model_args)
-        self._model_name = type(model).__name__ if given else settings.model
         model = model.to(processes.device)
         if gpu and processes.world > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -156,24 +161,20 @@ class _Run:
         self._say(self._described())
         comparison = self._compare() if settings.compare_reference else None
         log = Log(settings.out, self._done) if self._processes.first else None
-        validation: dict[str, float] = {}
         every = settings.checkpoint_every or self._updates_per_epoch
-        start = time.perf_counter()
+        # A run that was interrupted after a checkpoint may lack the validation that belongs to it.
+        validation = self._validate(log) if self._validation_due() else {}
         with self._bar() as bar:
             for batch in self._batches(self._done, self._updates):
                 self._update(batch)
                 bar.update(settings.batch_size)
-                ends_epoch = self._done % self._updates_per_epoch == 0
-                epoch = self._done // self._updates_per_epoch
-                if self._done % settings.log_every == 0 or ends_epoch:
+                if self._done % settings.log_every == 0 or self._done % self._updates_per_epoch == 0:
                     self._record(log, bar)
-                if ends_epoch and (epoch % settings.val_every == 0 or epoch == settings.epochs) and len(self._val):
-                    validation = self._validate(log)
                 if self._done % every == 0 or self._done == self._updates:
                     self._save(log)
-        if not validation and len(self._val):
-            validation = self._validate(None)  # resumed after its end
-        summary = self._summary(time.perf_counter() - start, validation, comparison)
+                if self._validation_due():
+                    validation = self._validate(log)
+        summary = self._summary(validation, comparison)
         if log is not None:
             self._finish(log, summary)
         self._processes.wait()
@@ -203,12 +204,10 @@ class _Run:
     def _update(self, batch: Batch) -> None:
         try:
             loss = self._updater(self._done, batch)
-        except RuntimeError as error:
-            # The attack tells of logits that are not finite; the loss of an update before may be the reason.
+        except NotFiniteError as error:
+            # On a GPU, the loss of an update before may be the reason, and is not known yet.
             self._check_losses()
-            if "NaN" in str(error) or "infinite" in str(error):
-                raise self._stopped(self._done + 1, f"the attack found that {error}") from error
-            raise
+            raise self._stopped(self._done + 1, str(error)) from error
         self._clock.switch(phases.OTHER)
         self._done += 1
         self._pending.append(loss)
@@ -245,6 +244,11 @@ class _Run:
                 }
             )
 
+    def _validation_due(self) -> bool:
+        epoch, rest = divmod(self._done, self._updates_per_epoch)
+        due = epoch > 0 and (epoch % self._settings.val_every == 0 or epoch == self._settings.epochs)
+        return due and rest == 0 and len(self._val) > 0
+
     def _validate(self, log: Log | None) -> dict[str, float]:
         classes = self._task.to_class.classes
         result = validate(
@@ -252,7 +256,8 @@ class _Run:
         )
         if log is not None:
             log.write({"update": self._done, "epoch": self._done / self._updates_per_epoch, **result})
-            log.draw()
+            if self._done < self._updates:
+                log.draw()
         self._say(f"epoch {self._done / self._updates_per_epoch:g}: {_scores(result)}")
         return result
 
@@ -268,10 +273,9 @@ class _Run:
             "done": self._done,
             "seconds": {phase: self._seconds[phase] + value for phase, value in self._clock.seconds().items()},
             "settings": settings.plain(),
-            "model": self._model_name,
             "data": self._task.fingerprint,
         }
-        checkpoint.save(state, settings.out / CHECKPOINT)
+        files.save_tensors(state, settings.out / CHECKPOINT)
 
     def _check_out(self) -> None:
         settings = self._settings
@@ -285,15 +289,13 @@ class _Run:
         path = self._settings.out / CHECKPOINT
         if not (self._settings.resume and path.exists()):
             return
-        state = checkpoint.load(path)
+        state = files.load_tensors(path)
         if not isinstance(state, dict) or "updater" not in state:
             raise ValueError(f"{path} is no checkpoint of a training")
         now, then = self._settings.plain(), state["settings"]
         for name in now:
-            if name not in NOT_OF_THE_RESULT and name != "model" and now[name] != then.get(name):
+            if name not in NOT_OF_THE_RESULT and now[name] != then.get(name):
                 raise ValueError(f"{name} is {now[name]!r}, but the run in {self._settings.out} has {then.get(name)!r}")
-        if state["model"] != self._model_name:
-            raise ValueError(f"model is {self._model_name}, but the run in {self._settings.out} has {state['model']}")
         if state["data"] != self._task.fingerprint:
             raise ValueError(f"data {self._settings.data} holds other images than when {path} was written")
         self._updater.load_state(state["updater"])
@@ -311,8 +313,9 @@ class _Run:
                 f"{config.steps} steps of {255 * config.alpha:.3g}/255"
             )
         return (
-            f"{self._model_name}, {parameters:,} parameters, {task.to_class.classes} classes, "
-            f"{len(task.pairs)} images, crops of {task.crop[0]}x{task.crop[1]}; {self._updates} updates of {settings.batch_size}, {attacked}"
+            f"{settings.model}, {parameters:,} parameters, {task.to_class.classes} classes; "
+            f"{len(task.pairs)} images, crops of {task.crop[0]}x{task.crop[1]}; "
+            f"{self._updates} updates of {settings.batch_size} images, {attacked}"
         )
 
     def _bar(self) -> tqdm[Any]:
@@ -350,9 +353,7 @@ class _Run:
             self._say(line)
         return result
 
-    def _summary(
-        self, elapsed: float, validation: dict[str, float], comparison: dict[str, Any] | None
-    ) -> dict[str, Any]:
+    def _summary(self, validation: dict[str, float], comparison: dict[str, Any] | None) -> dict[str, Any]:
         seconds = {phase: self._seconds[phase] + value for phase, value in self._clock.seconds().items()}
         total = sum(seconds.values())
         model = seconds[phases.UPDATE] + seconds[phases.ATTACK_MODEL]
@@ -367,7 +368,6 @@ class _Run:
         images = self._done * self._settings.batch_size
         return {
             "settings": self._settings.plain(),
-            "model": self._model_name,
             "classes": self._task.to_class.classes,
             "class_names": list(self._task.to_class.names),
             "environment": {
@@ -388,10 +388,10 @@ class _Run:
 
     def _finish(self, log: Log, summary: dict[str, Any]) -> None:
         out = self._settings.out
-        checkpoint.save(self._updater.trained.state_dict(), out / WEIGHTS)
+        files.save_tensors(self._updater.trained.state_dict(), out / WEIGHTS)
         log.draw()
         log.close()
-        write_json(out / SUMMARY, summary)
+        files.save_json(summary, out / SUMMARY)
         shares = ", ".join(f"{name} {share:.0%}" for name, share in summary["time"].items())
         self._say(
             f"{summary['updates']} updates in {summary['seconds']:.0f} s, {summary['images_per_second']:.1f} images/s, "
@@ -400,6 +400,10 @@ class _Run:
         if summary["validation"]:
             self._say(_scores(summary["validation"]))
         self._say(f"written to {out}: {WEIGHTS}, {CHECKPOINT}, {SUMMARY}, log.jsonl, curves.png")
+
+
+def _own_random_numbers(processes: Processes) -> AbstractContextManager[None]:
+    return torch.random.fork_rng(devices=[processes.device] if processes.device.type == "cuda" else [])
 
 
 def _silent(_: str) -> None:
@@ -441,7 +445,7 @@ def _check_backend(device: torch.device, settings: TrainSettings) -> None:
 
 def _load_weights(model: nn.Module, settings: TrainSettings) -> None:
     assert settings.init is not None
-    state = checkpoint.load(settings.init)
+    state = files.load_tensors(settings.init)
     if isinstance(state, dict) and "updater" in state:
         state = state["updater"]["model"]
     try:

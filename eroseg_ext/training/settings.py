@@ -70,7 +70,7 @@ class TrainSettings:
 
     model: str = "small"
     """``small`` (1.06 M parameters), ``tiny`` (0.15 M), or the import path ``package.module:callable`` of a function
-    or class that returns an nn.Module"""
+    or class that returns an nn.Module; for a module given to ``train``, the name of its class"""
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """keywords for it; ``classes`` or ``num_classes``, if it takes one of them, is added"""
     init: Path | None = None

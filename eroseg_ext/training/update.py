@@ -107,7 +107,8 @@ class Updater:
             backend: of the attack, if not the settings'.
 
         Returns:
-            The loss over all processes' parts, a scalar on the device; on the CPU, no step is taken if it is not finite.
+            The loss over all processes' parts, a scalar on the device. On the CPU, no step is taken if it is not
+            finite.
         """
         settings, processes, clock = self._settings, self._processes, self._clock
         clock.switch(phases.DATA)
@@ -177,11 +178,12 @@ class Updater:
 
     def _average_buffers(self) -> None:
         """BatchNorm's running statistics as the mean over the processes, each of which has seen its own images."""
-        if self._processes.world == 1:
+        buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        if self._processes.world == 1 or not buffers:
             return
-        for buffer in self.model.buffers():
-            if buffer.is_floating_point():
-                self._processes.sum_(buffer).div_(self._processes.world)
+        mean = self._processes.sum_(torch.cat([buffer.flatten() for buffer in buffers])).div_(self._processes.world)
+        for buffer, values in zip(buffers, mean.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(values.view_as(buffer))
 
 
 class _Noise:

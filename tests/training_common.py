@@ -64,25 +64,29 @@ def furthest_apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 def training_process(
-    settings: dict[str, Any], kill_at: tuple[str, int, str] | None = None
+    settings: dict[str, Any],
+    kill_at: tuple[str, int, str] | None = None,
+    environment: dict[str, str] | None = None,
 ) -> multiprocessing.context.ForkServerProcess:
     """Starts a training in a process of its own, forked from one that has torch loaded.
 
     Args:
         settings: of :func:`eroseg_ext.train`.
-        kill_at: a function of ``os``, the number of its call, and ``before`` or ``after``: there the process kills itself.
+        kill_at: a function of ``os``, the number of its call, ``before`` or ``after``: there the process kills itself.
+        environment: variables to set.
     """
     context = multiprocessing.get_context("forkserver")
     # What optimisers import when they are made; a second in every process otherwise.
     context.set_forkserver_preload(["eroseg_ext.training", "torch._dynamo"])
-    process = context.Process(target=_train, args=(settings, kill_at))
+    process = context.Process(target=_train, args=(settings, kill_at, environment or {}))
     process.start()
     return process
 
 
-def _train(settings: dict[str, Any], kill_at: tuple[str, int, str] | None) -> None:
+def _train(settings: dict[str, Any], kill_at: tuple[str, int, str] | None, environment: dict[str, str]) -> None:
     from eroseg_ext import training
 
+    os.environ.update(environment)
     if kill_at is not None:
         _kill_self_at(*kill_at)
     training.train(say=lambda _: None, **settings)

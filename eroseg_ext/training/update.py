@@ -58,8 +58,7 @@ class Updater:
         self._network: nn.Module = network
         if processes.world > 1:
             gpu = [processes.device] if processes.device.type == "cuda" else None
-            # Buffers are averaged below: broadcast from one process, they would forget what the others have seen.
-            self._network = DistributedDataParallel(network, device_ids=gpu, broadcast_buffers=False)
+            self._network = DistributedDataParallel(network, device_ids=gpu)
         self.optimizer = _optimizer(settings, model)
         self.ema: AveragedModel | None = None
         if settings.ema > 0:
@@ -177,7 +176,10 @@ class Updater:
         return images
 
     def _average_buffers(self) -> None:
-        """BatchNorm's running statistics as the mean over the processes, each of which has seen its own images."""
+        """BatchNorm's running statistics become the mean over the processes, each of which has seen its own images.
+
+        DistributedDataParallel alone would take those of the first.
+        """
         buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
         if self._processes.world == 1 or not buffers:
             return

@@ -38,7 +38,10 @@ def build(name: str, classes: int, model_args: Mapping[str, Any]) -> nn.Module:
         make = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"model is {name!r}, which cannot be imported: {error}") from error
-    parameters = inspect.signature(make).parameters
+    try:
+        parameters: Mapping[str, inspect.Parameter] = inspect.signature(make).parameters
+    except (TypeError, ValueError):  # some built-in callables tell none
+        parameters = {}
     known = {key: classes for key in ("classes", "num_classes") if key in parameters}
     if not known and any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values()):
         known = {"num_classes": classes}

@@ -148,7 +148,7 @@ class TrainSettings:
     resume: bool = False
     """continue the run in ``out``; where there is none, start it"""
     compare_reference: int = 0
-    """time so many updates with each backend, on the same batches from the same state, before training"""
+    """time so many updates with each backend, each from the same state on the same batch, before training"""
     timeout: float = 600.0
     """seconds after which processes give up waiting for each other"""
     progress: bool = False

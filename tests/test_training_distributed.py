@@ -44,8 +44,9 @@ def run(world: int, **settings: Any) -> dict[str, Any]:
     [
         {"optimizer": "adamw", "learning_rate": 1e-3, "adv_fraction": 0.5, "accumulate": 2, "batch_size": 8},
         {"optimizer": "sgd", "adv_fraction": 1.0, "class_weights": "median-frequency", "ema": 0.9},
+        {"model": "training_common:AuxiliaryNet", "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2)},
     ],
-    ids=["adamw, half attacked, accumulated", "sgd, all attacked, weighted"],
+    ids=["adamw, half attacked, accumulated", "sgd, all attacked, weighted", "auxiliary head, normalised"],
 )
 def test_two_processes_train_as_one(data: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     common = {**SMALL, "data": data, "val": data, "model": "training_common:plain_net", "epochs": 6, **settings}

@@ -51,6 +51,20 @@ def dropout_net(classes: int = CLASSES) -> nn.Module:
     )
 
 
+class AuxiliaryNet(nn.Module):
+    """Half-size logits in a dict, beside an auxiliary head that the loss does not see, as torchvision's models."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, padding=1), nn.ReLU())
+        self.head = nn.Conv2d(8, num_classes, 1)
+        self.auxiliary = nn.Conv2d(8, num_classes, 1)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.body(images)
+        return {"out": self.head(features), "aux": self.auxiliary(features)}
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     """The final weights of a run."""
     state: dict[str, Tensor] = torch.load(folder / "weights.pt", weights_only=True)

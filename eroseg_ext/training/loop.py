@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from eroseg_ext import backend
+from eroseg_ext import backend, pictures
 from eroseg_ext.attack import NotFiniteError
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training import datasets, distributed, files, network, seeds
@@ -25,11 +26,12 @@ from eroseg_ext.training.log import Log
 from eroseg_ext.training.samples import Augmentation, Batch, Batches, Reader, Samples, joined
 from eroseg_ext.training.settings import NOT_OF_THE_RESULT, TrainSettings
 from eroseg_ext.training.update import Updater
-from eroseg_ext.training.validate import validate
+from eroseg_ext.training.validate import examples, validate
 
 CHECKPOINT = "checkpoint.pt"
 WEIGHTS = "weights.pt"
 SUMMARY = "summary.json"
+EXAMPLES = "examples.png"
 
 Say = Callable[[str], None]
 
@@ -126,6 +128,8 @@ class _Run:
         model = model.to(processes.device)
         if gpu and processes.world > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        elif processes.world > 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+            say("BatchNorm normalises by the images of its process alone: there is no SyncBatchNorm on the CPU")
         # On CPUs with bfloat16 or AVX-512, and on GPUs, convolutions are fastest in this layout.
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if settings.init is not None:
@@ -163,6 +167,7 @@ class _Run:
         log = Log(settings.out, self._done) if self._processes.first else None
         every = settings.checkpoint_every or self._updates_per_epoch
         # A run that was interrupted after a checkpoint may lack the validation that belongs to it.
+        self._clock.reset()
         validation = self._validate(log) if self._validation_due() else {}
         with self._bar() as bar:
             for batch in self._batches(self._done, self._updates):
@@ -269,7 +274,7 @@ class _Run:
             return
         settings = self._settings
         state = {
-            "updater": self._updater.state(),
+            **self._updater.state(),
             "done": self._done,
             "seconds": {phase: self._seconds[phase] + value for phase, value in self._clock.seconds().items()},
             "settings": settings.plain(),
@@ -290,7 +295,7 @@ class _Run:
         if not (self._settings.resume and path.exists()):
             return
         state = files.load_tensors(path)
-        if not isinstance(state, dict) or "updater" not in state:
+        if not isinstance(state, dict) or "optimizer" not in state:
             raise ValueError(f"{path} is no checkpoint of a training")
         now, then = self._settings.plain(), state["settings"]
         for name in now:
@@ -298,7 +303,7 @@ class _Run:
                 raise ValueError(f"{name} is {now[name]!r}, but the run in {self._settings.out} has {then.get(name)!r}")
         if state["data"] != self._task.fingerprint:
             raise ValueError(f"data {self._settings.data} holds other images than when {path} was written")
-        self._updater.load_state(state["updater"])
+        self._updater.load_state(state)
         self._done = state["done"]
         self._seconds = state["seconds"]
         self._say(f"continuing after update {self._done} of {self._updates}")
@@ -376,7 +381,7 @@ class _Run:
         return {
             "settings": self._settings.plain(),
             "classes": self._task.to_class.classes,
-            "class_names": list(self._task.to_class.names),
+            "class_names": self._class_names(),
             "environment": {
                 **backend.report(),
                 "device": str(self._processes.device),
@@ -404,9 +409,23 @@ class _Run:
             f"{summary['updates']} updates in {summary['seconds']:.0f} s, {summary['images_per_second']:.1f} images/s, "
             f"{summary['seconds_per_epoch']:.1f} s an epoch; of the time: {shares}"
         )
+        if summary["comparison"] is not None:
+            fused, plain = (summary["comparison"]["seconds_per_update"][name] for name in ("fused", "reference"))
+            saved = (plain[phases.ATTACK_KERNELS] - fused[phases.ATTACK_KERNELS]) * summary["updates"]
+            self._say(f"fused kernels save {saved:.0f} s in so many updates")
         if summary["validation"]:
             self._say(_scores(summary["validation"]))
-        self._say(f"written to {out}: {WEIGHTS}, {CHECKPOINT}, {SUMMARY}, log.jsonl, curves.png")
+        names = [WEIGHTS, CHECKPOINT, SUMMARY, "log.jsonl", "curves.png"]
+        if len(self._val):
+            names.append(EXAMPLES)
+            shown = examples(self._settings, self._updater.trained, self._val, self._processes.device)
+            with files.replacing(out / EXAMPLES) as file:
+                pictures.examples_panel(file, shown, self._class_names(), self._settings.eps)
+        self._say(f"written to {out}: {', '.join(names)}")
+
+    def _class_names(self) -> list[str]:
+        known = self._task.to_class
+        return list(known.names) or [f"class {index}" for index in range(known.classes)]
 
 
 def _own_random_numbers(processes: Processes) -> AbstractContextManager[None]:
@@ -453,8 +472,8 @@ def _check_backend(device: torch.device, settings: TrainSettings) -> None:
 def _load_weights(model: nn.Module, settings: TrainSettings) -> None:
     assert settings.init is not None
     state = files.load_tensors(settings.init)
-    if isinstance(state, dict) and "updater" in state:
-        state = state["updater"]["model"]
+    if isinstance(state, dict) and "optimizer" in state:
+        state = state["model"]
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:

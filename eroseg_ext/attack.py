@@ -56,7 +56,7 @@ Callback = Callable[[StepInfo], None]
 
 
 class NotFiniteError(RuntimeError):
-    """The model's logits or gradients are NaN or infinite."""
+    """The model's logits or gradients are NaN or infinite; told apart from other errors for whoever trains."""
 
 
 @overload
@@ -131,8 +131,8 @@ def attack(
 
     Raises:
         ValueError, TypeError: an argument is not as described; one sentence names it. Nothing was done then.
-        NotFiniteError: a RuntimeError; the model's logits or gradients are NaN or infinite; names step and image.
-            Raised at the end of the call, so that the loop needs no synchronisation.
+        RuntimeError: the model's logits or gradients are NaN or infinite; names step and image. Raised at the end of
+            the call, so that the loop needs no synchronisation.
 
     Source: arXiv 2601.14950 for ``eroseg``; the other methods' sources are in :func:`eroseg_ext.reference.pixel_grad`.
     """

@@ -35,6 +35,11 @@ class Clock:
         if self._cuda:
             self._events.append((OTHER, _event()))
 
+    @property
+    def phase(self) -> str:
+        """What the time is booked to now."""
+        return self._events[-1][0] if self._cuda else self._phase
+
     def switch(self, phase: str) -> None:
         """What follows is of this phase."""
         if self._cuda:
@@ -46,7 +51,7 @@ class Clock:
 
     def seconds(self) -> dict[str, float]:
         """Seconds of every phase so far; waits for the GPU."""
-        self.switch(self._events[-1][0] if self._cuda else self._phase)
+        self.switch(self.phase)
         if self._cuda:
             self._events[-1][1].synchronize()
             for (phase, start), (_, end) in zip(self._events, self._events[1:], strict=False):

@@ -57,7 +57,7 @@ def build(name: str, classes: int, model_args: Mapping[str, Any]) -> nn.Module:
 class Network(nn.Module):
     """``images [B, 3, H, W] in [0, 1] -> logits [B, C, H, W]``: normalises, runs the model under autocast, upsamples.
 
-    Called with images that require a gradient, as in an attack, it books its forward and backward to the clock.
+    Called while the clock is in an attack, it books its forward and backward as the model's.
     """
 
     def __init__(
@@ -77,13 +77,14 @@ class Network(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """The logits."""
         size = (images.shape[-2], images.shape[-1])
-        if not images.requires_grad:
+        if self._clock.phase != phases.ATTACK_KERNELS:
             return self._logits(images, size)
         self._clock.switch(phases.ATTACK_MODEL)
         logits = self._logits(images, size)
         self._clock.switch(phases.ATTACK_KERNELS)
-        logits.register_hook(lambda _: self._clock.switch(phases.ATTACK_MODEL))
-        images.register_hook(lambda _: self._clock.switch(phases.ATTACK_KERNELS))
+        if images.requires_grad:
+            logits.register_hook(lambda _: self._clock.switch(phases.ATTACK_MODEL))
+            images.register_hook(lambda _: self._clock.switch(phases.ATTACK_KERNELS))
         return logits
 
 

@@ -226,7 +226,7 @@ class TrainSettings:
             return None
         for name in ("method", "eps", "steps", "step_size", "mean", "std", "autocast", "backend", "model_mode"):
             _require(name not in self.attack_options, "attack_options", name, "it as a setting of the training")
-        for name in ("ignore_index", "progress", "targeted", "clip"):
+        for name in ("ignore_index", "progress", "targeted", "clip", "graph"):
             _require(name not in self.attack_options, "attack_options", name, "none of what training fixes")
         step_size = self.step_size
         if step_size is None:

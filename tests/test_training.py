@@ -325,6 +325,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path, met
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--attack-options", '{"radios": 1}'], "radios is not a setting of attack"),
+        (["--attack-options", "radius"], "radius is no JSON object"),
+        (["--eps", "8:255"], "8:255 is no budget"),
+        (["--size", "big"], "big is not a size"),
+        (["--class-weights", "balanced"], "class_weights is 'balanced', wanted one of none, median-frequency"),
+        (["--attack", "fgsm"], "invalid choice: 'fgsm'"),
+    ],
+)
+def test_wrong_options_are_told_in_one_sentence(
+    data: Path, tmp_path: Path, options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", "--data", str(data), "--out", str(tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("eroseg: ")
+    assert words in error
+    assert "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_that_explode_stop_the_run(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "--data", str(data), "--out", str(tmp_path), "--model", "tiny", "--size", "24x32"]
     arguments += ["--learning-rate", "1e30", "--optimizer", "sgd", "--warmup-epochs", "0", "--batch-size", "4"]

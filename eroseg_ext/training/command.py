@@ -79,9 +79,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def settings(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
-    """The keywords of :func:`eroseg_ext.train` that the options give."""
+    """The keywords of :func:`eroseg_ext.train` that the options give; ValueError if one is not allowed."""
     names = TrainSettings.__dataclass_fields__
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    try:
+        TrainSettings(**given)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
     return {**given, "progress": progress}
 
 

@@ -51,9 +51,11 @@ def joined(device: str | None, timeout: float) -> Iterator[Processes]:
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device is None:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device)
+        if place == torch.device("cuda"):
+            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
@@ -62,8 +64,11 @@ def joined(device: str | None, timeout: float) -> Iterator[Processes]:
     if world == 1 or dist.is_initialized():
         yield Processes(rank, world, place)
         return
-    backend = "nccl" if place.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    wait = timedelta(seconds=timeout)
+    if place.type == "cuda":
+        dist.init_process_group("nccl", timeout=wait, device_id=place)
+    else:
+        dist.init_process_group("gloo", timeout=wait)
     yield Processes(rank, world, place)
     # Not after an exception: leaving in order would wait for processes that wait for this one.
     dist.destroy_process_group()

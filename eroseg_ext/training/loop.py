@@ -477,7 +477,8 @@ def _load_weights(model: nn.Module, settings: TrainSettings) -> None:
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"init {settings.init} does not fit the model: {error}") from error
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(f"init {settings.init} does not fit model {settings.model}: {why}") from error
 
 
 def _load_task(settings: TrainSettings, say: Say) -> _Task:

@@ -161,11 +161,17 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
     from eroseg_ext import training
     from eroseg_ext.training import command
 
+    def say(line: str) -> None:
+        tqdm.write(line)  # above the bar
+        sys.stdout.flush()
+
     try:
-        training.train(say=lambda line: print(line, flush=True), **command.settings(args, progress=sys.stderr.isatty()))
+        training.train(say=say, **command.settings(args, progress=sys.stderr.isatty()))
     except training.TrainingStopped as stopped:
         raise _UserError(str(stopped)) from stopped
 

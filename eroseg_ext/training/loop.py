@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from eroseg_ext import backend, pictures
@@ -23,7 +22,7 @@ from eroseg_ext.training.clock import Clock
 from eroseg_ext.training.datasets import ClassMap, Pair
 from eroseg_ext.training.distributed import Processes
 from eroseg_ext.training.log import Log
-from eroseg_ext.training.samples import Augmentation, Batch, Batches, Reader, Samples, joined
+from eroseg_ext.training.samples import Augmentation, Batch, Batches, Reader, Samples, loader
 from eroseg_ext.training.settings import NOT_OF_THE_RESULT, TrainSettings
 from eroseg_ext.training.update import Updater
 from eroseg_ext.training.validate import examples, validate
@@ -191,15 +190,8 @@ class _Run:
         keys = Batches(
             len(self._task.pairs), settings.batch_size, settings.seed, first, last, processes.rank, processes.world
         )
-        loader = DataLoader(
-            self._samples,
-            batch_sampler=keys,
-            collate_fn=joined,
-            num_workers=self._workers,
-            pin_memory=processes.device.type == "cuda",
-        )
         self._clock.switch(phases.DATA)
-        for batch in loader:
+        for batch in loader(self._samples, keys, self._workers, pin_memory=processes.device.type == "cuda"):
             if isinstance(batch, Exception):
                 raise batch
             yield batch

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from eroseg_ext.data import read_pair
 from eroseg_ext.training import seeds
@@ -101,6 +101,21 @@ def joined(samples: Sequence[Batch | Exception]) -> Batch | Exception:
             return sample
         batches.append(sample)
     return Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+
+
+def loader(samples: Samples, keys: Iterable[list[Key]], workers: int, pin_memory: bool = False) -> DataLoader[Any]:
+    """Batches (or exceptions, see :class:`Samples`) of these keys, read by so many processes; 0 reads in this one."""
+    # Forked workers, which do nothing on a GPU, notice when this process is killed. Those of a forkserver watch the
+    # server, which lives as long as they do.
+    context = "fork" if workers else None
+    return DataLoader(
+        samples,
+        batch_sampler=keys,
+        collate_fn=joined,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        multiprocessing_context=context,
+    )
 
 
 class Augmentation:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from eroseg_ext import backend
 from eroseg_ext.attack import attack
@@ -15,7 +14,7 @@ from eroseg_ext.training.clock import Clock
 from eroseg_ext.training.datasets import VOID
 from eroseg_ext.training.distributed import Processes
 from eroseg_ext.training.network import Network
-from eroseg_ext.training.samples import Key, Reader, Samples, joined
+from eroseg_ext.training.samples import Key, Reader, Samples, loader
 from eroseg_ext.training.settings import TrainSettings
 
 
@@ -60,14 +59,13 @@ def validate(
     # Images at their own sizes do not go into one batch.
     size = 1 if settings.size is None else max(1, settings.batch_size // processes.world // settings.accumulate)
     batches = [keys[start : start + size] for start in range(0, len(keys), size)]
-    loader = DataLoader(Samples(read, None), batch_sampler=batches, collate_fn=joined, num_workers=workers)
     network = Network(model, Clock(processes.device), mean=settings.mean, std=settings.std, autocast=settings.autocast)
     ops = backend.select(processes.device, settings.backend)
     attacked = _attacks(settings)
     matrices = torch.zeros(1 + attacked, classes, classes, dtype=torch.int64, device=processes.device)
     training = model.training
     model.eval()
-    for keys_of_batch, batch in zip(batches, loader, strict=True):
+    for keys_of_batch, batch in zip(batches, loader(Samples(read, None), batches, workers), strict=True):
         if isinstance(batch, Exception):
             raise batch
         images = batch.images.to(processes.device).float().div_(255)

@@ -5,6 +5,7 @@ from eroseg_ext.attack import AttackInfo, StepInfo, attack
 from eroseg_ext.evaluation import Evaluation, EvaluationSettings, evaluate
 from eroseg_ext.objects import JSD, PGD, CosPGD, EroSeg, MaskedCE, SegPGD, Tsallis
 from eroseg_ext.settings import AttackSettings
+from eroseg_ext.training import train
 
 __version__ = "0.1.0"
 
@@ -25,4 +26,5 @@ __all__ = [
     "attack",
     "evaluate",
     "strong_attack",
+    "train",
 ]

@@ -55,6 +55,10 @@ class StepInfo:
 Callback = Callable[[StepInfo], None]
 
 
+class NotFiniteError(RuntimeError):
+    """The model's logits or gradients are NaN or infinite; told apart from other errors for whoever trains."""
+
+
 @overload
 def attack(
     model: Model,
@@ -374,9 +378,9 @@ class _Loop:
             if broken_logits.any():
                 restart, step, image = broken_logits.nonzero()[0].tolist()
                 where = "after the last step" if step == self._steps else f"at step {step}"
-                raise RuntimeError(
+                raise NotFiniteError(
                     f"the model's logits are NaN or infinite {where} for image {image}"
                     + (f" of restart {restart}" if self._config.restarts > 1 else "")
                 )
             image = self._broken_images.nonzero()[0].item()
-            raise RuntimeError(f"the model's gradient with respect to image {image} is NaN")
+            raise NotFiniteError(f"the model's gradient with respect to image {image} is NaN")

@@ -1,4 +1,4 @@
-"""The command ``eroseg``: ``eroseg demo``, ``eroseg evaluate`` and ``eroseg info``."""
+"""The command ``eroseg``: ``eroseg demo``, ``eroseg train``, ``eroseg evaluate`` and ``eroseg info``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     try:
         args = parser.parse_args(argv)
-        run = {"demo": _demo, "evaluate": _evaluate, "info": _info}[args.command]
+        run = {"demo": _demo, "train": _train, "evaluate": _evaluate, "info": _info}[args.command]
         run(args)
     except SystemExit as done:  # --help and --version end this way
         return int(done.code or 0)
@@ -62,11 +62,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     from eroseg_ext import __version__
+    from eroseg_ext.training import command
 
     parser = _Parser(prog="eroseg", description="Adversarial attacks on semantic segmentation.")
     parser.add_argument("--version", action="version", version=f"eroseg_ext {__version__}")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{demo,evaluate,info}", parser_class=_Parser
+        dest="command", required=True, metavar="{demo,train,evaluate,info}", parser_class=_Parser
     )
 
     demo = commands.add_parser(
@@ -88,6 +89,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", help="where to run, default: cuda if there is one, else cpu")
     demo.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
 
+    train = commands.add_parser(
+        "train",
+        help="train a model on adversarial examples",
+        description="Trains a segmentation model on a folder of images and labels, part of each batch attacked. Under "
+        "torchrun, processes share the batches.",
+    )
+    command.add_options(train)
     _add_evaluate(commands)
 
     info = commands.add_parser(
@@ -220,6 +228,22 @@ def _demo(args: argparse.Namespace) -> None:
     result = demo.run(settings, say=lambda line: print(line, flush=True))
     if args.json is not None:
         write_json(args.json, result)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from eroseg_ext import training
+    from eroseg_ext.training import command
+
+    def say(line: str) -> None:
+        tqdm.write(line)  # above the bar
+        sys.stdout.flush()
+
+    try:
+        training.train(say=say, **command.settings(args, progress=sys.stderr.isatty()))
+    except training.TrainingStopped as stopped:
+        raise _UserError(str(stopped)) from stopped
 
 
 def _evaluate(args: argparse.Namespace) -> None:

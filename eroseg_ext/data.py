@@ -64,17 +64,7 @@ class SegmentationFolder:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image = _open(self.images[index]).convert("RGB")
-        label = _open(self.labels[index])
-        if label.mode not in ("L", "P", "I", "I;16"):
-            raise ValueError(
-                f"{self.labels[index]} must be a grey or palette PNG of class indices, but its mode is {label.mode}"
-            )
-        if label.size != image.size:
-            raise ValueError(
-                f"{self.labels[index]} is {label.size[0]}x{label.size[1]} pixels but its image "
-                f"{self.images[index]} is {image.size[0]}x{image.size[1]}"
-            )
+        image, label = read_pair(self.images[index], self.labels[index])
         if self.size is not None:
             height, width = self.size
             # Pillow's bilinear filter widens with the scale, which is the antialiasing.
@@ -94,6 +84,24 @@ class SegmentationFolder:
         if len(shapes) > 1:
             raise ValueError(f"{self.root} holds images of {len(shapes)} sizes; a size to resize them to is needed")
         return torch.stack([image for image, _ in pairs]), torch.stack([labels for _, labels in pairs])
+
+
+def read_pair(image_path: Path, label_path: Path) -> tuple[Image.Image, Image.Image]:
+    """An image in RGB and its label map, whose pixel values are class indices, of one size; decoded.
+
+    Raises:
+        ValueError: a file is not an image, the label map is not one number per pixel, or the sizes differ; names it.
+    """
+    image = _open(image_path).convert("RGB")
+    label = _open(label_path)
+    if label.mode not in ("L", "P", "I", "I;16"):
+        raise ValueError(f"{label_path} must be a grey or palette PNG of class indices, but its mode is {label.mode}")
+    if label.size != image.size:
+        raise ValueError(
+            f"{label_path} is {label.size[0]}x{label.size[1]} pixels but its image "
+            f"{image_path} is {image.size[0]}x{image.size[1]}"
+        )
+    return image, label
 
 
 def _open(path: Path) -> Image.Image:

@@ -1,11 +1,11 @@
-"""The pictures that ``eroseg demo`` writes, as PNG files."""
+"""The pictures that ``eroseg demo`` and ``eroseg train`` write, as PNG files."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,21 @@ class Story(NamedTuple):
     palette: tuple[Colour, ...]
 
 
+class Example(NamedTuple):
+    """What a row of ``examples_panel`` shows; tensors on the CPU."""
+
+    image: Tensor
+    """float32 [3, H, W] in [0, 1]"""
+    labels: Tensor
+    """int64 [H, W], -1 where void"""
+    before: Tensor
+    """int64 [H, W], prediction on the image"""
+    adversarial: Tensor | None
+    """float32 [3, H, W] in [0, 1]"""
+    after: Tensor | None
+    """int64 [H, W], prediction on the adversarial image"""
+
+
 def distinct_colours(count: int) -> tuple[Colour, ...]:
     """That many RGB colours (0 to 255) that can be told apart, as far as that goes."""
     if count <= 20:
@@ -72,7 +87,7 @@ def attack_panel(path: Path, story: Story) -> None:
     """Draws one image's attack: what the network sees, what it says, how sure it is, and how the front moves."""
     height, width = story.labels.shape
     row = _WIDTH / 4.25 * height / width + 0.32
-    patches = _class_patches(story)
+    patches = _class_patches(story.classes, story.palette)
     # Inches that a legend entry takes: its letters, its colour and the gap to the next.
     entry = 0.075 * max(len(str(patch.get_label())) for patch in patches) + 0.6
     lines = math.ceil(len(patches) * entry / _WIDTH)
@@ -116,6 +131,29 @@ def attack_panel(path: Path, story: Story) -> None:
     figure.savefig(path)
 
 
+def examples_panel(path: Path | BinaryIO, examples: Sequence[Example], classes: Sequence[str], eps: float) -> None:
+    """Draws a row for each example: image, label, prediction, and, if it was attacked by ``eps``, the same of that."""
+    palette = distinct_colours(len(classes))
+    columns = 5 if examples[0].after is not None else 3
+    width = _WIDTH * columns / 5
+    heights = [width / columns * example.labels.shape[0] / example.labels.shape[1] + 0.3 for example in examples]
+    figure = Figure(figsize=(width, sum(heights) + 0.5), dpi=_DPI, layout="constrained")
+    grid = figure.add_gridspec(len(examples) + 1, columns, height_ratios=[*heights, 0.5])
+    for row, example in enumerate(examples):
+        axes = [figure.add_subplot(grid[row, column]) for column in range(columns)]
+        _show(axes[0], "image", _pixels(example.image))
+        _show(axes[1], "label", colourise(example.labels, palette))
+        _show(axes[2], f"prediction: {_right(example.before, example.labels)}", colourise(example.before, palette))
+        if example.adversarial is not None and example.after is not None:
+            _show(axes[3], f"attacked, eps {eps * 255:.3g}/255", _pixels(example.adversarial))
+            _show(axes[4], f"prediction: {_right(example.after, example.labels)}", colourise(example.after, palette))
+    legend = figure.add_subplot(grid[-1, :])
+    legend.set_axis_off()
+    patches = _class_patches(classes, palette)
+    legend.legend(handles=patches, loc="center", ncols=12, frameon=False, fontsize=8).set_in_layout(False)
+    figure.savefig(path, format="png")
+
+
 def accuracy_curves(path: Path, curves: Mapping[str, Sequence[float]], images: int) -> None:
     """Draws the pixel accuracy of every method over its steps.
 
@@ -140,9 +178,9 @@ def accuracy_curves(path: Path, curves: Mapping[str, Sequence[float]], images: i
     figure.savefig(path)
 
 
-def _class_patches(story: Story) -> list[Patch]:
+def _class_patches(classes: Sequence[str], palette: Sequence[Colour]) -> list[Patch]:
     """Entries of the legend; of very many classes, whose colours cannot be told apart anyway, only the first."""
-    named = [*zip(story.classes[:40], story.palette[:40], strict=True), ("void", _VOID)]
+    named = [*zip(classes[:40], palette[:40], strict=True), ("void", _VOID)]
     return [
         Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="0.3", linewidth=0.5, label=name)
         for name, (red, green, blue) in named

@@ -1,0 +1,104 @@
+"""What a run leaves to read: a JSONL log, curves as PNG, TensorBoard events where that is installed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from eroseg_ext.training import files
+
+Record = dict[str, Any]
+
+
+class Log:
+    """The log of a run, ``log.jsonl``, one record per line, each with its ``update``.
+
+    Args:
+        folder: of the run.
+        update: the update to continue after; what the log says of later ones, and of a validation after this one, is
+            dropped, since that is done again.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, folder: Path, update: int) -> None:
+        self._path = folder / "log.jsonl"
+        self._curves = folder / "curves.png"
+        self.records = [
+            record
+            for record in _read(self._path)
+            if record["update"] < update or (record["update"] == update and "loss" in record)
+        ]
+        with files.replacing(self._path) as file:
+            file.write("".join(map(_line, self.records)).encode())
+        self._board = _board(folder, update)
+
+    def write(self, record: Record) -> None:
+        """Appends a record."""
+        self.records.append(record)
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_line(record))
+        except OSError as error:
+            raise OSError(f"{self._path} could not be written: {error}") from error
+        if self._board is not None:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(name, value, record["update"])
+
+    def draw(self) -> None:
+        """Draws the curves so far."""
+        figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
+        loss, score = figure.subplots(1, 2)
+        trained = [record for record in self.records if "loss" in record]
+        validated = [record for record in self.records if "miou" in record]
+        loss.plot([r["epoch"] for r in trained], [r["loss"] for r in trained], color="tab:blue", linewidth=0.8)
+        loss.set(xlabel="epoch", ylabel="training loss")
+        names = {"miou": "mIoU", "accuracy": "pixel accuracy"}
+        for name, label in names.items():
+            colour = "tab:blue" if name == "miou" else "tab:orange"
+            for prefix, style, kind in (("", "-", "clean"), ("adversarial_", "--", "attacked")):
+                points = [(r["epoch"], r[prefix + name]) for r in validated if prefix + name in r]
+                if points:
+                    score.plot(*zip(*points, strict=True), style, color=colour, marker=".", label=f"{label}, {kind}")
+        score.set(xlabel="epoch", ylabel="validation, %")
+        for axes in (loss, score):
+            axes.grid(alpha=0.3)
+        if validated:
+            score.legend(fontsize=9)
+        with files.replacing(self._curves) as file:
+            figure.savefig(file, format="png")
+
+    def close(self) -> None:
+        """Flushes what TensorBoard's writer still holds."""
+        if self._board is not None:
+            self._board.close()
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _read(path: Path) -> list[Record]:
+    """The whole lines of a log; the last one may be half written."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _board(folder: Path, update: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1)

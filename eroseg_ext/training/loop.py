@@ -1,0 +1,504 @@
+"""Adversarial training from a folder to weights: data, updates, validations, checkpoints, log and summary."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+from eroseg_ext import backend, pictures
+from eroseg_ext.attack import NotFiniteError
+from eroseg_ext.training import clock as phases
+from eroseg_ext.training import datasets, distributed, files, network, seeds
+from eroseg_ext.training.clock import Clock
+from eroseg_ext.training.datasets import ClassMap, Pair
+from eroseg_ext.training.distributed import Processes
+from eroseg_ext.training.log import Log
+from eroseg_ext.training.samples import Augmentation, Batch, Batches, Reader, Samples, loader
+from eroseg_ext.training.settings import NOT_OF_THE_RESULT, TrainSettings
+from eroseg_ext.training.update import Updater
+from eroseg_ext.training.validate import examples, validate
+
+CHECKPOINT = "checkpoint.pt"
+WEIGHTS = "weights.pt"
+SUMMARY = "summary.json"
+EXAMPLES = "examples.png"
+
+Say = Callable[[str], None]
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; one sentence says why and what is kept."""
+
+
+class _Task(NamedTuple):
+    """What the settings' folders hold."""
+
+    pairs: list[Pair]
+    val_pairs: list[Pair]
+    to_class: ClassMap
+    crop: tuple[int, int]
+    class_weights: Tensor | None
+    fingerprint: str
+    """changes with the images' names, whose order the run depends on"""
+
+
+def train(model: nn.Module | str = "small", *, say: Say = print, **settings: Any) -> dict[str, Any]:
+    """Trains a segmentation model on adversarial examples; ``out`` then holds its weights, checkpoint, log and curves.
+
+    >>> eroseg_ext.train(data="camvid/train", val="camvid/val", dataset="camvid", out="runs/eroseg", size=(180, 240))
+
+    Each update attacks ``adv_fraction`` of the batch with the weights as they are (Madry et al., ICLR 2018; a mixed
+    batch as in Gu et al., "SegPGD", ECCV 2022) and descends the cross-entropy of the whole batch. The attack runs
+    with the model in eval mode, so that an image's attack does not depend on the other images, and dropout is off
+    (Pang et al., "Bag of Tricks for Adversarial Training", ICLR 2021, find eval mode as robust and a little better on
+    clean images); ``attack_mode="train"`` is the alternative.
+
+    Every random number follows from the seed and the number of the update, so that an interrupted run, continued with
+    ``resume=True``, ends with the weights of an uninterrupted one, on the CPU to the last bit. Started by torchrun,
+    processes share each batch.
+
+    Args:
+        model: a module, trained in place; or ``small``, ``tiny`` or an import path ``package.module:callable``, see
+            :class:`eroseg_ext.training.TrainSettings`. Gives logits [B, C, h, w] or any output that
+            :func:`eroseg_ext.attack` takes.
+        say: told what happens, a line at a time.
+        **settings: the fields of :class:`eroseg_ext.training.TrainSettings`; ``data`` and ``out`` are required.
+
+    Returns:
+        The summary, as ``out/summary.json`` holds it: ``settings``, ``environment``, ``updates``, ``seconds``, ``time``
+        (share of model, attack kernels, data and the rest), ``images_per_second``, ``validation`` (mIoU and pixel
+        accuracy in percent, clean and under attack), ``comparison`` (of the backends, if asked for) and more.
+
+    Raises:
+        ValueError, TypeError, OSError: a setting or file is not as wanted; one sentence names it. Checkpoints stay.
+        TrainingStopped: the loss or the weights are not finite; the last good checkpoint stays.
+    """
+    given = None if isinstance(model, str) else model
+    try:
+        config = TrainSettings(**settings, model=model if isinstance(model, str) else type(model).__name__)
+    except TypeError as error:
+        raise TypeError(str(error).replace("TrainSettings.__init__()", "train()")) from None
+    with distributed.joined(config.device, config.timeout) as processes, _own_random_numbers(processes):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(config.threads or threads)
+        try:
+            return _Run(config, given, processes, say if processes.first else _silent).run()
+        finally:
+            torch.set_num_threads(threads)
+
+
+class _Run:
+    """One call of :func:`train`."""
+
+    def __init__(self, settings: TrainSettings, model: nn.Module | None, processes: Processes, say: Say) -> None:
+        self._settings = settings
+        self._processes = processes
+        self._say = say
+        pieces = processes.world * settings.accumulate
+        if settings.batch_size % pieces:
+            raise ValueError(
+                f"batch_size is {settings.batch_size}, wanted a multiple of {pieces} = processes x accumulate"
+            )
+        if processes.world > 1 and processes.device.type == "cuda" and settings.attack_mode != "eval":
+            raise ValueError(
+                f"attack_mode is {settings.attack_mode!r}, wanted 'eval' with several GPUs: SyncBatchNorm would wait "
+                "for the others in every step of the attack"
+            )
+        _check_backend(processes.device, settings)
+        self._check_out()
+        self._task = _load_task(settings, say)
+        self._updates_per_epoch = len(self._task.pairs) // settings.batch_size
+        self._updates = settings.epochs * self._updates_per_epoch
+        gpu = processes.device.type == "cuda"
+        self._workers = settings.workers if settings.workers is not None else (4 if gpu else 0)
+        self._clock = Clock(processes.device)
+        torch.manual_seed(seeds.torch_seed(settings.seed, seeds.INITIAL))
+        if model is None:
+            model = network.build(settings.model, self._task.to_class.classes, settings.model_args)
+        model = model.to(processes.device)
+        if gpu and processes.world > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        elif processes.world > 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+            say("BatchNorm normalises by the images of its process alone: there is no SyncBatchNorm on the CPU")
+        # On CPUs with bfloat16 or AVX-512, and on GPUs, convolutions are fastest in this layout.
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if settings.init is not None:
+            _load_weights(model, settings)
+        module = network.Network(model, self._clock, mean=settings.mean, std=settings.std, autocast=settings.autocast)
+        unused = network.check_model(module, self._task.to_class.classes, self._task.crop, processes.device)
+        if unused:
+            say(f"{len(unused)} parameters do not change the logits and stay as they are, {unused[0]} the first")
+        self._updater = Updater(
+            settings,
+            module,
+            None if self._task.class_weights is None else self._task.class_weights.to(processes.device),
+            self._updates,
+            self._updates_per_epoch,
+            processes,
+            self._clock,
+        )
+        augmentation = Augmentation(settings.seed, self._task.crop, settings.scale, settings.flip)
+        read = Reader(self._task.pairs, self._task.to_class, settings.size, settings.cache)
+        self._samples = Samples(read, augmentation)
+        self._val = Reader(self._task.val_pairs, self._task.to_class, settings.size, settings.cache)
+        self._done = 0
+        """updates"""
+        self._seconds = dict.fromkeys(phases.PHASES, 0.0)
+        """of the run before it was resumed"""
+        self._pending: list[Tensor] = []
+        """losses of updates since the log's last line"""
+
+    def run(self) -> dict[str, Any]:
+        """Trains; returns the summary."""
+        settings = self._settings
+        self._resume()
+        self._say(self._described())
+        comparison = self._compare() if settings.compare_reference else None
+        log = Log(settings.out, self._done) if self._processes.first else None
+        every = settings.checkpoint_every or self._updates_per_epoch
+        # A run that was interrupted after a checkpoint may lack the validation that belongs to it.
+        self._clock.reset()
+        validation = self._validate(log) if self._validation_due() else {}
+        with self._bar() as bar:
+            for batch in self._batches(self._done, self._updates):
+                self._update(batch)
+                bar.update(settings.batch_size)
+                if self._done % settings.log_every == 0 or self._done % self._updates_per_epoch == 0:
+                    self._record(log, bar)
+                if self._done % every == 0 or self._done == self._updates:
+                    self._save(log)
+                if self._validation_due():
+                    validation = self._validate(log)
+        summary = self._summary(validation, comparison)
+        if log is not None:
+            self._finish(log, summary)
+        self._processes.wait()
+        return summary
+
+    def _batches(self, first: int, last: int) -> Iterator[Batch]:
+        """This process's parts of the batches of these updates; time spent waiting for them is booked as data."""
+        settings, processes = self._settings, self._processes
+        keys = Batches(
+            len(self._task.pairs), settings.batch_size, settings.seed, first, last, processes.rank, processes.world
+        )
+        self._clock.switch(phases.DATA)
+        for batch in loader(self._samples, keys, self._workers, pin_memory=processes.device.type == "cuda"):
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+            self._clock.switch(phases.DATA)
+        self._clock.switch(phases.OTHER)
+
+    def _update(self, batch: Batch) -> None:
+        try:
+            loss = self._updater(self._done, batch)
+        except NotFiniteError as error:
+            # On a GPU, the loss of an update before may be the reason, and is not known yet.
+            self._check_losses()
+            raise self._stopped(self._done + 1, str(error)) from error
+        self._clock.switch(phases.OTHER)
+        self._done += 1
+        self._pending.append(loss)
+        if self._processes.device.type == "cpu":
+            self._check_losses()
+
+    def _check_losses(self) -> list[float]:
+        """The losses since the log's last line; raises if one is not finite. Waits for the device."""
+        losses = torch.stack(self._pending).tolist() if self._pending else []
+        for number, loss in enumerate(losses):
+            if not np.isfinite(loss):
+                raise self._stopped(self._done - len(losses) + number + 1, f"the loss is {loss}")
+        return losses
+
+    def _stopped(self, update: int, what: str) -> TrainingStopped:
+        path = self._settings.out / CHECKPOINT
+        kept = f"{path} holds the last good state" if path.exists() else "no checkpoint was written yet"
+        return TrainingStopped(f"training stopped at update {update} of {self._updates}: {what}; {kept}")
+
+    def _record(self, log: Log | None, bar: tqdm[Any]) -> None:
+        losses = self._check_losses()
+        self._pending.clear()
+        seconds = self._clock.seconds()
+        loss = sum(losses) / len(losses)
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        if log is not None:
+            log.write(
+                {
+                    "update": self._done,
+                    "epoch": self._done / self._updates_per_epoch,
+                    "loss": loss,
+                    "learning_rate": self._updater.learning_rate(self._done - 1),
+                    "seconds": {phase: self._seconds[phase] + value for phase, value in seconds.items()},
+                }
+            )
+
+    def _validation_due(self) -> bool:
+        epoch, rest = divmod(self._done, self._updates_per_epoch)
+        due = epoch > 0 and (epoch % self._settings.val_every == 0 or epoch == self._settings.epochs)
+        return due and rest == 0 and len(self._val) > 0
+
+    def _validate(self, log: Log | None) -> dict[str, float]:
+        classes = self._task.to_class.classes
+        result = validate(
+            self._settings, self._updater.trained, classes, self._val, self._processes, min(self._workers, 2)
+        )
+        if log is not None:
+            log.write({"update": self._done, "epoch": self._done / self._updates_per_epoch, **result})
+            if self._done < self._updates:
+                log.draw()
+        self._say(f"epoch {self._done / self._updates_per_epoch:g}: {_scores(result)}")
+        return result
+
+    def _save(self, log: Log | None) -> None:
+        self._check_losses()
+        if not self._updater.finite():
+            raise self._stopped(self._done, "a weight is not finite")
+        if log is None:
+            return
+        settings = self._settings
+        state = {
+            **self._updater.state(),
+            "done": self._done,
+            "seconds": {phase: self._seconds[phase] + value for phase, value in self._clock.seconds().items()},
+            "settings": settings.plain(),
+            "data": self._task.fingerprint,
+        }
+        files.save_tensors(state, settings.out / CHECKPOINT)
+
+    def _check_out(self) -> None:
+        settings = self._settings
+        if (settings.out / CHECKPOINT).exists() and not settings.resume:
+            raise ValueError(f"out {settings.out} holds a run already: continue it with resume, or take another folder")
+        # Other processes must not find the folder or a checkpoint half made.
+        self._processes.wait()
+        settings.out.mkdir(parents=True, exist_ok=True)
+
+    def _resume(self) -> None:
+        path = self._settings.out / CHECKPOINT
+        if not (self._settings.resume and path.exists()):
+            return
+        state = files.load_tensors(path)
+        if not isinstance(state, dict) or "optimizer" not in state:
+            raise ValueError(f"{path} is no checkpoint of a training")
+        now, then = self._settings.plain(), state["settings"]
+        for name in now:
+            if name not in NOT_OF_THE_RESULT and now[name] != then.get(name):
+                raise ValueError(f"{name} is {now[name]!r}, but the run in {self._settings.out} has {then.get(name)!r}")
+        if state["data"] != self._task.fingerprint:
+            raise ValueError(f"data {self._settings.data} holds other images than when {path} was written")
+        self._updater.load_state(state)
+        self._done = state["done"]
+        self._seconds = state["seconds"]
+        self._say(f"continuing after update {self._done} of {self._updates}")
+
+    def _described(self) -> str:
+        settings, task = self._settings, self._task
+        parameters = sum(parameter.numel() for parameter in self._updater.model.parameters())
+        attacked = "clean images"
+        if (config := settings.attack_settings()) is not None:
+            attacked = (
+                f"{settings.adv_fraction:.0%} attacked by {config.method}, eps {255 * config.eps:.3g}/255, "
+                f"{config.steps} steps of {255 * config.alpha:.3g}/255"
+            )
+        return (
+            f"{settings.model}, {parameters:,} parameters, {task.to_class.classes} classes; "
+            f"{len(task.pairs)} images, crops of {task.crop[0]}x{task.crop[1]}; "
+            f"{self._updates} updates of {settings.batch_size} images, {attacked}"
+        )
+
+    def _bar(self) -> tqdm[Any]:
+        settings = self._settings
+        images = self._updates * settings.batch_size
+        return tqdm(
+            total=images,
+            initial=self._done * settings.batch_size,
+            unit="img",
+            disable=not (settings.progress and self._processes.first),
+            dynamic_ncols=True,
+        )
+
+    def _compare(self) -> dict[str, Any]:
+        """Times updates with both backends; everything is then as it was.
+
+        Both take every update from the same state, which the reference's update then moves on: over several updates by
+        themselves they would part, since a sign step turns a rounding error into a step of another direction.
+        """
+        count = min(self._settings.compare_reference, self._updates - self._done)
+        batches = list(self._batches(self._done, self._done + count))
+        before = state = copy.deepcopy(self._updater.state())
+        backends = ("fused", "reference")
+        seconds = {name: dict.fromkeys(phases.PHASES, 0.0) for name in backends}
+        losses: dict[str, list[float]] = {name: [] for name in backends}
+        for name in backends:
+            # The first update of a kind pays for memory and autotuning.
+            self._updater(self._done, batches[0], name)
+        for number, batch in enumerate(batches):
+            for name in backends:
+                self._updater.load_state(state)
+                self._clock.reset()
+                losses[name].append(self._updater(self._done + number, batch, name).item())
+                for phase, value in self._clock.seconds().items():
+                    seconds[name][phase] += value / count
+            state = copy.deepcopy(self._updater.state())
+        self._updater.load_state(before)
+        # The comparison is no part of the run's time.
+        self._clock.reset()
+        result = {"updates": count, "seconds_per_update": seconds, "losses": losses}
+        for line in _compared(result):
+            self._say(line)
+        return result
+
+    def _summary(self, validation: dict[str, float], comparison: dict[str, Any] | None) -> dict[str, Any]:
+        seconds = {phase: self._seconds[phase] + value for phase, value in self._clock.seconds().items()}
+        total = sum(seconds.values())
+        model = seconds[phases.UPDATE] + seconds[phases.ATTACK_MODEL]
+        shares = {
+            "model": model,
+            "attack kernels": seconds[phases.ATTACK_KERNELS],
+            "data": seconds[phases.DATA],
+            "other": seconds[phases.OTHER],
+        }
+        shares = {name: value / total for name, value in shares.items()}
+        training = total - seconds[phases.OTHER]
+        images = self._done * self._settings.batch_size
+        return {
+            "settings": self._settings.plain(),
+            "classes": self._task.to_class.classes,
+            "class_names": self._class_names(),
+            "environment": {
+                **backend.report(),
+                "device": str(self._processes.device),
+                "processes": self._processes.world,
+            },
+            "updates": self._done,
+            "epochs": self._done / self._updates_per_epoch,
+            "seconds": total,
+            "seconds_by_phase": seconds,
+            "seconds_per_epoch": training / self._done * self._updates_per_epoch,
+            "images_per_second": images / training,
+            "time": shares,
+            "validation": validation,
+            "comparison": comparison,
+        }
+
+    def _finish(self, log: Log, summary: dict[str, Any]) -> None:
+        out = self._settings.out
+        files.save_tensors(self._updater.trained.state_dict(), out / WEIGHTS)
+        log.draw()
+        log.close()
+        files.save_json(summary, out / SUMMARY)
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in summary["time"].items())
+        self._say(
+            f"{summary['updates']} updates in {summary['seconds']:.0f} s, {summary['images_per_second']:.1f} images/s, "
+            f"{summary['seconds_per_epoch']:.1f} s an epoch; of the time: {shares}"
+        )
+        if summary["comparison"] is not None:
+            fused, plain = (summary["comparison"]["seconds_per_update"][name] for name in ("fused", "reference"))
+            saved = (plain[phases.ATTACK_KERNELS] - fused[phases.ATTACK_KERNELS]) * summary["updates"]
+            self._say(f"fused kernels save {saved:.0f} s in so many updates")
+        if summary["validation"]:
+            self._say(_scores(summary["validation"]))
+        names = [WEIGHTS, CHECKPOINT, SUMMARY, "log.jsonl", "curves.png"]
+        if len(self._val):
+            names.append(EXAMPLES)
+            shown = examples(self._settings, self._updater.trained, self._val, self._processes.device)
+            with files.replacing(out / EXAMPLES) as file:
+                pictures.examples_panel(file, shown, self._class_names(), self._settings.eps)
+        self._say(f"written to {out}: {', '.join(names)}")
+
+    def _class_names(self) -> list[str]:
+        known = self._task.to_class
+        return list(known.names) or [f"class {index}" for index in range(known.classes)]
+
+
+def _own_random_numbers(processes: Processes) -> AbstractContextManager[None]:
+    return torch.random.fork_rng(devices=[processes.device] if processes.device.type == "cuda" else [])
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _scores(result: dict[str, float]) -> str:
+    text = f"validation mIoU {result['miou']:.1f} %, pixel accuracy {result['accuracy']:.1f} %"
+    if "adversarial_miou" in result:
+        text += f"; attacked {result['adversarial_miou']:.1f} %, {result['adversarial_accuracy']:.1f} %"
+    return text
+
+
+def _compared(result: dict[str, Any]) -> list[str]:
+    """The comparison of the backends in words, a line for each part."""
+    fused, plain = (result["seconds_per_update"][name] for name in ("fused", "reference"))
+    parts = {
+        "attack kernels": (phases.ATTACK_KERNELS,),
+        "whole attack": (phases.ATTACK_KERNELS, phases.ATTACK_MODEL),
+        "whole update": (phases.ATTACK_KERNELS, phases.ATTACK_MODEL, phases.UPDATE),
+    }
+    lines = [f"fused against reference, {result['updates']} updates, each from the same state on the same batch:"]
+    for name, members in parts.items():
+        fast, slow = (1000 * sum(seconds[member] for member in members) for seconds in (fused, plain))
+        lines.append(f"  {name}: {fast:.1f} ms instead of {slow:.1f} ms, {slow / fast:.2f}x")
+    apart = max(abs(a - b) for a, b in zip(*result["losses"].values(), strict=True))
+    lines.append(f"  losses differ by {apart:.1e} at most")
+    return lines
+
+
+def _check_backend(device: torch.device, settings: TrainSettings) -> None:
+    if settings.backend != "fused" and not settings.compare_reference:
+        return
+    why_not = backend.why_not_fused(device)
+    if why_not is not None:
+        name = "backend is 'fused'" if settings.backend == "fused" else "compare_reference is set"
+        raise ValueError(f"{name}, but {why_not}")
+
+
+def _load_weights(model: nn.Module, settings: TrainSettings) -> None:
+    assert settings.init is not None
+    state = files.load_tensors(settings.init)
+    if isinstance(state, dict) and "optimizer" in state:
+        state = state["model"]
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(f"init {settings.init} does not fit model {settings.model}: {why}") from error
+
+
+def _load_task(settings: TrainSettings, say: Say) -> _Task:
+    """Finds the files and reads as many as must be read before training."""
+    pairs = datasets.find(settings.dataset, settings.data, "train")
+    val_pairs = [] if settings.val is None else datasets.find(settings.dataset, settings.val, "val")
+    if len(pairs) < settings.batch_size:
+        raise ValueError(
+            f"{settings.data} holds {len(pairs)} images, wanted at least batch_size = {settings.batch_size}"
+        )
+    classes = settings.classes
+    if settings.dataset == "folder" and classes is None:
+        say(f"reading the labels of {len(pairs)} images to count the classes")
+        classes = datasets.count_classes(pairs, settings.ignore_index)
+    to_class = datasets.class_map(settings.dataset, classes, settings.ignore_index)
+    weights: Tensor | None = None
+    if isinstance(settings.class_weights, tuple):
+        if len(settings.class_weights) != to_class.classes:
+            raise ValueError(
+                f"class_weights has {len(settings.class_weights)} numbers, wanted {to_class.classes}, one per class"
+            )
+        weights = torch.tensor(settings.class_weights)
+    elif settings.class_weights == "median-frequency":
+        say(f"reading the labels of {len(pairs)} images for the class weights")
+        weights = torch.from_numpy(datasets.median_frequency_weights(pairs, to_class))
+    crop = settings.crop or settings.size
+    if crop is None:
+        image, _ = Reader(pairs[:1], to_class, None, False)(0)
+        crop = (image.height, image.width)
+    names = "\n".join(image.name for image, _ in pairs)
+    return _Task(pairs, val_pairs, to_class, crop, weights, hashlib.sha256(names.encode()).hexdigest())

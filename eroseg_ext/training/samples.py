@@ -1,0 +1,205 @@
+"""What training reads: samples of a data set, augmented, in batches whose content depends on (seed, update) alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from eroseg_ext.data import read_pair
+from eroseg_ext.training import seeds
+from eroseg_ext.training.datasets import VOID, ClassMap, Pair
+
+_PADDING = 128
+"""Grey of what a crop reaches beyond the image; its label is void."""
+
+
+class Batch(NamedTuple):
+    """A process's part of a batch, as it comes from the loader."""
+
+    images: Tensor
+    """uint8 [b, 3, H, W]"""
+    labels: Tensor
+    """int16 [b, H, W], VOID where void"""
+
+
+class Key(NamedTuple):
+    """Names a sample: the image, and in training the epoch, which decides its augmentation."""
+
+    image: int
+    epoch: int = 0
+
+
+class Reader:
+    """Decodes images and label maps, resizes them and applies the class map; keeps them in memory if asked."""
+
+    def __init__(self, pairs: Sequence[Pair], to_class: ClassMap, size: tuple[int, int] | None, cache: bool) -> None:
+        self.pairs = pairs
+        self._to_class = to_class
+        self._size = size
+        self._kept: dict[int, tuple[Image.Image, Image.Image]] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __call__(self, index: int) -> tuple[Image.Image, Image.Image]:
+        """An RGB image and its classes as a 32-bit integer image; ValueError names a file that cannot be used."""
+        if self._kept is not None and index in self._kept:
+            return self._kept[index]
+        image, values = read_pair(*self.pairs[index])
+        if self._size is not None:
+            image = image.resize(self._size[::-1], Image.Resampling.BILINEAR)
+            values = values.resize(self._size[::-1], Image.Resampling.NEAREST)
+        classes = self._to_class(np.array(values, dtype=np.int64), self.pairs[index][1])
+        label = Image.fromarray(classes.astype(np.int32))
+        if self._kept is not None:
+            self._kept[index] = image, label
+        return image, label
+
+
+class Samples(Dataset[Batch | Exception]):
+    """Single images as batches of one, whole or augmented.
+
+    A file that cannot be used comes as the exception that tells so: raised in a worker process, it would arrive wrapped
+    in a traceback.
+
+    Args:
+        read: the reader.
+        augment: random scale, crop and flip; None gives images whole.
+    """
+
+    def __init__(self, read: Reader, augment: Augmentation | None) -> None:
+        self._read = read
+        self._augment = augment
+
+    def __len__(self) -> int:
+        return len(self._read)
+
+    def __getitem__(self, key: Key) -> Batch | Exception:
+        try:
+            image, label = self._read(key.image)
+        except (ValueError, OSError) as error:
+            return error
+        if self._augment is not None:
+            image, label = self._augment(image, label, key)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return Batch(pixels[None], torch.from_numpy(np.array(label).astype(np.int16))[None])
+
+
+def joined(samples: Sequence[Batch | Exception]) -> Batch | Exception:
+    """Samples as one batch, or the first exception among them."""
+    batches: list[Batch] = []
+    for sample in samples:
+        if isinstance(sample, Exception):
+            return sample
+        batches.append(sample)
+    return Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+
+
+def loader(samples: Samples, keys: Iterable[list[Key]], workers: int, pin_memory: bool = False) -> DataLoader[Any]:
+    """Batches (or exceptions, see :class:`Samples`) of these keys, read by so many processes; 0 reads in this one."""
+    # Forked workers, which do nothing on a GPU, notice when this process is killed. Those of a forkserver watch the
+    # server, which lives as long as they do.
+    context = "fork" if workers else None
+    return DataLoader(
+        samples,
+        batch_sampler=keys,
+        collate_fn=joined,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        multiprocessing_context=context,
+    )
+
+
+class Augmentation:
+    """Random scale, crop and flip of an image with its label map, by (seed, epoch, index).
+
+    The crop has ``crop`` pixels; what it reaches beyond the image is grey, and void.
+    """
+
+    def __init__(self, seed: int, crop: tuple[int, int], scale: tuple[float, float], flip: bool) -> None:
+        self._seed = seed
+        self._crop = crop
+        self._scale = scale
+        self._flip = flip
+
+    def __call__(self, image: Image.Image, label: Image.Image, key: Key) -> tuple[Image.Image, Image.Image]:
+        """The augmented pair, both of the crop's size."""
+        random = seeds.numpy_generator(self._seed, seeds.AUGMENTATION, key.epoch, key.image)
+        low, high = map(math.log, self._scale)
+        scale = math.exp(random.uniform(low, high))
+        across = _window(image.width, self._crop[1], scale, random.random())
+        down = _window(image.height, self._crop[0], scale, random.random())
+        # One resampling of what is seen, not a scaling of all and a crop of that.
+        box = (across.start, down.start, across.stop, down.stop)
+        seen = (across.pixels, down.pixels)
+        place = (across.offset, down.offset)
+        size = self._crop[::-1]
+        new_image = Image.new("RGB", size, (_PADDING,) * 3)
+        new_image.paste(image.resize(seen, Image.Resampling.BILINEAR, box), place)
+        new_label = Image.new("I", size, VOID)
+        new_label.paste(label.resize(seen, Image.Resampling.NEAREST, box), place)
+        if self._flip and random.random() < 0.5:
+            mirror = Image.Transpose.FLIP_LEFT_RIGHT
+            new_image, new_label = new_image.transpose(mirror), new_label.transpose(mirror)
+        return new_image, new_label
+
+
+class _Window(NamedTuple):
+    """One side of a crop."""
+
+    start: float
+    stop: float
+    """what it sees of the source"""
+    pixels: int
+    offset: int
+    """where that lies in the crop"""
+
+
+def _window(source: int, crop: int, scale: float, position: float) -> _Window:
+    """The side of a crop of ``crop`` pixels from ``source`` pixels scaled by ``scale``, at ``position`` in [0, 1]."""
+    length = crop / scale
+    if length <= source:
+        start = (source - length) * position
+        return _Window(start, min(start + length, source), crop, 0)
+    pixels = min(max(round(source * scale), 1), crop)
+    return _Window(0.0, source, pixels, int((crop - pixels + 1) * position))
+
+
+class Batches(Sampler[list[Key]]):
+    """The keys of a process's part of every batch, from update ``first`` to ``last``.
+
+    A batch is ``batch_size`` consecutive images of the epoch's random order; process ``rank`` of ``world`` has the
+    rank-th of ``world`` equal parts, so that all together see what one process would. (DistributedSampler deals single
+    images out in turn and cannot start within an epoch.) An epoch's last, incomplete batch is left out.
+    """
+
+    def __init__(
+        self, images: int, batch_size: int, seed: int, first: int, last: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self._images = images
+        self._batch_size = batch_size
+        self._seed = seed
+        self._range = range(first, last)
+        self._rank = rank
+        self._part = batch_size // world
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        known = -1
+        for update in self._range:
+            epoch, number = divmod(update, self._images // self._batch_size)
+            if epoch != known:
+                order, known = seeds.numpy_generator(self._seed, seeds.ORDER, epoch).permutation(self._images), epoch
+            start = number * self._batch_size + self._rank * self._part
+            yield [Key(int(index), epoch) for index in order[start : start + self._part]]

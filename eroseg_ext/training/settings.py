@@ -1,0 +1,278 @@
+"""The settings of a training run: one frozen dataclass, checked in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eroseg_ext.settings import (
+    METHODS,
+    AttackSettings,
+    _check_choice,
+    _check_integer,
+    _check_number,
+    _check_sequence,
+    _require,
+)
+from eroseg_ext.training.datasets import VOID
+
+DATASETS = ("folder", "camvid", "voc", "cityscapes", "ade20k")
+NO_ATTACK = "none"
+NOT_OF_THE_RESULT = (
+    "data",
+    "out",
+    "val",
+    "init",
+    "device",
+    "threads",
+    "workers",
+    "cache",
+    "val_every",
+    "val_attack_steps",
+    "val_images",
+    "checkpoint_every",
+    "log_every",
+    "resume",
+    "compare_reference",
+    "timeout",
+    "progress",
+)
+"""Settings that a resumed run may change: they do not say what is computed, only where, and what is told of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """What :func:`eroseg_ext.train` takes as keywords; the options of ``eroseg train`` have the same names.
+
+    eps and step_size are in pixel values of images in [0, 1]; sizes are (height, width).
+
+    Raises ValueError or TypeError with one sentence if a value is not allowed.
+    """
+
+    data: Path
+    """folder with ``images/NAME.*`` and ``labels/NAME.png``, or of a data set as its publisher packs it"""
+    out: Path
+    """folder for checkpoints, weights, log and curves, made if missing"""
+    val: Path | None = None
+    """folder to validate on, in the form of ``data``; a publisher's folder holds both, so give it twice"""
+    dataset: str = "folder"
+    """class map (and layout of files): ``folder``, ``camvid``, ``voc``, ``cityscapes`` or ``ade20k``"""
+    classes: int | None = None
+    """number of classes of ``dataset="folder"``; None: one more than the largest label, found by reading them all"""
+    ignore_index: int = 255
+    """label of void pixels in the files of ``dataset="folder"``"""
+
+    model: str = "small"
+    """``small`` (1.06 M parameters), ``tiny`` (0.15 M), or the import path ``package.module:callable`` of a function
+    or class that returns an nn.Module; for a module given to ``train``, the name of its class"""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    """keywords for it; ``classes`` or ``num_classes``, if it takes one of them, is added"""
+    init: Path | None = None
+    """weights to start from: ``weights.pt`` of a run, or any file with a state_dict"""
+
+    size: tuple[int, int] | None = None
+    """resize all images and labels to this; None leaves every image at its own size"""
+    crop: tuple[int, int] | None = None
+    """size of the random crops to train on; None: ``size``, else the size of the first image"""
+    scale: tuple[float, float] = (0.6, 1.67)
+    """range of the random scale, drawn log-uniformly; (1, 1) switches it off"""
+    flip: bool = True
+    """mirror every second image"""
+
+    epochs: int = 60
+    batch_size: int = 8
+    """images per update, over all processes together"""
+    accumulate: int = 1
+    """a process's part of the batch goes through the model in so many pieces"""
+    optimizer: str = "adamw"
+    """``adamw`` or ``sgd`` (momentum 0.9)"""
+    learning_rate: float | None = None
+    """peak; default 3e-3 for adamw, 1e-2 for sgd"""
+    weight_decay: float | None = None
+    """default 1e-2 for adamw, 1e-4 for sgd"""
+    warmup_epochs: float = 1.0
+    """the learning rate rises linearly over these"""
+    poly_power: float = 0.9
+    """the learning rate is multiplied by (1 - step / steps) to this power"""
+    class_weights: str | tuple[float, ...] = "none"
+    """``none``, ``median-frequency`` (Eigen and Fergus, ICCV 2015), or one number per class"""
+    ema: float = 0.0
+    """decay per update of the exponential moving average of the weights, which is then validated and saved; 0: none"""
+
+    attack: str = "eroseg"
+    """``eroseg``, ``pgd``, ``segpgd``, ``cospgd``, ``mce``, ``mce_bal``, ``js``, ``tsallis`` or ``none``"""
+    adv_fraction: float = 0.5
+    """part of each batch that is attacked: 0.5 as SegPGD-AT, 1.0 as PIR-AT"""
+    eps: float = 4 / 255
+    attack_steps: int = 3
+    step_size: float | None = None
+    """default: the larger of eps / 4 and 1.5 eps / attack_steps, so that few steps cross the ball too"""
+    attack_mode: str = "eval"
+    """mode of the model during the attack: ``eval``, ``train`` or ``keep``"""
+    attack_options: Mapping[str, Any] = field(default_factory=dict)
+    """further keywords of :func:`eroseg_ext.attack`, such as ``{"radius": 0}`` or ``{"preset": "progressive"}``"""
+    backend: str = "auto"
+    """of the attack: ``fused``, ``reference`` or ``auto``"""
+    mean: tuple[float, ...] | None = None
+    """with std: the model is given (image - mean) / std, per channel"""
+    std: tuple[float, ...] | None = None
+    amp: str = "none"
+    """``bf16``: the model runs under bfloat16 autocast, in training and in the attack; weights stay float32"""
+
+    seed: int = 0
+    device: str | None = None
+    """default: the process's GPU if there is one, else cpu"""
+    threads: int | None = None
+    """CPU threads of each process; None leaves torch's number"""
+    workers: int | None = None
+    """processes that read and augment images, per training process; default 4 with a GPU, else 0"""
+    cache: bool = False
+    """keep decoded images in memory (per worker)"""
+
+    val_every: int = 5
+    """epochs between validations; there is one at the end in any case"""
+    val_attack_steps: int = 10
+    """steps of the eroseg attack in validation, of eps / 4; 0 validates on clean images only"""
+    val_images: int | None = None
+    """validate on so many evenly spaced images; None: all"""
+    checkpoint_every: int | None = None
+    """updates between checkpoints; None: an epoch's"""
+    log_every: int = 10
+    """updates between lines of the log"""
+    resume: bool = False
+    """continue the run in ``out``; where there is none, start it"""
+    compare_reference: int = 0
+    """time so many updates with each backend, each from the same state on the same batch, before training"""
+    timeout: float = 600.0
+    """seconds after which processes give up waiting for each other"""
+    progress: bool = False
+    """show a tqdm bar"""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "out", "val", "init"):
+            value = getattr(self, name)
+            if value is None and name in ("val", "init"):
+                continue
+            _require(isinstance(value, (str, Path)), name, value, "a path")
+            object.__setattr__(self, name, Path(value))
+        _check_choice("dataset", self.dataset, DATASETS)
+        _check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
+        _check_choice("attack", self.attack, (*METHODS, NO_ATTACK))
+        _check_choice("amp", self.amp, ("none", "bf16"))
+        for name in ("flip", "cache", "resume", "progress"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        for name in ("epochs", "batch_size", "accumulate", "attack_steps", "val_every", "log_every"):
+            _check_integer(name, getattr(self, name), 1)
+        for name in ("seed", "val_attack_steps", "compare_reference"):
+            _check_integer(name, getattr(self, name), 0)
+        for name in ("classes", "threads", "val_images", "checkpoint_every"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 1)
+        if self.classes is not None:
+            _check_integer("classes", self.classes, 1, 2**15 - 1)
+        _check_integer("ignore_index", self.ignore_index, -(2**63), 2**63 - 1)
+        if self.workers is not None:
+            _check_integer("workers", self.workers, 0)
+        for name in ("learning_rate", "weight_decay", "step_size"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), 0, math.inf)
+        for name in ("eps", "warmup_epochs", "poly_power"):
+            _check_number(name, getattr(self, name), 0, math.inf)
+        _check_number("adv_fraction", self.adv_fraction, 0, 1)
+        _check_number("ema", self.ema, 0, 1)
+        _check_number("timeout", self.timeout, 1, math.inf)
+        _require(self.ema < 1, "ema", self.ema, "a decay below 1, such as 0.999")
+        for name in ("size", "crop"):
+            self._check_size(name)
+        _require(
+            len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1],
+            "scale",
+            self.scale,
+            "a pair (low, high) with 0 < low <= high",
+        )
+        self._check_class_weights()
+        if self.attack == NO_ATTACK:
+            _require(
+                self.compare_reference == 0, "compare_reference", self.compare_reference, "0, since attack is 'none'"
+            )
+        self.attack_settings()
+
+    def _check_size(self, name: str) -> None:
+        size = getattr(self, name)
+        if size is not None:
+            _require(len(size) == 2, name, size, "(height, width)")
+            for side in size:
+                _check_integer(name, side, 1)
+
+    def _check_class_weights(self) -> None:
+        weights = self.class_weights
+        if isinstance(weights, str):
+            _check_choice("class_weights", weights, ("none", "median-frequency"))
+            return
+        _check_sequence("class_weights", weights)
+        _require(all(weight >= 0 for weight in weights), "class_weights", weights, "numbers >= 0")
+        _require(any(weight > 0 for weight in weights), "class_weights", weights, "at least one number > 0")
+
+    def attack_settings(self) -> AttackSettings | None:
+        """The settings of the attack in training, None without one; raises if ``attack_options`` are not allowed."""
+        if self.attack == NO_ATTACK:
+            AttackSettings.create(mean=self.mean, std=self.std)
+            return None
+        for name in ("method", "eps", "steps", "step_size", "mean", "std", "autocast", "backend", "model_mode"):
+            _require(name not in self.attack_options, "attack_options", name, "it as a setting of the training")
+        for name in ("ignore_index", "progress", "targeted", "clip", "graph"):
+            _require(name not in self.attack_options, "attack_options", name, "none of what training fixes")
+        step_size = self.step_size
+        if step_size is None:
+            step_size = self.eps * max(1 / 4, 1.5 / self.attack_steps)
+        preset = self.attack_options.get("preset")
+        options = {name: value for name, value in self.attack_options.items() if name != "preset"}
+        return AttackSettings.create(
+            preset,
+            method=self.attack,
+            eps=self.eps,
+            steps=self.attack_steps,
+            step_size=step_size,
+            ignore_index=VOID,
+            backend=self.backend,
+            model_mode=self.attack_mode,
+            mean=self.mean,
+            std=self.std,
+            autocast=self.autocast,
+            **options,
+        )
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype that ``amp`` names."""
+        return torch.bfloat16 if self.amp == "bf16" else None
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate in force."""
+        return self.learning_rate if self.learning_rate is not None else {"adamw": 3e-3, "sgd": 1e-2}[self.optimizer]
+
+    @property
+    def decay(self) -> float:
+        """The weight decay in force."""
+        return self.weight_decay if self.weight_decay is not None else {"adamw": 1e-2, "sgd": 1e-4}[self.optimizer]
+
+    def plain(self) -> dict[str, Any]:
+        """All settings as values that JSON can hold."""
+        values = {}
+        for name in (entry.name for entry in dataclasses.fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, Path):
+                value = str(value)
+            elif isinstance(value, tuple):
+                value = list(value)
+            elif isinstance(value, Mapping):
+                value = dict(value)
+            values[name] = value
+        return values

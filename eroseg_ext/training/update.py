@@ -1,0 +1,232 @@
+"""One update of the weights: attack a part of the batch, then descend the loss of all of it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from eroseg_ext.attack import attack
+from eroseg_ext.training import clock as phases
+from eroseg_ext.training import seeds
+from eroseg_ext.training.clock import Clock
+from eroseg_ext.training.datasets import VOID
+from eroseg_ext.training.distributed import Processes
+from eroseg_ext.training.network import Network
+from eroseg_ext.training.samples import Batch
+from eroseg_ext.training.settings import TrainSettings
+
+
+class Updater:
+    """The model with its optimiser and averages, and the step that moves them.
+
+    Args:
+        settings: of the run.
+        network: with its model on the processes' device.
+        class_weights: ``[C]`` float32 on it, or None.
+        updates: of the whole run, for the schedule.
+        updates_per_epoch: for the warm-up.
+        processes: this one and the others.
+        clock: told what the time goes into.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        network: Network,
+        class_weights: Tensor | None,
+        updates: int,
+        updates_per_epoch: int,
+        processes: Processes,
+        clock: Clock,
+    ) -> None:
+        self._settings = settings
+        self._class_weights = class_weights
+        self._updates = updates
+        self._warmup = settings.warmup_epochs * updates_per_epoch
+        self._processes = processes
+        self._clock = clock
+        self.network = network
+        self.model = model = network.model
+        self._network: nn.Module = network
+        if processes.world > 1:
+            gpu = [processes.device] if processes.device.type == "cuda" else None
+            self._network = DistributedDataParallel(network, device_ids=gpu)
+        self.optimizer = _optimizer(settings, model)
+        self.ema: AveragedModel | None = None
+        if settings.ema > 0:
+            average = get_ema_multi_avg_fn(settings.ema)
+            self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        config = settings.attack_settings()
+        self._attack: dict[str, Any] | None = None
+        if config is not None and settings.adv_fraction > 0:
+            # The network normalises and casts by itself.
+            self._attack = {**_fields(config), "mean": None, "std": None, "autocast": None}
+
+    @property
+    def trained(self) -> nn.Module:
+        """The model to judge and to keep: the average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def learning_rate(self, update: int) -> float:
+        """Of an update, counted from 0: linear warm-up times polynomial decay."""
+        warmup = min(1.0, (update + 1) / self._warmup) if self._warmup > 0 else 1.0
+        decay = (1 - update / self._updates) ** self._settings.poly_power
+        return self._settings.peak_learning_rate * warmup * decay
+
+    def state(self) -> dict[str, Any]:
+        """All that the next updates depend on besides the settings; shares memory with it."""
+        average = None if self.ema is None else self.ema.state_dict()
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": average}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continues from a state."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+
+    def finite(self) -> bool:
+        """Whether every weight is a finite number; waits for the device."""
+        return all(bool(value.isfinite().all()) for value in self.model.state_dict().values())
+
+    def __call__(self, update: int, batch: Batch, backend: str | None = None) -> Tensor:
+        """Takes one step.
+
+        Args:
+            update: its number from 0; random numbers and the learning rate follow from it.
+            batch: this process's part.
+            backend: of the attack, if not the settings'.
+
+        Returns:
+            The loss over all processes' parts, a scalar on the device. On the CPU, no step is taken if it is not
+            finite.
+        """
+        settings, processes, clock = self._settings, self._processes, self._clock
+        clock.switch(phases.DATA)
+        images = batch.images.to(processes.device, non_blocking=True).float().div_(255)
+        labels = batch.labels.to(processes.device, non_blocking=True).long()
+        clock.switch(phases.UPDATE)
+        self._network.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(update)
+        # Dropout and its like: known from the update's number, so that nothing has to be carried over a resume.
+        torch.manual_seed(seeds.torch_seed(settings.seed, seeds.MODEL, update, processes.rank))
+        total = self._total_weight(labels)
+        noise = _Noise(settings.seed, update, processes, images)
+        first = processes.rank * len(images)
+        loss = torch.zeros((), device=processes.device)
+        parts = zip(images.chunk(settings.accumulate), labels.chunk(settings.accumulate), strict=True)
+        for number, (part, wanted) in enumerate(parts):
+            part = self._attacked(part, wanted, first + number * len(part), noise, backend)
+            last = number + 1 == settings.accumulate
+            with nullcontext() if last else self._without_sync():
+                logits = self._network(part)
+                summed = F.cross_entropy(
+                    logits.float(), wanted, self._class_weights, ignore_index=VOID, reduction="sum"
+                )
+                share = summed / total
+                # DistributedDataParallel takes the mean over the processes, and the loss is their sum.
+                (share * processes.world).backward()
+            loss += share.detach()
+        processes.sum_(loss)
+        if processes.device.type != "cpu" or loss.isfinite():
+            self.optimizer.step()
+            self._average_buffers()
+            if self.ema is not None:
+                self.ema.update_parameters(self.model)
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def _without_sync(self) -> AbstractContextManager[None]:
+        """Gradients stay in the process: more of them follow."""
+        return self._network.no_sync() if isinstance(self._network, DistributedDataParallel) else nullcontext()
+
+    def _total_weight(self, labels: Tensor) -> Tensor:
+        """What the summed loss is divided by: the weight of all valid pixels of the whole batch."""
+        valid = labels != VOID
+        if self._class_weights is None:
+            total = valid.sum().float()
+        else:
+            total = self._class_weights[labels.where(valid, 0)].where(valid, 0).sum()
+        return self._processes.sum_(total).clamp(min=1e-12)
+
+    def _attacked(self, images: Tensor, labels: Tensor, first: int, noise: _Noise, backend: str | None) -> Tensor:
+        """The images from place ``first`` of the whole batch on, ``adv_fraction`` of them, evenly spaced, attacked."""
+        if self._attack is None:
+            return images
+        fraction = self._settings.adv_fraction
+        rows = [row for row in range(len(images)) if _chosen(first + row, fraction)]
+        if not rows:
+            return images
+        self._clock.switch(phases.ATTACK_KERNELS)
+        options = self._attack if backend is None else {**self._attack, "backend": backend}
+        before = sum(_chosen(place, fraction) for place in range(first))
+        index = torch.tensor(rows, device=images.device)
+        adversarial = attack(self.network, images[index], labels[index], generator=noise.generator(before), **options)
+        images = images.index_copy(0, index, adversarial)
+        self._clock.switch(phases.UPDATE)
+        return images
+
+    def _average_buffers(self) -> None:
+        """BatchNorm's running statistics become the mean over the processes, each of which has seen its own images.
+
+        DistributedDataParallel alone would take those of the first.
+        """
+        buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        if self._processes.world == 1 or not buffers:
+            return
+        mean = self._processes.sum_(torch.cat([buffer.flatten() for buffer in buffers])).div_(self._processes.world)
+        for buffer, values in zip(buffers, mean.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(values.view_as(buffer))
+
+
+class _Noise:
+    """Generators for the attack's random starts of one update."""
+
+    def __init__(self, seed: int, update: int, processes: Processes, images: Tensor) -> None:
+        self._seed = seed
+        self._update = update
+        self._processes = processes
+        self._values = images[0].numel()
+
+    def generator(self, before: int) -> torch.Generator:
+        """A generator whose next numbers are those of the attacked image number ``before`` of the whole batch.
+
+        On the CPU the numbers before are drawn and thrown away, so that the noise of an image depends neither on the
+        number of processes nor on gradient accumulation. A GPU's generator cannot be wound on so: there each process
+        and piece has a seed of its own.
+        """
+        device = self._processes.device
+        generator = torch.Generator(device)
+        if device.type != "cpu":
+            return generator.manual_seed(seeds.torch_seed(self._seed, seeds.ATTACK, self._update, before))
+        generator.manual_seed(seeds.torch_seed(self._seed, seeds.ATTACK, self._update))
+        scratch = torch.empty(self._values)
+        for _ in range(before):
+            scratch.uniform_(generator=generator)
+        return generator
+
+
+def _chosen(place: int, fraction: float) -> bool:
+    """Whether the image at this place of the batch is attacked: ``fraction`` of every run of them, evenly spaced."""
+    return int((place + 1) * fraction + 1e-9) > int(place * fraction + 1e-9)
+
+
+def _optimizer(settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rate, decay = settings.peak_learning_rate, settings.decay
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, rate, momentum=0.9, weight_decay=decay)
+    return torch.optim.AdamW(parameters, rate, weight_decay=decay)
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}

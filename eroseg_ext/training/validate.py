@@ -1,0 +1,104 @@
+"""Scores of a model on a validation set, clean and under attack, over all processes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from eroseg_ext import backend
+from eroseg_ext.attack import attack
+from eroseg_ext.demo import scores
+from eroseg_ext.pictures import Example
+from eroseg_ext.training import seeds
+from eroseg_ext.training.clock import Clock
+from eroseg_ext.training.datasets import VOID
+from eroseg_ext.training.distributed import Processes
+from eroseg_ext.training.network import Network
+from eroseg_ext.training.samples import Key, Reader, Samples, loader
+from eroseg_ext.training.settings import TrainSettings
+
+
+def examples(settings: TrainSettings, model: nn.Module, read: Reader, device: torch.device) -> list[Example]:
+    """Up to four evenly spaced validation images, attacked as in :func:`validate`."""
+    network = Network(model, Clock(device), mean=settings.mean, std=settings.std, autocast=settings.autocast)
+    training = model.training
+    model.eval()
+    shown = []
+    count = min(4, len(read))
+    for place in range(count):
+        batch = Samples(read, None)[Key(int((place + 0.5) * len(read) / count))]
+        if isinstance(batch, Exception):
+            raise batch
+        images = batch.images.to(device).float().div_(255)
+        labels = batch.labels.to(device).long()
+        with torch.no_grad():
+            before = network(images).argmax(1)
+        adversarial = after = None
+        if _attacks(settings):
+            attacked = _attacked(settings, network, images, labels, place)
+            with torch.no_grad():
+                after = network(attacked).argmax(1)[0].cpu()
+            adversarial = attacked[0].cpu()
+        shown.append(Example(images[0].cpu(), labels[0].cpu(), before[0].cpu(), adversarial, after))
+    model.train(training)
+    return shown
+
+
+def validate(
+    settings: TrainSettings, model: nn.Module, classes: int, read: Reader, processes: Processes, workers: int
+) -> dict[str, float]:
+    """mIoU and pixel accuracy in percent, on clean images and under eroseg's attack of ``settings.val_attack_steps``.
+
+    Every process judges its own images; one confusion matrix over all of them is what the scores are made from.
+
+    Returns:
+        ``miou``, ``accuracy``, and with an attack ``adversarial_miou``, ``adversarial_accuracy``.
+    """
+    count = len(read) if settings.val_images is None else min(settings.val_images, len(read))
+    keys = [Key(int((place + 0.5) * len(read) / count)) for place in range(processes.rank, count, processes.world)]
+    # Images at their own sizes do not go into one batch.
+    size = 1 if settings.size is None else max(1, settings.batch_size // processes.world // settings.accumulate)
+    batches = [keys[start : start + size] for start in range(0, len(keys), size)]
+    network = Network(model, Clock(processes.device), mean=settings.mean, std=settings.std, autocast=settings.autocast)
+    ops = backend.select(processes.device, settings.backend)
+    attacked = _attacks(settings)
+    matrices = torch.zeros(1 + attacked, classes, classes, dtype=torch.int64, device=processes.device)
+    training = model.training
+    model.eval()
+    for keys_of_batch, batch in zip(batches, loader(Samples(read, None), batches, workers), strict=True):
+        if isinstance(batch, Exception):
+            raise batch
+        images = batch.images.to(processes.device).float().div_(255)
+        labels = batch.labels.to(processes.device).long()
+        for number in range(1 + attacked):
+            if number == 1:
+                images = _attacked(settings, network, images, labels, keys_of_batch[0].image)
+            with torch.no_grad():
+                prediction = network(images).argmax(1)
+            matrices[number] += ops.confusion(prediction, labels, classes, ignore_index=VOID)
+    model.train(training)
+    processes.sum_(matrices)
+    result = scores(matrices[0])
+    if attacked:
+        result |= {f"adversarial_{name}": value for name, value in scores(matrices[1]).items()}
+    return result
+
+
+def _attacks(settings: TrainSettings) -> bool:
+    return settings.val_attack_steps > 0 and settings.eps > 0
+
+
+def _attacked(settings: TrainSettings, network: Network, images: Tensor, labels: Tensor, number: int) -> Tensor:
+    """The images after eroseg's attack, whose random start depends on ``number``."""
+    generator = torch.Generator(images.device)
+    generator.manual_seed(seeds.torch_seed(settings.seed, seeds.ATTACK, number))
+    return attack(
+        network,
+        images,
+        labels,
+        eps=settings.eps,
+        steps=settings.val_attack_steps,
+        ignore_index=VOID,
+        backend=settings.backend,
+        generator=generator,
+    )

@@ -1,0 +1,123 @@
+"""What the tests of training share: drawn scenes as a folder, small networks, and runs in processes of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from eroseg_ext.data import generated_scenes
+
+CLASSES = 8
+SIZE = (40, 56)
+SMALL = {"size": (24, 32), "classes": CLASSES, "batch_size": 4, "eps": 2 / 255, "val_attack_steps": 2, "threads": 1}
+"""Settings of a run of a second."""
+
+
+def write_folder(root: Path, count: int, size: tuple[int, int] = SIZE, seed: int = 0) -> Path:
+    """Drawn scenes as images/ and labels/, void 255."""
+    scenes = generated_scenes(count, size, seed)
+    for part in ("images", "labels"):
+        (root / part).mkdir(parents=True)
+    for index in range(count):
+        pixels = (scenes.images[index].permute(1, 2, 0) * 255).byte().numpy()
+        Image.fromarray(pixels).save(root / "images" / f"{index:02}.png")
+        Image.fromarray(scenes.labels[index].byte().numpy()).save(root / "labels" / f"{index:02}.png")
+    return root
+
+
+def plain_net(classes: int = CLASSES) -> nn.Module:
+    """Three convolutions without BatchNorm: an image's logits do not depend on its neighbours in the batch."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, classes, 1)
+    )
+
+
+def dropout_net(classes: int = CLASSES) -> nn.Module:
+    """With BatchNorm and dropout: everything that has state or chance."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Conv2d(8, classes, 3, padding=1),
+    )
+
+
+class AuxiliaryNet(nn.Module):
+    """Half-size logits in a dict, beside an auxiliary head that the loss does not see, as torchvision's models."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, padding=1), nn.ReLU())
+        self.head = nn.Conv2d(8, num_classes, 1)
+        self.auxiliary = nn.Conv2d(8, num_classes, 1)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.body(images)
+        return {"out": self.head(features), "aux": self.auxiliary(features)}
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """The final weights of a run."""
+    state: dict[str, Tensor] = torch.load(folder / "weights.pt", weights_only=True)
+    return state
+
+
+def furthest_apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest difference of two models' weights."""
+    assert one.keys() == other.keys()
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+def training_process(
+    settings: dict[str, Any],
+    kill_at: tuple[str, int, str] | None = None,
+    environment: dict[str, str] | None = None,
+) -> multiprocessing.context.ForkServerProcess:
+    """Starts a training in a process of its own, forked from one that has torch loaded.
+
+    Args:
+        settings: of :func:`eroseg_ext.train`.
+        kill_at: a function of ``os``, the number of its call, ``before`` or ``after``: there the process kills itself.
+        environment: variables to set.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # What optimisers import when they are made; a second in every process otherwise.
+    context.set_forkserver_preload(["eroseg_ext.training", "torch._dynamo"])
+    process = context.Process(target=_train, args=(settings, kill_at, environment or {}))
+    process.start()
+    return process
+
+
+def _train(settings: dict[str, Any], kill_at: tuple[str, int, str] | None, environment: dict[str, str]) -> None:
+    from eroseg_ext import training
+
+    os.environ.update(environment)
+    if kill_at is not None:
+        _kill_self_at(*kill_at)
+    training.train(say=lambda _: None, **settings)
+
+
+def _kill_self_at(name: str, number: int, when: str) -> None:
+    original: Callable[..., Any] = getattr(os, name)
+    calls = 0
+
+    def deadly(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*arguments)
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(os, name, deadly)

@@ -144,7 +144,7 @@ def attack(
     with torch.inference_mode(False), torch.enable_grad(), frozen(model, config.model_mode):
         loop = _Loop(config, logits, ops, images, labels, mask)
         adversarial, info = loop.run(generator, callback, return_info)
-    return (adversarial, info) if return_info else adversarial
+    return adversarial if info is None else (adversarial, info)
 
 
 class _Best:
@@ -236,7 +236,7 @@ class _Loop:
 
     def run(
         self, generator: torch.Generator | None, callback: Callback | None, return_info: bool
-    ) -> tuple[Tensor, AttackInfo]:
+    ) -> tuple[Tensor, AttackInfo | None]:
         config = self._config
         judge = return_info or config.keep == "best" or config.restarts > 1
         self._best = _Best(self._clean, config.targeted) if judge else None
@@ -251,13 +251,14 @@ class _Loop:
                         self._judge(self._best, restart, part, x_adv[part])
                 self._broken_images |= x_adv.isnan().flatten(1).any(1)
         self._raise_unless_finite()
-        stats, tau = self._stats[:, :-1], self._tau if config.method == "eroseg" else None
         adversarial = x_adv if self._best is None else self._best.images
         # Images of void pixels only have no gradient of their own, but -0.0 becomes 0.0 in a step, and batch statistics
         # (model_mode "train") couple the images.
-        adversarial = adversarial.where((self._valid > 0).view(-1, 1, 1, 1), self._clean)
-        right = self._valid if self._best is None else self._best.right
-        return adversarial.to(self._dtype), AttackInfo(stats, tau, right, self._valid)
+        adversarial = adversarial.where((self._valid > 0).view(-1, 1, 1, 1), self._clean).to(self._dtype)
+        if self._best is None or not return_info:
+            return adversarial, None
+        tau = self._tau if config.method == "eroseg" else None
+        return adversarial, AttackInfo(self._stats[:, :-1], tau, self._best.right, self._valid)
 
     def _start(self, generator: torch.Generator | None) -> Tensor:
         """The first iterate of a restart; images without a valid pixel start, and so end, at the clean image."""

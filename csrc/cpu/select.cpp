@@ -38,6 +38,22 @@ class Scores {
   int64_t n_;
 };
 
+// Adds bucket(i) of every i to a histogram. Neighbours that are equal are added at once: one counter incremented again
+// and again would wait for itself each time.
+template <size_t n, class F>
+void count_into(std::array<int64_t, n>& histogram, int64_t size, const F& bucket) {
+  int64_t i = 0;
+  for (; i + 4 <= size; i += 4) {
+    const uint32_t a = bucket(i), b = bucket(i + 1), c = bucket(i + 2), d = bucket(i + 3);
+    if (a == b && a == c && a == d) {
+      histogram[a] += 4;
+    } else {
+      ++histogram[a], ++histogram[b], ++histogram[c], ++histogram[d];
+    }
+  }
+  for (; i < size; ++i) ++histogram[bucket(i)];
+}
+
 // The bucket where the running count reaches the rank, which is lessened by the count before it.
 template <size_t n>
 uint32_t bucket_of(const std::array<int64_t, n>& histogram, int64_t& rank) {
@@ -46,22 +62,35 @@ uint32_t bucket_of(const std::array<int64_t, n>& histogram, int64_t& rank) {
   return bucket;
 }
 
+// Copies those of n values that are wanted to the front of `out`, which has room for one more than there are; returns
+// how many. Without a branch: whether a score is in the bucket is a toss-up at worst.
+template <class Value, class Wanted>
+int64_t compact(int64_t n, const Value& value, const Wanted& wanted, uint32_t* out) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = value(i);
+    out[kept] = bits;
+    kept += wanted(bits);
+  }
+  return kept;
+}
+
 float kth(const Scores& scores, const std::array<int64_t, 1 << kFirstBits>& first, int64_t rank) {
   uint32_t bucket = bucket_of(first, rank);
   uint32_t found = bucket;
-  std::vector<uint32_t> candidates;
-  candidates.reserve(first[bucket]);
-  for (int64_t i = 0; i < scores.size(); ++i) {
-    const uint32_t bits = scores.bits(i);
-    if (bits >> kFirstShift == bucket) candidates.push_back(bits);
-  }
+  std::vector<uint32_t> candidates(first[bucket] + 1);
+  int64_t n = compact(
+      scores.size(), [&](int64_t i) { return scores.bits(i); },
+      [&](uint32_t bits) { return bits >> kFirstShift == bucket; }, candidates.data());
   for (int shift = kFirstShift - kNextBits; shift >= 0; shift -= kNextBits) {
     const auto digit = [shift](uint32_t bits) { return bits >> shift & ((1u << kNextBits) - 1); };
     std::array<int64_t, 1 << kNextBits> histogram{};
-    for (const uint32_t bits : candidates) ++histogram[digit(bits)];
+    count_into(histogram, n, [&](int64_t i) { return digit(candidates[i]); });
     bucket = bucket_of(histogram, rank);
     found = found << kNextBits | bucket;
-    if (shift > 0) std::erase_if(candidates, [&](uint32_t bits) { return digit(bits) != bucket; });
+    n = compact(
+        n, [&](int64_t i) { return candidates[i]; }, [&](uint32_t bits) { return digit(bits) == bucket; },
+        candidates.data());
   }
   return Bits<float>::from(static_cast<int32_t>(found));
 }
@@ -75,7 +104,7 @@ void kth_values(const float* values, const bool* valid, int64_t n, const int64_t
   }
   const Scores scores(values, valid, n);
   std::array<int64_t, 1 << kFirstBits> histogram{};
-  for (int64_t i = 0; i < n; ++i) ++histogram[scores.bits(i) >> kFirstShift];
+  count_into(histogram, n, [&](int64_t i) { return scores.bits(i) >> kFirstShift; });
   for (int64_t j = 0; j < count; ++j) out[j] = kth(scores, histogram, std::clamp<int64_t>(k[j], 1, n));
 }
 

@@ -15,12 +15,12 @@ import torch
 # Last, so that the installed package is the one that is tested.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import cases, compare, kernels, loop, measure, results
+from bench import cases, compare, experiment, kernels, loop, measure, results
 from bench.cases import Case
 from bench.measure import Clock, Timing
 from bench.report import report
 from bench.results import Figure
-from eroseg_ext import AttackSettings, attack, backend, reference
+from eroseg_ext import AttackSettings, attack, backend, cli, reference
 
 CPU = torch.device("cpu")
 
@@ -343,3 +343,27 @@ def test_kernels_measure_one_case_twice() -> None:
     (found,) = run.figures
     assert found["extra"]["bytes"] == case.bytes == 4 * 4 * 3 * 16
     assert found["again_ms"]["p50"] > 0
+
+
+def test_the_experiments_commands_are_commands_of_the_package(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = experiment.commands(tmp_path / "camvid", tmp_path, 0)
+    assert len(lines) == 2 * (1 + len(experiment.ATTACKS))
+    for _, *arguments in lines:
+        # Understood as far as the files, which are not there.
+        assert cli.main(arguments) == 2
+        assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_the_experiments_table_has_the_runs_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = {"miou": 50.04, "macc": 60.0, "aacc": 90.0}
+    worst = {"eps": 4 / 255, "miou": 40.0, "miou_bound": 39.0, "macc": 50.0, "aacc": 80.0}
+    for folder in ("pgd_0", "eval_pgd_0"):
+        (tmp_path / folder).mkdir()
+    evaluation = {"images": ["a", "b"], "clean": scores, "rows": [worst | {"iou": []}], "worst": [worst]}
+    (tmp_path / "eval_pgd_0" / "evaluation.json").write_text(json.dumps(evaluation))
+    (tmp_path / "pgd_0" / "log.jsonl").write_text('{"epoch": 0.5, "loss": 1.0}\n{"epoch": 1.0, "miou": 50.0}\n')
+    assert experiment.main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "| `pgd` | 50.0 / 90.0 | 40.0 / 80.0 |"
+    assert experiment.collect(tmp_path, 0)[0]["loss"] == [[0.5, 1.0]]

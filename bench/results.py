@@ -17,7 +17,7 @@ import eroseg_ext
 from bench import ROOT
 from bench.measure import Timing, copy_timing
 from eroseg_ext import backend
-from eroseg_ext.cli import write_json
+from eroseg_ext.files import write_json
 
 FOLDER = ROOT / "bench" / "results"
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**31}

@@ -35,9 +35,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eroseg_ext import attack
-from eroseg_ext.cli import write_json
 from eroseg_ext.data import SegmentationFolder
-from eroseg_ext.demo import scores
+from eroseg_ext.files import write_json
+from eroseg_ext.metrics import miou_and_accuracy as scores
 from eroseg_ext.nets import SmallDeepLab
 from eroseg_ext.reference import confusion
 

@@ -43,9 +43,7 @@ class SegmentationFolder:
 
     def __init__(self, root: str | Path, size: tuple[int, int] | None = None) -> None:
         self.root = Path(root)
-        if size is not None and (len(size) != 2 or min(size) < 1):
-            raise ValueError(f"size must be (height, width), both at least 1, got {size}")
-        self.size = size
+        self.size = checked_size(size)
         folder = self.root / "images"
         if not folder.is_dir():
             raise FileNotFoundError(f"{self.root} must hold the folders images/ and labels/, but has no images/")
@@ -57,6 +55,11 @@ class SegmentationFolder:
             if not label.is_file():
                 raise FileNotFoundError(f"{image} has no label map: {label} is missing")
 
+    @property
+    def reading(self) -> str:
+        """What an item depends on besides its files."""
+        return str(self.size)
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -64,12 +67,7 @@ class SegmentationFolder:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, label = read_pair(self.images[index], self.labels[index])
-        if self.size is not None:
-            height, width = self.size
-            # Pillow's bilinear filter widens with the scale, which is the antialiasing.
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-            label = label.resize((width, height), Image.Resampling.NEAREST)
+        image, label = read_pair(self.images[index], self.labels[index], self.size)
         pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1).contiguous() / 255
         return pixels, torch.from_numpy(np.array(label, dtype=np.int64))
 
@@ -86,8 +84,20 @@ class SegmentationFolder:
         return torch.stack([image for image, _ in pairs]), torch.stack([labels for _, labels in pairs])
 
 
-def read_pair(image_path: Path, label_path: Path) -> tuple[Image.Image, Image.Image]:
+def checked_size(size: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The size; ValueError if it is neither None nor two positive numbers."""
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ValueError(f"size must be (height, width), both at least 1, got {size}")
+    return size
+
+
+def read_pair(
+    image_path: Path, label_path: Path, size: tuple[int, int] | None = None
+) -> tuple[Image.Image, Image.Image]:
     """An image in RGB and its label map, whose pixel values are class indices, of one size; decoded.
+
+    With ``size``, (height, width), both are resized: the image with antialiased bilinear interpolation, the labels with
+    nearest neighbour.
 
     Raises:
         ValueError: a file is not an image, the label map is not one number per pixel, or the sizes differ; names it.
@@ -101,6 +111,10 @@ def read_pair(image_path: Path, label_path: Path) -> tuple[Image.Image, Image.Im
             f"{label_path} is {label.size[0]}x{label.size[1]} pixels but its image "
             f"{image_path} is {image.size[0]}x{image.size[1]}"
         )
+    if size is not None:
+        # Pillow's bilinear filter widens with the scale, which is the antialiasing.
+        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+        label = label.resize(size[::-1], Image.Resampling.NEAREST)
     return image, label
 
 

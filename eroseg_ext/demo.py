@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from eroseg_ext import backend, methods, pictures, reference
 from eroseg_ext.attack import StepInfo, attack
+from eroseg_ext.checks import usable_device
 from eroseg_ext.data import SegmentationFolder, generated_scenes
+from eroseg_ext.metrics import miou_and_accuracy
 from eroseg_ext.nets import DEMO_WIDTH, SmallDeepLab
 from eroseg_ext.settings import AttackSettings
 
@@ -82,7 +84,7 @@ def run(settings: DemoSettings, say: Callable[[str], None] = print) -> dict[str,
     Raises:
         ValueError, OSError: the data or a setting is wrong, or ``out`` cannot be written; one sentence.
     """
-    device = _device(settings.device)
+    device = usable_device(settings.device)
     settings.out.mkdir(parents=True, exist_ok=True)
     task = load_task(settings)
     where = "drawn scenes" if settings.data is None else f"images of {settings.data}"
@@ -247,35 +249,15 @@ def train(task: Task, steps: int, seed: int, device: torch.device, progress: boo
     return model.eval()
 
 
-def scores(matrix: Tensor) -> dict[str, float]:
-    """Scores of a confusion matrix.
-
-    Args:
-        matrix: int64 [C, C], rows are labels and columns predictions.
-
-    Returns:
-        ``miou``, the mean over the classes that occur in the labels of intersection over union, and ``accuracy``, the
-        share of right pixels, both in percent; NaN without a valid pixel.
-    """
-    matrix = matrix.double()
-    hit = matrix.diagonal()
-    union = matrix.sum(0) + matrix.sum(1) - hit
-    present = matrix.sum(1) > 0
-    return {
-        "miou": 100 * (hit[present] / union[present]).mean().item(),
-        "accuracy": 100 * (hit.sum() / matrix.sum()).item(),
-    }
-
-
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, task: Task) -> dict[str, float]:
-    """Scores of the network over images [N, 3, H, W] with labels [N, H, W], see ``scores``."""
+    """Scores of the network over images [N, 3, H, W] with labels [N, H, W], as :func:`miou_and_accuracy` gives them."""
     classes = len(task.classes)
     matrix = torch.zeros(classes, classes, dtype=torch.int64, device=images.device)
     ops = backend.select(images.device)
     for batch, wanted in zip(images.split(BATCH), labels.split(BATCH), strict=True):
         matrix += ops.confusion(model(batch), wanted, classes, ignore_index=task.ignore_index)
-    return scores(matrix)
+    return miou_and_accuracy(matrix)
 
 
 def _attacked(
@@ -411,18 +393,6 @@ def front_weight(logits: Tensor, labels: Tensor, tau: Tensor, settings: AttackSe
     valid = labels != settings.ignore_index
     eroded = reference.erode(confidence, valid, settings.radius, settings.slope * tau)
     return reference.front_weight(eroded, tau, settings.front).where(valid, math.nan)
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used: {first_line}") from error
-    return device
 
 
 def _wait(device: torch.device) -> None:

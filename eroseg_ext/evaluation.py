@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from eroseg_ext import backend, reference, sanity
 from eroseg_ext.apgd import NOT_OF_APGD, checked, noise_seed, strong_attack
-from eroseg_ext.cli import write_json
+from eroseg_ext.checks import check_choice, check_integer, check_number, require
 from eroseg_ext.data import SegmentationFolder
+from eroseg_ext.files import write_json
 from eroseg_ext.journal import Journal, key_of
 from eroseg_ext.metrics import Counts, Scores, WorstCase, counts_of, scores, worst_case
 from eroseg_ext.model import Logits, Model, frozen, unwrapped
 from eroseg_ext.sanity import budget
-from eroseg_ext.settings import METHODS, _check_choice, _check_integer, _check_number, _require
+from eroseg_ext.settings import METHODS
 
 DEFAULT_ATTACKS = ("eroseg", "js:shrinking", "cospgd")
 """Of all methods and radii the three whose worst case was lowest on three trained networks, see ``bench/NOTES.md``."""
@@ -85,17 +86,17 @@ class EvaluationSettings:
         if isinstance(self.attacks, str):
             raise TypeError(f"attacks is the string {self.attacks!r}, wanted a list of methods such as ['eroseg']")
         rows = self.rows
-        _require(len(rows) > 0, "attacks", self.attacks, "at least one method")
-        _require(CLEAN not in rows, "attacks", self.attacks, f"names of rows other than {CLEAN!r}")
+        require(len(rows) > 0, "attacks", self.attacks, "at least one method")
+        require(CLEAN not in rows, "attacks", self.attacks, f"names of rows other than {CLEAN!r}")
         budgets = self.budgets
-        _require(len(budgets) > 0 and len(set(budgets)) == len(budgets), "eps", self.eps, "one or several numbers")
-        _check_integer("batch_size", self.batch_size, 1)
-        _check_integer("seed", self.seed, 0)
-        _check_integer("sanity", self.sanity, 0)
+        require(len(budgets) > 0 and len(set(budgets)) == len(budgets), "eps", self.eps, "one or several numbers")
+        check_integer("batch_size", self.batch_size, 1)
+        check_integer("seed", self.seed, 0)
+        check_integer("sanity", self.sanity, 0)
         if self.images is not None:
-            _check_integer("images", self.images, 1)
+            check_integer("images", self.images, 1)
         for eps in budgets:
-            _check_number("eps", eps, 0, float("inf"))
+            check_number("eps", eps, 0, float("inf"))
             for name, row in rows.items():
                 if not isinstance(row, Mapping):
                     raise TypeError(f"attacks[{name!r}] is a {type(row).__name__}, wanted a dict of settings")
@@ -125,7 +126,7 @@ class EvaluationSettings:
 def _row(entry: str) -> dict[str, str]:
     """What ``method`` or ``method:radii`` passes to the attack."""
     method, colon, radii = entry.partition(":")
-    _check_choice("attacks", method, METHODS)
+    check_choice("attacks", method, METHODS)
     return {"method": method, "radii": radii} if colon else {"method": method}
 
 
@@ -204,7 +205,8 @@ def evaluate(
         model: nn.Module or any differentiable callable, as :func:`eroseg_ext.attack` takes it; run in eval mode and
             left as it was.
         data: folder with ``images/`` and ``labels/``, or anything with ``len`` whose items are an image ``[K, H, W]``,
-            pixel values within ``clip``, and its labels ``[H, W]``: classes, or ``ignore_index`` for void.
+            pixel values within ``clip``, and its labels ``[H, W]``: classes, or ``ignore_index`` for void; such as
+            :class:`eroseg_ext.datasets.NamedDataset`, with ``ignore_index=eroseg_ext.datasets.VOID``.
         out: folder for ``results.jsonl`` and ``evaluation.json``, made if missing; None keeps nothing.
         **settings: the fields of :class:`EvaluationSettings`.
 
@@ -452,7 +454,7 @@ def _digest(data: SegmentationData, index: int) -> str:
     """A hash of an image and its labels; of a folder's files as they are, since decoding takes longer."""
     digest = hashlib.sha256()
     if isinstance(data, SegmentationFolder):
-        digest.update(str(data.size).encode())
+        digest.update(data.reading.encode())
         for path in (data.images[index], data.labels[index]):
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     else:

@@ -76,6 +76,12 @@ def scores(counts: Counts) -> Scores:
     )
 
 
+def miou_and_accuracy(matrix: Tensor) -> dict[str, float]:
+    """``miou`` and ``accuracy`` (aAcc) in percent of a confusion matrix int64 ``[C, C]`` whose rows are labels."""
+    found = scores(counts_of(matrix)[None].cpu().numpy())
+    return {"miou": found.miou, "accuracy": found.aacc}
+
+
 def worst_case(candidates: Counts) -> WorstCase:
     """The worst case over A attacks on the same N images.
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from eroseg_ext.checks import (
+    check_choice,
+    check_integer,
+    check_number,
+    check_pair,
+    check_sequence,
+    near_misses,
+    require,
+)
 
 METHODS = ("eroseg", "pgd", "segpgd", "cospgd", "mce", "mce_bal", "js", "tsallis")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -109,51 +117,49 @@ class AttackSettings:
     """tsallis: the entropic index"""
 
     def __post_init__(self) -> None:
-        _check_choice("method", self.method, METHODS)
-        _check_choice("norm", self.norm, ("linf", "l2"))
-        _check_choice("keep", self.keep, ("last", "best"))
-        _check_choice("backend", self.backend, ("auto", "fused", "reference"))
-        _check_choice("model_mode", self.model_mode, ("eval", "train", "keep"))
-        _check_choice("confidence", self.confidence, ("label", "top"))
-        _check_choice("front", self.front, ("soft", "hard"))
-        _check_choice("direction", self.direction, ("log_odds", "ce"))
-        _check_choice("within", self.within, ("any", "class"))
-        _check_choice("threshold", self.threshold, ("lagged", "exact"))
-        _check_choice("schedule", self.schedule, ("movement", "geometric", "linear"))
-        _check_choice("variant", self.variant, ("softmax", "sigmoid"))
+        check_choice("method", self.method, METHODS)
+        check_choice("norm", self.norm, ("linf", "l2"))
+        check_choice("keep", self.keep, ("last", "best"))
+        check_choice("backend", self.backend, ("auto", "fused", "reference"))
+        check_choice("model_mode", self.model_mode, ("eval", "train", "keep"))
+        check_choice("confidence", self.confidence, ("label", "top"))
+        check_choice("front", self.front, ("soft", "hard"))
+        check_choice("direction", self.direction, ("log_odds", "ce"))
+        check_choice("within", self.within, ("any", "class"))
+        check_choice("threshold", self.threshold, ("lagged", "exact"))
+        check_choice("schedule", self.schedule, ("movement", "geometric", "linear"))
+        check_choice("variant", self.variant, ("softmax", "sigmoid"))
         for name in ("targeted", "random_start", "early_stop", "graph", "progress"):
-            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
-        _check_number("eps", self.eps, 0, math.inf)
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        check_number("eps", self.eps, 0, math.inf)
         if self.step_size is not None:
-            _check_number("step_size", self.step_size, 0, math.inf)
-        _check_integer("steps", self.steps, 1)
-        _check_integer("restarts", self.restarts, 1)
-        _check_integer("ignore_index", self.ignore_index, -(2**63), 2**63 - 1)
-        _check_integer("radius", self.radius, 0, 8)
+            check_number("step_size", self.step_size, 0, math.inf)
+        check_integer("steps", self.steps, 1)
+        check_integer("restarts", self.restarts, 1)
+        check_integer("ignore_index", self.ignore_index, -(2**63), 2**63 - 1)
+        check_integer("radius", self.radius, 0, 8)
         if self.micro_batch is not None:
-            _check_integer("micro_batch", self.micro_batch, 1)
-        _check_number("slope", self.slope, 0, math.inf)
-        _check_number("reach", self.reach, 0, math.inf)
-        _check_number("q", self.q, 1, math.inf)
+            check_integer("micro_batch", self.micro_batch, 1)
+        check_number("slope", self.slope, 0, math.inf)
+        check_number("reach", self.reach, 0, math.inf)
+        check_number("q", self.q, 1, math.inf)
         for name in ("front_first", "front_min", "front_max", "balance"):
-            _check_number(name, getattr(self, name), 0, 1)
-        _require(self.front_min <= self.front_max, "front_min", self.front_min, f"at most front_max = {self.front_max}")
-        _check_pair("clip", self.clip)
-        _require(self.clip[0] < self.clip[1], "clip", self.clip, "a pair (low, high) with low < high")
+            check_number(name, getattr(self, name), 0, 1)
+        require(self.front_min <= self.front_max, "front_min", self.front_min, f"at most front_max = {self.front_max}")
+        check_pair("clip", self.clip)
+        require(self.clip[0] < self.clip[1], "clip", self.clip, "a pair (low, high) with low < high")
         if self.rho_range is not None:
-            _check_pair("rho_range", self.rho_range)
-            _require(
-                all(0 < rho <= 1 for rho in self.rho_range), "rho_range", self.rho_range, "two fractions in (0, 1]"
-            )
-        _require(
+            check_pair("rho_range", self.rho_range)
+            require(all(0 < rho <= 1 for rho in self.rho_range), "rho_range", self.rho_range, "two fractions in (0, 1]")
+        require(
             (self.mean is None) == (self.std is None), "std" if self.std is None else "mean", None, "both mean and std"
         )
         if self.mean is not None and self.std is not None:
-            _check_sequence("mean", self.mean)
-            _check_sequence("std", self.std)
-            _require(len(self.mean) == len(self.std), "std", self.std, f"{len(self.mean)} numbers, as mean has")
-            _require(all(value > 0 for value in self.std), "std", self.std, "numbers > 0")
-        _require(
+            check_sequence("mean", self.mean)
+            check_sequence("std", self.std)
+            require(len(self.mean) == len(self.std), "std", self.std, f"{len(self.mean)} numbers, as mean has")
+            require(all(value > 0 for value in self.std), "std", self.std, "numbers > 0")
+        require(
             self.autocast in (None, torch.float16, torch.bfloat16),
             "autocast",
             self.autocast,
@@ -172,9 +178,9 @@ class AttackSettings:
                 raise TypeError(f"{name} is an argument of each call, not a setting that is bound")
             if name not in names:
                 choices = [*names, *CALL_ARGUMENTS, "preset"]
-                raise TypeError(f"{name} is not a setting of attack(){_near_misses(name, choices)}")
+                raise TypeError(f"{name} is not a setting of attack(){near_misses(name, choices)}")
         if preset is not None:
-            _check_choice("preset", preset, tuple(PRESETS))
+            check_choice("preset", preset, tuple(PRESETS))
             keywords = PRESETS[preset] | keywords
         return cls(**keywords)
 
@@ -192,46 +198,5 @@ class AttackSettings:
         return first + (last - first) * done
 
 
-def _require(condition: bool, name: str, came: object, wanted: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {came!r}, wanted {wanted}")
-
-
-def _near_misses(value: object, choices: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(value).lower(), choices, n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
-
-
-def _check_choice(name: str, came: object, choices: Sequence[str]) -> None:
-    if came not in choices:
-        raise ValueError(f"{name} is {came!r}, wanted one of {', '.join(choices)}{_near_misses(came, choices)}")
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, bool):
-        return False
-    return isinstance(value, numbers.Real) and math.isfinite(value)
-
-
-def _is_integer(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, numbers.Integral)
-
-
-def _check_number(name: str, came: object, low: float, high: float) -> None:
-    wanted = f"a number >= {low}" if high == math.inf else f"a number from {low} to {high}"
-    _require(_is_number(came) and low <= came <= high, name, came, wanted)  # type: ignore[operator]
-
-
-def _check_integer(name: str, came: object, low: int, high: int | None = None) -> None:
-    wanted = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
-    _require(_is_integer(came) and low <= came and (high is None or came <= high), name, came, wanted)  # type: ignore[operator]
-
-
-def _check_pair(name: str, came: object) -> None:
-    ok = isinstance(came, (tuple, list)) and len(came) == 2 and all(_is_number(value) for value in came)
-    _require(ok, name, came, "a pair of numbers")
-
-
-def _check_sequence(name: str, came: object) -> None:
-    ok = isinstance(came, Sequence) and len(came) > 0 and all(_is_number(value) for value in came)
-    _require(ok, name, came, "a list of numbers, one per image channel")
+_check_choice = check_choice
+"""The name under which ``apgd`` imports it."""

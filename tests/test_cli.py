@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eroseg_ext import cli, demo
+from eroseg_ext import cli, demo, files
 from eroseg_ext.data import generated_scenes
 
 TINY = ["--quick", "--train-steps", "3", "--steps", "3", "--size", "32x48"]
@@ -131,9 +131,9 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "the following arguments are required"),
         (["dance"], "invalid choice: 'dance'"),
-        (["demo", "--eps", "8/0"], "8/0 is no budget, wanted a number from 0 to 1 such as 8/255"),
-        (["demo", "--eps", "8"], "8 is no budget"),
-        (["demo", "--steps", "0"], "0 is not a number of steps"),
+        (["demo", "--eps", "8/0"], "8/0 is no budget, wanted a number such as 8/255"),
+        (["demo", "--eps", "8"], "--eps is 8, wanted a number from 0 to 1 such as 8/255"),
+        (["demo", "--steps", "0"], "argument --steps: 0 is not allowed, wanted a whole number of at least 1"),
         (["demo", "--size", "100"], "100 is not a size, wanted HEIGHTxWIDTH"),
         (["demo", "--class-names", "a,b"], "--class-names names the classes of --data, which is missing"),
         (["demo", "--device", "toaster"], "device 'toaster' cannot be used"),
@@ -185,9 +185,9 @@ def test_folder_of_void(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    cli.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        cli.write_json(path, {"a": object()})
+        files.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
 

@@ -77,10 +77,10 @@ def test_a_network_by_import_path(files: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--eps", "8"], "--eps is 8, wanted numbers from 0 to 1 such as 8/255 with --norm linf"),
+        (["--eps", "8"], "--eps is 8, wanted a number from 0 to 1 such as 8/255 in the l_inf norm"),
         (["--eps", "2/255,x"], "x is no budget"),
         (["--attacks", "erosg"], "attacks is 'erosg', wanted one of eroseg"),
-        (["--steps", "0"], "0 is not a number of steps"),
+        (["--steps", "0"], "argument --steps: 0 is not allowed, wanted a whole number of at least 1"),
         (["--mean", "a"], "a is not a list of numbers"),
         (["--mean", "0.5"], "std is None, wanted both mean and std"),
         (["--model-args", "[]"], "[] is not a JSON object"),

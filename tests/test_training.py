@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor, nn
 from training_common import CLASSES, SMALL, dropout_net, furthest_apart, plain_net, weights, write_folder
 
-from eroseg_ext import attack, cli, train
+from eroseg_ext import attack, cli, datasets, train
 from eroseg_ext import backend as backends
-from eroseg_ext.training import TrainingStopped, TrainSettings, datasets
+from eroseg_ext.training import TrainingStopped, TrainSettings
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training.clock import Clock
 from eroseg_ext.training.distributed import Processes
@@ -329,8 +329,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path, met
     ("options", "words"),
     [
         (["--attack-options", '{"radios": 1}'], "radios is not a setting of attack"),
-        (["--attack-options", "radius"], "radius is no JSON object"),
+        (["--attack-options", "radius"], "radius is not a JSON object"),
         (["--eps", "8:255"], "8:255 is no budget"),
+        (["--eps", "8"], "--eps is 8, wanted a number from 0 to 1 such as 8/255"),
         (["--size", "big"], "big is not a size"),
         (["--class-weights", "balanced"], "class_weights is 'balanced', wanted one of none, median-frequency"),
         (["--attack", "fgsm"], "invalid choice: 'fgsm'"),

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from eroseg_ext.training import datasets
-from eroseg_ext.training.datasets import VOID, class_map
+from eroseg_ext import datasets
+from eroseg_ext.datasets import VOID, class_map
 from eroseg_ext.training.samples import Augmentation, Batch, Batches, Key, Reader, Samples
 
 HERE = Path("label.png")

@@ -3,51 +3,41 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from eroseg_ext import options
 from eroseg_ext.settings import METHODS
-from eroseg_ext.training.network import BUILT_IN
-from eroseg_ext.training.settings import DATASETS, NO_ATTACK, TrainSettings
+from eroseg_ext.training.settings import NO_ATTACK, TrainSettings
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options; those that are not given are left to the settings' defaults."""
     files = parser.add_argument_group("data and results")
-    _add(files, "data", Path, "DIR", "folder with images/ and labels/, or as the data set's publisher packs it")
-    _add(files, "out", Path, "DIR", "for checkpoints, weights, log, curves")
-    _add(files, "val", Path, "DIR", "folder to validate on")
-    _add(files, "dataset", str, None, "class map and file layout, default: folder", choices=DATASETS)
+    options.add_data(files)
+    _add(files, "val", Path, "DIR", "folder to validate on, in the form of --data")
     _add(files, "classes", int, "C", "of --dataset folder, default: found by reading the labels")
-    _add(files, "ignore-index", int, "I", "label of void pixels of --dataset folder, default: 255")
+    files.add_argument("--out", type=Path, required=True, metavar="DIR", help="for checkpoints, weights, log, curves")
     _add(files, "resume", None, None, "continue the run in --out; start it where there is none")
 
     model = parser.add_argument_group("model")
-    _add(model, "model", str, "NAME", f"{', '.join(BUILT_IN)} (default: small) or package.module:callable")
-    _add(model, "model-args", _json_object, "JSON", "keywords for it, such as '{\"weights\": null}'")
-    _add(model, "init", Path, "FILE", "weights to start from")
-    _add(
-        model, "mean", _numbers, "R,G,B", "with --std: the model wants (image - mean) / std; eps stays in pixel values"
-    )
-    _add(model, "std", _numbers, "R,G,B", "")
+    options.add_model(model, default="small")
+    _add(model, "init", Path, "FILE", "weights to start from: state dict, or checkpoint with one as 'model'")
 
     images = parser.add_argument_group("images")
-    _add(images, "size", _size, "HxW", "resize everything to this, default: own sizes")
-    _add(images, "crop", _size, "HxW", "random crops to train on, default: --size, else the first image's")
-    _add(images, "scale", _numbers, "LOW,HIGH", "random scale, default: 0.6,1.67; 1,1: off")
+    _add(images, "crop", options.size, "HxW", "random crops to train on, default: --size, else the first image's")
+    _add(images, "scale", options.numbers, "LOW,HIGH", "random scale, default: 0.6,1.67; 1,1: off")
     images.add_argument("--no-flip", dest="flip", action="store_false", default=None, help="do not mirror")
 
     attack = parser.add_argument_group("attack")
     _add(attack, "attack", str, None, "default: eroseg", choices=(*METHODS, NO_ATTACK))
     _add(attack, "adv-fraction", float, "F", "part of each batch that is attacked, default: 0.5")
-    _add(attack, "eps", _fraction, "E", "l_inf budget, default: 4/255")
+    _add(attack, "eps", options.budget, "E", "l_inf budget, default: 4/255")
     _add(attack, "attack-steps", int, "T", "default: 3")
-    _add(attack, "step-size", _fraction, "A", "default: the larger of eps/4 and 1.5 eps/T")
+    _add(attack, "step-size", options.budget, "A", "default: the larger of eps/4 and 1.5 eps/T")
     _add(attack, "attack-mode", str, None, "of the model, default: eval", choices=("eval", "train", "keep"))
-    _add(attack, "attack-options", _json_object, "JSON", "more of them, such as '{\"radius\": 0}'")
+    _add(attack, "attack-options", options.json_object, "JSON", "more of them, such as '{\"radius\": 0}'")
     _add(attack, "backend", str, None, "default: auto", choices=("auto", "fused", "reference"))
     _add(attack, "compare-reference", int, "N", "time N updates with each backend first")
 
@@ -62,17 +52,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     _add(training, "poly-power", float, "P", "default: 0.9")
     _add(training, "class-weights", _class_weights, "W", "none (default), median-frequency, or numbers: 1,2,...")
     _add(training, "ema", float, "D", "decay of the weights' moving average, such as 0.999; default: 0, none")
-    _add(training, "amp", str, None, "bfloat16 autocast, default: none", choices=("none", "bf16"))
+    _add(training, "amp", str, None, "autocast of the model, default: none", choices=("none", "bf16"))
     _add(training, "seed", int, "N", "default: 0")
 
     running = parser.add_argument_group("running")
-    _add(running, "device", str, "NAME", "default: cuda if there is one, else cpu")
+    _add(running, "device", str, "NAME", options.DEVICE)
     _add(running, "threads", int, "N", "CPU threads of each process")
     _add(running, "workers", int, "N", "processes that read images, default: 4 with a GPU, else 0")
     _add(running, "cache", None, None, "keep decoded images in memory")
     _add(running, "val-every", int, "N", "epochs between validations, default: 5")
     _add(running, "val-attack-steps", int, "T", "of the attack in validation, default: 10; 0: clean images only")
-    _add(running, "val-images", int, "N", "validate on so many, default: all")
+    _add(running, "val-images", int, "N", "validate on so many evenly spaced images, default: all")
     _add(running, "checkpoint-every", int, "N", "updates between checkpoints, default: an epoch's")
     _add(running, "log-every", int, "N", "updates between lines of the log, default: 10")
     _add(running, "timeout", float, "S", "seconds that processes wait for each other, default: 600")
@@ -83,9 +73,11 @@ def settings(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
     names = TrainSettings.__dataclass_fields__
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
     try:
-        TrainSettings(**given)
+        checked = TrainSettings(**given)
     except TypeError as error:
         raise ValueError(str(error)) from error
+    if checked.attack_options.get("norm", "linf") == "linf":
+        options.check_linf(checked.eps)
     return {**given, "progress": progress}
 
 
@@ -100,46 +92,8 @@ def _add(
     if convert is None:
         group.add_argument(f"--{name}", action="store_true", default=None, help=text)
     else:
-        required = name in ("data", "out")
-        group.add_argument(
-            f"--{name}", type=convert, metavar=metavar, choices=choices, default=None, required=required, help=text
-        )
-
-
-def _fraction(text: str) -> float:
-    above, _, below = text.partition("/")
-    try:
-        return float(above) / float(below or 1)
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text} is no budget, wanted a number such as 8/255 or 0.03") from None
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.lower().partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text} is not a size, wanted HEIGHTxWIDTH")
-    return int(height), int(width)
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = (math.nan,)
-    if not all(map(math.isfinite, values)):
-        raise argparse.ArgumentTypeError(f"{text} is not a list of numbers, wanted some such as 0.5,2")
-    return values
+        group.add_argument(f"--{name}", type=convert, metavar=metavar, choices=choices, default=None, help=text)
 
 
 def _class_weights(text: str) -> str | tuple[float, ...]:
-    return text if text[:1].isalpha() else _numbers(text)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text} is no JSON object, wanted one such as '{{\"radius\": 0}}'")
-    return value
+    return text if text[:1].isalpha() else options.numbers(text)

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from eroseg_ext.checks import usable_device
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -50,15 +52,7 @@ def joined(device: str | None, timeout: float) -> Iterator[Processes]:
         ValueError: the device cannot be used.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-        if place == torch.device("cuda"):
-            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    place = usable_device(device, gpu=int(os.environ.get("LOCAL_RANK", 0)))
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if world == 1 or dist.is_initialized():

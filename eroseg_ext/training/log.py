@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eroseg_ext.training import files
+from eroseg_ext import files
 
 Record = dict[str, Any]
 

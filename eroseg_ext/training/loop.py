@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from eroseg_ext import backend, pictures
+from eroseg_ext import backend, datasets, files, loading, pictures
 from eroseg_ext.attack import NotFiniteError
+from eroseg_ext.datasets import FOLDER, ClassMap, Pair
 from eroseg_ext.training import clock as phases
-from eroseg_ext.training import datasets, distributed, files, network, seeds
+from eroseg_ext.training import distributed, network, seeds
 from eroseg_ext.training.clock import Clock
-from eroseg_ext.training.datasets import ClassMap, Pair
 from eroseg_ext.training.distributed import Processes
 from eroseg_ext.training.log import Log
 from eroseg_ext.training.samples import Augmentation, Batch, Batches, Reader, Samples, loader
@@ -123,7 +123,7 @@ class _Run:
         self._clock = Clock(processes.device)
         torch.manual_seed(seeds.torch_seed(settings.seed, seeds.INITIAL))
         if model is None:
-            model = network.build(settings.model, self._task.to_class.classes, settings.model_args)
+            model = loading.build(settings.model, self._task.to_class.classes, settings.model_args)
         model = model.to(processes.device)
         if gpu and processes.world > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -132,7 +132,7 @@ class _Run:
         # On CPUs with bfloat16 or AVX-512, and on GPUs, convolutions are fastest in this layout.
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if settings.init is not None:
-            _load_weights(model, settings)
+            loading.load_weights(model, settings.init, settings.model)
         module = network.Network(model, self._clock, mean=settings.mean, std=settings.std, autocast=settings.autocast)
         unused = network.check_model(module, self._task.to_class.classes, self._task.crop, processes.device)
         if unused:
@@ -272,7 +272,7 @@ class _Run:
             "settings": settings.plain(),
             "data": self._task.fingerprint,
         }
-        files.save_tensors(state, settings.out / CHECKPOINT)
+        files.write_tensors(settings.out / CHECKPOINT, state)
 
     def _check_out(self) -> None:
         settings = self._settings
@@ -286,7 +286,7 @@ class _Run:
         path = self._settings.out / CHECKPOINT
         if not (self._settings.resume and path.exists()):
             return
-        state = files.load_tensors(path)
+        state = files.read_tensors(path)
         if not isinstance(state, dict) or "optimizer" not in state:
             raise ValueError(f"{path} is no checkpoint of a training")
         now, then = self._settings.plain(), state["settings"]
@@ -392,10 +392,10 @@ class _Run:
 
     def _finish(self, log: Log, summary: dict[str, Any]) -> None:
         out = self._settings.out
-        files.save_tensors(self._updater.trained.state_dict(), out / WEIGHTS)
+        files.write_tensors(out / WEIGHTS, self._updater.trained.state_dict())
         log.draw()
         log.close()
-        files.save_json(summary, out / SUMMARY)
+        files.write_json(out / SUMMARY, summary)
         shares = ", ".join(f"{name} {share:.0%}" for name, share in summary["time"].items())
         self._say(
             f"{summary['updates']} updates in {summary['seconds']:.0f} s, {summary['images_per_second']:.1f} images/s, "
@@ -461,18 +461,6 @@ def _check_backend(device: torch.device, settings: TrainSettings) -> None:
         raise ValueError(f"{name}, but {why_not}")
 
 
-def _load_weights(model: nn.Module, settings: TrainSettings) -> None:
-    assert settings.init is not None
-    state = files.load_tensors(settings.init)
-    if isinstance(state, dict) and "optimizer" in state:
-        state = state["model"]
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        why = " ".join(str(error).split())[:300]
-        raise ValueError(f"init {settings.init} does not fit model {settings.model}: {why}") from error
-
-
 def _load_task(settings: TrainSettings, say: Say) -> _Task:
     """Finds the files and reads as many as must be read before training."""
     pairs = datasets.find(settings.dataset, settings.data, "train")
@@ -482,7 +470,7 @@ def _load_task(settings: TrainSettings, say: Say) -> _Task:
             f"{settings.data} holds {len(pairs)} images, wanted at least batch_size = {settings.batch_size}"
         )
     classes = settings.classes
-    if settings.dataset == "folder" and classes is None:
+    if settings.dataset == FOLDER and classes is None:
         say(f"reading the labels of {len(pairs)} images to count the classes")
         classes = datasets.count_classes(pairs, settings.ignore_index)
     to_class = datasets.class_map(settings.dataset, classes, settings.ignore_index)

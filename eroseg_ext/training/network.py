@@ -1,57 +1,15 @@
-"""The model as training and attack call it: built by name, and with its output as full-size logits."""
+"""The model as training and attack call it: with its output as full-size logits, and its time on the clock."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from eroseg_ext.model import Logits
-from eroseg_ext.nets import DEMO_WIDTH, FULL_WIDTH, SmallDeepLab
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training.clock import Clock
-
-BUILT_IN = {"small": FULL_WIDTH, "tiny": DEMO_WIDTH}
-
-
-def build(name: str, classes: int, model_args: Mapping[str, Any]) -> nn.Module:
-    """A fresh model.
-
-    Args:
-        name: ``small``, ``tiny``, or ``package.module:callable``.
-        classes: number of classes, passed as ``classes`` or ``num_classes`` if the callable has such a parameter.
-        model_args: keywords for the callable; they win.
-
-    Raises:
-        ValueError: the callable cannot be imported or called so, or gives no nn.Module; one sentence.
-    """
-    if name in BUILT_IN:
-        return SmallDeepLab(classes, **{"width": BUILT_IN[name], **model_args})
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        raise ValueError(f"model is {name!r}, wanted small, tiny or an import path package.module:callable")
-    try:
-        make = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model is {name!r}, which cannot be imported: {error}") from error
-    try:
-        parameters: Mapping[str, inspect.Parameter] = inspect.signature(make).parameters
-    except (TypeError, ValueError):  # some built-in callables tell none
-        parameters = {}
-    known = {key: classes for key in ("classes", "num_classes") if key in parameters}
-    if not known and any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values()):
-        known = {"num_classes": classes}
-    try:
-        model = make(**{**known, **model_args})
-    except TypeError as error:
-        raise ValueError(f"model {name!r} cannot be made with model_args={dict(model_args)}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model {name!r} gives a {type(model).__name__}, wanted an nn.Module")
-    return model
 
 
 class Network(nn.Module):

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from eroseg_ext.data import read_pair
+from eroseg_ext.datasets import VOID, ClassMap, Pair
 from eroseg_ext.training import seeds
-from eroseg_ext.training.datasets import VOID, ClassMap, Pair
 
 _PADDING = 128
 """Grey of what a crop reaches beyond the image; its label is void."""
@@ -53,10 +53,7 @@ class Reader:
         """An RGB image and its classes as a 32-bit integer image; ValueError names a file that cannot be used."""
         if self._kept is not None and index in self._kept:
             return self._kept[index]
-        image, values = read_pair(*self.pairs[index])
-        if self._size is not None:
-            image = image.resize(self._size[::-1], Image.Resampling.BILINEAR)
-            values = values.resize(self._size[::-1], Image.Resampling.NEAREST)
+        image, values = read_pair(*self.pairs[index], self._size)
         classes = self._to_class(np.array(values, dtype=np.int64), self.pairs[index][1])
         label = Image.fromarray(classes.astype(np.int32))
         if self._kept is not None:

@@ -11,18 +11,10 @@ from typing import Any
 
 import torch
 
-from eroseg_ext.settings import (
-    METHODS,
-    AttackSettings,
-    _check_choice,
-    _check_integer,
-    _check_number,
-    _check_sequence,
-    _require,
-)
-from eroseg_ext.training.datasets import VOID
+from eroseg_ext.checks import check_choice, check_integer, check_number, check_sequence, require
+from eroseg_ext.datasets import DATASETS, FOLDER, VOID
+from eroseg_ext.settings import METHODS, AttackSettings
 
-DATASETS = ("folder", "camvid", "voc", "cityscapes", "ade20k")
 NO_ATTACK = "none"
 NOT_OF_THE_RESULT = (
     "data",
@@ -61,7 +53,7 @@ class TrainSettings:
     """folder for checkpoints, weights, log and curves, made if missing"""
     val: Path | None = None
     """folder to validate on, in the form of ``data``; a publisher's folder holds both, so give it twice"""
-    dataset: str = "folder"
+    dataset: str = FOLDER
     """class map (and layout of files): ``folder``, ``camvid``, ``voc``, ``cityscapes`` or ``ade20k``"""
     classes: int | None = None
     """number of classes of ``dataset="folder"``; None: one more than the largest label, found by reading them all"""
@@ -159,38 +151,38 @@ class TrainSettings:
             value = getattr(self, name)
             if value is None and name in ("val", "init"):
                 continue
-            _require(isinstance(value, (str, Path)), name, value, "a path")
+            require(isinstance(value, (str, Path)), name, value, "a path")
             object.__setattr__(self, name, Path(value))
-        _check_choice("dataset", self.dataset, DATASETS)
-        _check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
-        _check_choice("attack", self.attack, (*METHODS, NO_ATTACK))
-        _check_choice("amp", self.amp, ("none", "bf16"))
+        check_choice("dataset", self.dataset, DATASETS)
+        check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
+        check_choice("attack", self.attack, (*METHODS, NO_ATTACK))
+        check_choice("amp", self.amp, ("none", "bf16"))
         for name in ("flip", "cache", "resume", "progress"):
-            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         for name in ("epochs", "batch_size", "accumulate", "attack_steps", "val_every", "log_every"):
-            _check_integer(name, getattr(self, name), 1)
+            check_integer(name, getattr(self, name), 1)
         for name in ("seed", "val_attack_steps", "compare_reference"):
-            _check_integer(name, getattr(self, name), 0)
+            check_integer(name, getattr(self, name), 0)
         for name in ("classes", "threads", "val_images", "checkpoint_every"):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
+                check_integer(name, getattr(self, name), 1)
         if self.classes is not None:
-            _check_integer("classes", self.classes, 1, 2**15 - 1)
-        _check_integer("ignore_index", self.ignore_index, -(2**63), 2**63 - 1)
+            check_integer("classes", self.classes, 1, 2**15 - 1)
+        check_integer("ignore_index", self.ignore_index, -(2**63), 2**63 - 1)
         if self.workers is not None:
-            _check_integer("workers", self.workers, 0)
+            check_integer("workers", self.workers, 0)
         for name in ("learning_rate", "weight_decay", "step_size"):
             if getattr(self, name) is not None:
-                _check_number(name, getattr(self, name), 0, math.inf)
+                check_number(name, getattr(self, name), 0, math.inf)
         for name in ("eps", "warmup_epochs", "poly_power"):
-            _check_number(name, getattr(self, name), 0, math.inf)
-        _check_number("adv_fraction", self.adv_fraction, 0, 1)
-        _check_number("ema", self.ema, 0, 1)
-        _check_number("timeout", self.timeout, 1, math.inf)
-        _require(self.ema < 1, "ema", self.ema, "a decay below 1, such as 0.999")
+            check_number(name, getattr(self, name), 0, math.inf)
+        check_number("adv_fraction", self.adv_fraction, 0, 1)
+        check_number("ema", self.ema, 0, 1)
+        check_number("timeout", self.timeout, 1, math.inf)
+        require(self.ema < 1, "ema", self.ema, "a decay below 1, such as 0.999")
         for name in ("size", "crop"):
             self._check_size(name)
-        _require(
+        require(
             len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1],
             "scale",
             self.scale,
@@ -198,7 +190,7 @@ class TrainSettings:
         )
         self._check_class_weights()
         if self.attack == NO_ATTACK:
-            _require(
+            require(
                 self.compare_reference == 0, "compare_reference", self.compare_reference, "0, since attack is 'none'"
             )
         self.attack_settings()
@@ -206,18 +198,18 @@ class TrainSettings:
     def _check_size(self, name: str) -> None:
         size = getattr(self, name)
         if size is not None:
-            _require(len(size) == 2, name, size, "(height, width)")
+            require(len(size) == 2, name, size, "(height, width)")
             for side in size:
-                _check_integer(name, side, 1)
+                check_integer(name, side, 1)
 
     def _check_class_weights(self) -> None:
         weights = self.class_weights
         if isinstance(weights, str):
-            _check_choice("class_weights", weights, ("none", "median-frequency"))
+            check_choice("class_weights", weights, ("none", "median-frequency"))
             return
-        _check_sequence("class_weights", weights)
-        _require(all(weight >= 0 for weight in weights), "class_weights", weights, "numbers >= 0")
-        _require(any(weight > 0 for weight in weights), "class_weights", weights, "at least one number > 0")
+        check_sequence("class_weights", weights, one_per="class")
+        require(all(weight >= 0 for weight in weights), "class_weights", weights, "numbers >= 0")
+        require(any(weight > 0 for weight in weights), "class_weights", weights, "at least one number > 0")
 
     def attack_settings(self) -> AttackSettings | None:
         """The settings of the attack in training, None without one; raises if ``attack_options`` are not allowed."""
@@ -225,9 +217,9 @@ class TrainSettings:
             AttackSettings.create(mean=self.mean, std=self.std)
             return None
         for name in ("method", "eps", "steps", "step_size", "mean", "std", "autocast", "backend", "model_mode"):
-            _require(name not in self.attack_options, "attack_options", name, "it as a setting of the training")
+            require(name not in self.attack_options, "attack_options", name, "it as a setting of the training")
         for name in ("ignore_index", "progress", "targeted", "clip", "graph"):
-            _require(name not in self.attack_options, "attack_options", name, "none of what training fixes")
+            require(name not in self.attack_options, "attack_options", name, "none of what training fixes")
         step_size = self.step_size
         if step_size is None:
             step_size = self.eps * max(1 / 4, 1.5 / self.attack_steps)

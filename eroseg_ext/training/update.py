@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from eroseg_ext.attack import attack
+from eroseg_ext.datasets import VOID
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training import seeds
 from eroseg_ext.training.clock import Clock
-from eroseg_ext.training.datasets import VOID
 from eroseg_ext.training.distributed import Processes
 from eroseg_ext.training.network import Network
 from eroseg_ext.training.samples import Batch

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from eroseg_ext import backend
 from eroseg_ext.attack import attack
-from eroseg_ext.demo import scores
+from eroseg_ext.datasets import VOID
+from eroseg_ext.metrics import miou_and_accuracy
 from eroseg_ext.pictures import Example
 from eroseg_ext.training import seeds
 from eroseg_ext.training.clock import Clock
-from eroseg_ext.training.datasets import VOID
 from eroseg_ext.training.distributed import Processes
 from eroseg_ext.training.network import Network
 from eroseg_ext.training.samples import Key, Reader, Samples, loader
@@ -78,9 +78,9 @@ def validate(
             matrices[number] += ops.confusion(prediction, labels, classes, ignore_index=VOID)
     model.train(training)
     processes.sum_(matrices)
-    result = scores(matrices[0])
+    result = miou_and_accuracy(matrices[0])
     if attacked:
-        result |= {f"adversarial_{name}": value for name, value in scores(matrices[1]).items()}
+        result |= {f"adversarial_{name}": value for name, value in miou_and_accuracy(matrices[1]).items()}
     return result
 
 

@@ -29,25 +29,27 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         _sync_folder(path.parent)
     # torch's writer turns the system's error into one of its own.
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
         kept = "; the one before it is kept" if path.exists() else ""
         raise OSError(f"{path} could not be written: {_first_line(error)}{kept}") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def save_tensors(value: Any, path: Path) -> None:
+def write_tensors(path: Path, value: Any) -> None:
     """``torch.save`` through :func:`replacing`."""
     with replacing(path) as file:
         torch.save(value, file)
 
 
-def save_json(value: Any, path: Path) -> None:
+def write_json(path: Path, value: Any) -> None:
     """A value as JSON through :func:`replacing`."""
+    text = json.dumps(value, indent=1) + "\n"
     with replacing(path) as file:
-        file.write((json.dumps(value, indent=1) + "\n").encode())
+        file.write(text.encode())
 
 
-def load_tensors(path: Path) -> Any:
-    """What :func:`save_tensors` wrote, on the CPU; plain values and tensors only.
+def read_tensors(path: Path) -> Any:
+    """What :func:`write_tensors` wrote, on the CPU; plain values and tensors only.
 
     Raises:
         ValueError: the file is not of that kind; names it.

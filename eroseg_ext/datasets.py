@@ -1,4 +1,4 @@
-"""The data sets that training knows: where their files lie, and which class each value of their label maps is."""
+"""The data sets that are known by name: where their files lie, which class each value of their label maps is."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from eroseg_ext.data import IMAGE_SUFFIXES, SegmentationFolder, read_pair
+from eroseg_ext.checks import check_choice
+from eroseg_ext.data import IMAGE_SUFFIXES, SegmentationFolder, checked_size, read_pair
+
+FOLDER = "folder"
+"""No data set known by name: images/ and labels/, whose values are the classes."""
+DATASETS = (FOLDER, "camvid", "voc", "cityscapes", "ade20k")
 
 VOID = -1
 """Label of void pixels after the class map: no data set's class, however many it has."""
@@ -54,7 +61,7 @@ class ClassMap:
         return labels
 
 
-def class_map(dataset: str, classes: int | None, ignore_index: int) -> ClassMap:
+def class_map(dataset: str, classes: int | None = None, ignore_index: int = 255) -> ClassMap:
     """The class map of a data set; ``classes`` and ``ignore_index`` are those of ``dataset="folder"``.
 
     Cityscapes' values are the label ids of its ``*_labelIds.png``, of which 19 are trained; ADE20K's are 0 for void and
@@ -78,11 +85,46 @@ def class_map(dataset: str, classes: int | None, ignore_index: int) -> ClassMap:
     return _identity(classes, ignore_index)
 
 
+class NamedDataset(SegmentationFolder):
+    """A data set known by name, as :class:`SegmentationFolder` gives a folder, but with classes and VOID for labels.
+
+    Args:
+        dataset: ``camvid``, ``voc``, ``cityscapes`` or ``ade20k``.
+        root: see :func:`find`.
+        split: ``train`` or ``val``, of a publisher's folder.
+        size: (height, width) that everything is resized to; None (default) leaves every image at its own size.
+
+    Raises:
+        ValueError: ``dataset`` or ``size`` is not as described; on indexing, a file that cannot be used, or a value
+            that the data set's label maps do not have.
+        FileNotFoundError: names the folder or file that is missing.
+    """
+
+    def __init__(self, dataset: str, root: Path, split: str = "val", size: tuple[int, int] | None = None) -> None:
+        check_choice("dataset", dataset, DATASETS[1:])
+        self.dataset = dataset
+        self.root = root
+        self.size = checked_size(size)
+        self.to_class = class_map(dataset)
+        pairs = find(dataset, root, split)
+        self.images = [image for image, _ in pairs]
+        self.labels = [label for _, label in pairs]
+
+    @property
+    def reading(self) -> str:
+        """What an item depends on besides its files."""
+        return f"{self.size} {self.dataset}"
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, values = super().__getitem__(index)
+        return image, torch.from_numpy(self.to_class(values.numpy(), self.labels[index])).long()
+
+
 def find(dataset: str, root: Path, split: str) -> list[Pair]:
     """The images and label maps of a data set, in order of name.
 
     Args:
-        dataset: one of ``settings.DATASETS``.
+        dataset: one of ``DATASETS``.
         root: folder with ``images/NAME.*`` and ``labels/NAME.png``, for every data set; or, for a named data set, the
             folder that its publisher's archive unpacks to.
         split: ``train`` or ``val``, of a publisher's folder.
@@ -90,7 +132,7 @@ def find(dataset: str, root: Path, split: str) -> list[Pair]:
     Raises:
         FileNotFoundError: names the folder or file that is missing.
     """
-    if dataset == "folder" or ((root / "images").is_dir() and (root / "labels").is_dir()):
+    if dataset == FOLDER or ((root / "images").is_dir() and (root / "labels").is_dir()):
         folder = SegmentationFolder(root)
         pairs = list(zip(folder.images, folder.labels, strict=True))
     elif dataset == "voc":

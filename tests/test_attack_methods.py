@@ -80,31 +80,24 @@ def test_a_method_ascends_its_own_gradient_at_every_step(
 
 # EroSeg's settings.
 
+PROGRESSIVE: dict[str, Any] = {
+    "confidence": "top",
+    "front": "hard",
+    "direction": "ce",
+    "radius": 1,
+    "schedule": "linear",
+    "balance": 0.0,
+}
+
 
 def test_preset_progressive_is_the_settings_it_stands_for(net: nn.Module, batch: Batch, backend: str) -> None:
-    spelled = {
-        "confidence": "top",
-        "front": "hard",
-        "direction": "ce",
-        "radius": 1,
-        "schedule": "linear",
-        "balance": 0.0,
-    }
-    expected = run(net, batch, backend=backend, **spelled)
+    expected = run(net, batch, backend=backend, **PROGRESSIVE)
     assert torch.equal(run(net, batch, backend=backend, preset="progressive"), expected)
     assert not torch.equal(run(net, batch, backend=backend), expected)
 
 
 def test_a_keyword_beside_a_preset_wins(net: nn.Module, batch: Batch, backend: str) -> None:
-    spelled = {
-        "confidence": "top",
-        "front": "soft",
-        "direction": "ce",
-        "radius": 1,
-        "schedule": "linear",
-        "balance": 0.0,
-    }
-    expected = run(net, batch, backend=backend, **spelled)
+    expected = run(net, batch, backend=backend, **{**PROGRESSIVE, "front": "soft"})
     assert torch.equal(run(net, batch, backend=backend, preset="progressive", front="soft"), expected)
 
 

@@ -8,25 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folders import write_folder
 from PIL import Image
 
 from eroseg_ext import cli, demo, files
-from eroseg_ext.data import generated_scenes
 
 TINY = ["--quick", "--train-steps", "3", "--steps", "3", "--size", "32x48"]
-
-
-def write_folder(root: Path, count: int, void: int = 255) -> Path:
-    """Drawn scenes as files, so that the folder's way is tried too."""
-    scenes = generated_scenes(count, (40, 64), seed=0)
-    for part in ("images", "labels"):
-        (root / part).mkdir(parents=True)
-    for index in range(count):
-        pixels = (scenes.images[index].permute(1, 2, 0) * 255).byte().numpy()
-        labels = scenes.labels[index].where(scenes.labels[index] != 255, void).byte().numpy()
-        Image.fromarray(pixels).save(root / "images" / f"{index}.jpg")
-        Image.fromarray(labels).save(root / "labels" / f"{index}.png")
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +78,7 @@ def test_demo_pictures(ran: tuple[Path, dict, str]) -> None:
 
 
 def test_demo_on_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = write_folder(tmp_path / "data", 6, void=9)
+    data = write_folder(tmp_path / "data", 6, void=9, suffix=".jpg")
     names = ",".join(f"thing {index}" for index in range(8))
     arguments = ["demo", *TINY, "--data", str(data), "--out", str(tmp_path / "new" / "out"), "--ignore-index", "9"]
     code = cli.main([*arguments, "--class-names", names, "--eps", "0.01", "--json", str(tmp_path / "r.json")])
@@ -158,16 +145,16 @@ def test_errors_are_one_sentence(
 
 
 def test_bad_data_is_told_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = write_folder(tmp_path / "data", 3)
+    data = write_folder(tmp_path / "data", 3, suffix=".jpg")
     run = ["demo", *TINY, "--data", str(data), "--out", str(tmp_path / "out")]
     assert cli.main([*run, "--class-names", "a,b"]) == 2
     assert "class_names has 2 names, wanted 8" in capsys.readouterr().err
-    Image.fromarray(np.full((40, 64), 60000, np.uint16)).save(data / "labels" / "1.png")
+    Image.fromarray(np.full((40, 56), 60000, np.uint16)).save(data / "labels" / "01.png")
     assert cli.main(run) == 2
     assert "go up to 60000, wanted class indices below 256" in capsys.readouterr().err
-    (data / "images" / "1.jpg").write_text("no image")
+    (data / "images" / "01.jpg").write_text("no image")
     assert cli.main(run) == 2
-    assert "images/1.jpg cannot be read as an image" in capsys.readouterr().err
+    assert "images/01.jpg cannot be read as an image" in capsys.readouterr().err
 
 
 def test_folder_of_one_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +165,7 @@ def test_folder_of_one_image(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_folder_of_void(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_folder(tmp_path, 2)
     for path in (data / "labels").iterdir():
-        Image.fromarray(np.full((40, 64), 255, np.uint8)).save(path)
+        Image.fromarray(np.full((40, 56), 255, np.uint8)).save(path)
     assert cli.main(["demo", *TINY, "--data", str(data), "--out", str(tmp_path / "out")]) == 2
     assert "no pixel with a label other than ignore_index 255" in capsys.readouterr().err
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from attack_common import Batch
 from conftest import CLASSES, VOID
+from folders import write_folder
 from PIL import Image
-from test_cli import write_folder
 from torch import Tensor, nn
 
 from eroseg_ext import evaluate, strong_attack
@@ -370,11 +370,11 @@ def test_settings_are_checked_before_any_work(settings: dict[str, Any], sentence
 
 def test_bad_labels_are_told_by_name(pixelwise: nn.Module, tmp_path: Path) -> None:
     data = write_folder(tmp_path / "data", 2)
-    labels = np.zeros((40, 64), np.uint8)
+    labels = np.zeros((40, 56), np.uint8)
     labels[3, 7] = 4
-    Image.fromarray(np.zeros((40, 64), np.uint8)).save(data / "labels" / "0.png")
-    Image.fromarray(labels).save(data / "labels" / "1.png")
-    with pytest.raises(ValueError, match=r"1\.jpg has the label 4 at row 3, column 7, wanted classes from 0 to 3"):
+    Image.fromarray(np.zeros((40, 56), np.uint8)).save(data / "labels" / "00.png")
+    Image.fromarray(labels).save(data / "labels" / "01.png")
+    with pytest.raises(ValueError, match=r"01\.png has the label 4 at row 3, column 7, wanted classes from 0 to 3"):
         evaluate(pixelwise, data, **QUICK)
 
 

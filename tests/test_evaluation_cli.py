@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import write_folder
+from folders import write_folder
 
 from eroseg_ext import cli
 from eroseg_ext.nets import SmallDeepLab
@@ -74,6 +74,23 @@ def test_a_network_by_import_path(files: Path, tmp_path: Path) -> None:
     assert cli.main([*arguments, "--steps", "1", "--attacks", "pgd", "--sanity", "0", "--images", "1"]) == 0
 
 
+def test_a_named_data_set_needs_no_void_label(tmp_path: Path) -> None:
+    """CamVid's void is 11: the figures are those of a folder of which that is said."""
+    write_folder(tmp_path / "data", 3, void=11)
+    found = []
+    for more in (["--dataset", "camvid"], ["--ignore-index", "11", "--classes", "11"]):
+        out = tmp_path / more[1]
+        arguments = ["evaluate", "--data", str(tmp_path / "data"), "--out", str(out), *more, "--device", "cpu"]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            code = cli.main([*arguments, *("--model", "tiny", "--steps", "2", "--size", "32x48", "--sanity", "0")])
+        assert code == 0
+        result = json.loads((out / "evaluation.json").read_text())
+        found.append({name: result[name] for name in ("clean", "rows", "worst", "images")})
+    assert len(found[0]["clean"]["iou"]) == 11
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
@@ -89,6 +106,8 @@ def test_a_network_by_import_path(files: Path, tmp_path: Path) -> None:
         (["--data", "nowhere"], "nowhere must hold the folders images/ and labels/"),
         (["--device", "toaster"], "device 'toaster' cannot be used"),
         (["--ignore-index", "255"], "has the label 9 at row"),
+        (["--dataset", "ade20k", "--data", "nowhere"], "nowhere/images/validation is missing"),
+        (["--dataset", "kitti"], "invalid choice: 'kitti'"),
         (["--sanity", "-1"], "sanity is -1"),
     ],
 )
@@ -109,4 +128,4 @@ def test_broken_model_is_told(files: Path, tmp_path: Path, capsys: pytest.Captur
     torch.save(state, tmp_path / "broken.pt")
     arguments = command(files, tmp_path, "--sanity", "0", "--weights", str(tmp_path / "broken.pt"))
     assert cli.main(arguments) == 2
-    assert "the model's logits of 0.jpg are NaN or infinite" in capsys.readouterr().err
+    assert "the model's logits of 00.png are NaN or infinite" in capsys.readouterr().err

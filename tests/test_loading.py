@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from eroseg_ext.loading import load_network
+from eroseg_ext.loading import build, load_network, load_weights
 from eroseg_ext.nets import SmallDeepLab
 
 
@@ -63,6 +63,50 @@ def test_without_weights(name: str, width: int) -> None:
     found = load_network(name, classes=4)
     assert isinstance(found, SmallDeepLab)
     assert (found.classes, found.width) == (4, width)
+
+
+def variadic(**keywords: Any) -> nn.Module:
+    return nn.Conv2d(3, keywords["num_classes"], 1)
+
+
+def test_the_number_of_classes_goes_to_what_takes_it() -> None:
+    built_in = build("tiny", 4, {"width": 8})
+    assert isinstance(built_in, SmallDeepLab)
+    assert (built_in.classes, built_in.width) == (4, 8)
+    for name in ("training_common:AuxiliaryNet", "training_common:plain_net", f"{__name__}:variadic"):
+        heads = [module for module in build(name, 5).modules() if isinstance(module, nn.Conv2d)]
+        assert heads[-1].out_channels == 5
+    assert isinstance(build("torch.nn:Identity", None), nn.Identity)
+    found = load_network("eroseg_ext.nets:SmallDeepLab", classes=3, model_args={"classes": 6})
+    assert isinstance(found, SmallDeepLab)
+    assert found.classes == 6
+
+
+def test_a_name_holds_beside_weights(tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        made = forked(12)
+    torch.save(made.state_dict(), tmp_path / "weights.pt")
+    # The weights tell the classes, whatever the data has.
+    assert same(load_network("tiny", tmp_path / "weights.pt", classes=9), made)
+    with pytest.raises(ValueError, match=r"weights\.pt does not fit model small: .*size mismatch"):
+        load_network("small", tmp_path / "weights.pt")
+
+
+class Holder(nn.Module):
+    """A network whose weights all have a wrapper's prefix by their own right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Conv2d(3, 2, 1)
+
+
+def test_a_prefix_that_is_the_networks_own_stays(tmp_path: Path) -> None:
+    made, found = Holder(), Holder()
+    for state in (made.state_dict(), with_module(made.state_dict())):
+        torch.save(state, tmp_path / "weights.pt")
+        nn.init.zeros_(found.model.weight)
+        load_weights(found, tmp_path / "weights.pt", "Holder")
+        assert same(found, made)
 
 
 @pytest.mark.parametrize(

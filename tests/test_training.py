@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from folders import write_folder
 from PIL import Image
 from torch import Tensor, nn
-from training_common import CLASSES, SMALL, dropout_net, furthest_apart, plain_net, weights, write_folder
+from training_common import CLASSES, SMALL, dropout_net, furthest_apart, plain_net, weights
 
 from eroseg_ext import attack, cli, datasets, train
 from eroseg_ext import backend as backends

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_common import SMALL, furthest_apart, training_process, weights, write_folder
+from folders import write_folder
+from training_common import SMALL, furthest_apart, training_process, weights
 
 
 @pytest.fixture(scope="module")

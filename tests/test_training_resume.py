@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from training_common import SMALL, training_process, weights, write_folder
+from folders import write_folder
+from training_common import SMALL, training_process, weights
 
 EPOCHS = 10
 

@@ -1,4 +1,4 @@
-"""What the tests of training share: drawn scenes as a folder, small networks, and runs in processes of their own."""
+"""What the tests of training share: small networks, and runs in processes of their own."""
 
 from __future__ import annotations
 
@@ -10,27 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from eroseg_ext.data import generated_scenes
-
 CLASSES = 8
-SIZE = (40, 56)
 SMALL = {"size": (24, 32), "classes": CLASSES, "batch_size": 4, "eps": 2 / 255, "val_attack_steps": 2, "threads": 1}
 """Settings of a run of a second."""
-
-
-def write_folder(root: Path, count: int, size: tuple[int, int] = SIZE, seed: int = 0) -> Path:
-    """Drawn scenes as images/ and labels/, void 255."""
-    scenes = generated_scenes(count, size, seed)
-    for part in ("images", "labels"):
-        (root / part).mkdir(parents=True)
-    for index in range(count):
-        pixels = (scenes.images[index].permute(1, 2, 0) * 255).byte().numpy()
-        Image.fromarray(pixels).save(root / "images" / f"{index:02}.png")
-        Image.fromarray(scenes.labels[index].byte().numpy()).save(root / "labels" / f"{index:02}.png")
-    return root
 
 
 def plain_net(classes: int = CLASSES) -> nn.Module:

@@ -1,0 +1,126 @@
+"""Data sets known by name: class maps, layouts of files, what they give to an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from folders import write_blank
+from PIL import Image
+
+from eroseg_ext import datasets
+from eroseg_ext.datasets import VOID, NamedDataset, class_map
+
+HERE = Path("label.png")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "values", "classes"),
+    [
+        ("voc", [0, 20, 255], [0, 20, VOID]),
+        ("camvid", [0, 10, 11], [0, 10, VOID]),
+        ("ade20k", [0, 1, 150], [VOID, 0, 149]),
+        ("cityscapes", [0, 6, 7, 8, 9, 11, 26, 29, 31, 33], [VOID, VOID, 0, 1, VOID, 2, 13, VOID, 16, 18]),
+        ("folder", [0, 4, 9], [0, 4, VOID]),
+    ],
+)
+def test_class_maps(dataset: str, values: list[int], classes: list[int]) -> None:
+    to_class = class_map(dataset, 5, ignore_index=9)
+    assert to_class(np.array([values]), HERE).tolist() == [classes]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "wrong"),
+    [
+        ("voc", 21),
+        ("camvid", 12),
+        ("camvid", 255),
+        ("ade20k", 151),
+        ("cityscapes", 34),
+        ("folder", 5),
+        ("folder", 70000),
+    ],
+)
+def test_a_label_out_of_range_names_the_file(dataset: str, wrong: int) -> None:
+    to_class = class_map(dataset, 5, ignore_index=9)
+    with pytest.raises(ValueError, match=rf"label\.png has the label {wrong} at row 1, column 2, wanted classes"):
+        to_class(np.array([[1, 1, 1], [1, 1, wrong]]), HERE)
+
+
+def test_number_of_classes() -> None:
+    assert [class_map(name, None, 255).classes for name in ("voc", "cityscapes", "ade20k", "camvid")] == [
+        21,
+        19,
+        150,
+        11,
+    ]
+    assert len(class_map("cityscapes", None, 255).names) == 19
+
+
+LAYOUTS = {
+    "voc": ("JPEGImages/a.jpg", "SegmentationClass/a.png"),
+    "cityscapes": ("leftImg8bit/train/bonn/b_1_leftImg8bit.png", "gtFine/train/bonn/b_1_gtFine_labelIds.png"),
+    "ade20k": ("images/training/a.jpg", "annotations/training/a.png"),
+    "camvid": ("train/a.png", "trainannot/a.png"),
+}
+
+
+@pytest.mark.parametrize("dataset", LAYOUTS)
+def test_layouts_as_published(tmp_path: Path, dataset: str) -> None:
+    write_blank(tmp_path, *LAYOUTS[dataset])
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("a\n")
+    found = datasets.find(dataset, tmp_path, "train")
+    assert found == [tuple(tmp_path / path for path in LAYOUTS[dataset])]
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        datasets.find(dataset, tmp_path, "val")
+    found[0][1].unlink()
+    with pytest.raises(FileNotFoundError, match=f"has no label map: .*{found[0][1].name} is missing"):
+        datasets.find(dataset, tmp_path, "train")
+
+
+@pytest.mark.parametrize("dataset", ["folder", *LAYOUTS])
+def test_images_and_labels_folders_serve_every_data_set(tmp_path: Path, dataset: str) -> None:
+    write_blank(tmp_path, "images/b.jpg", "labels/b.png", "images/a.png", "labels/a.png")
+    names = [(image.name, label.name) for image, label in datasets.find(dataset, tmp_path, "train")]
+    assert names == [("a.png", "a.png"), ("b.jpg", "b.png")]
+
+
+def test_counting_classes_and_median_frequency(tmp_path: Path) -> None:
+    for number, row in enumerate([[0, 0, 0, 3], [0, 0, 9, 9]]):
+        write_blank(tmp_path, f"images/{number}.png")
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        Image.fromarray(np.array([row] * 6, np.uint8).repeat(2, 1)).save(tmp_path / "labels" / f"{number}.png")
+    pairs = datasets.find("folder", tmp_path, "train")
+    assert datasets.count_classes(pairs, 9) == 4
+    # Class 0: 60 of 72 valid pixels, class 3: 12 of the 48 of its image.
+    weights = datasets.median_frequency_weights(pairs, class_map("folder", 4, 9))
+    median = (60 / 72 + 12 / 48) / 2
+    assert weights.tolist() == pytest.approx([median / (60 / 72), 1, 1, median / (12 / 48)])
+
+
+def test_items_of_a_named_data_set(tmp_path: Path) -> None:
+    write_blank(tmp_path, "images/a.png", "labels/a.png")
+    values = np.array([[7, 8, 0, 33], [26, 6, 11, 1]], np.uint8)
+    Image.fromarray(np.full((2, 4, 3), 51, np.uint8)).save(tmp_path / "images" / "a.png")
+    Image.fromarray(values).save(tmp_path / "labels" / "a.png")
+    data = NamedDataset("cityscapes", tmp_path)
+    image, labels = data[0]
+    assert len(data) == 1
+    assert image.shape == (3, 2, 4)
+    assert image.unique().tolist() == pytest.approx([0.2])
+    assert labels.tolist() == [[0, 1, VOID, 18], [13, VOID, 2, VOID]]
+    assert NamedDataset("cityscapes", tmp_path, size=(1, 2))[0][1].shape == (1, 2)
+    assert data.reading != NamedDataset("cityscapes", tmp_path, size=(1, 2)).reading
+    with pytest.raises(ValueError, match=r"a\.png has the label 33 at row 0, column 3"):
+        NamedDataset("voc", tmp_path)[0]
+    with pytest.raises(ValueError, match="dataset is 'folder', wanted one of camvid, voc, cityscapes, ade20k"):
+        NamedDataset("folder", tmp_path)
+
+
+def test_the_val_split_of_a_publishers_folder_is_evaluated(tmp_path: Path) -> None:
+    write_blank(tmp_path, "train/a.png", "trainannot/a.png", "val/b.png", "valannot/b.png")
+    assert [path.name for path in NamedDataset("camvid", tmp_path).images] == ["b.png"]
+    assert [path.name for path in NamedDataset("camvid", tmp_path, "train").images] == ["a.png"]

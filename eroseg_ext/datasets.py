@@ -100,13 +100,13 @@ class NamedDataset(SegmentationFolder):
         FileNotFoundError: names the folder or file that is missing.
     """
 
-    def __init__(self, dataset: str, root: Path, split: str = "val", size: tuple[int, int] | None = None) -> None:
+    def __init__(self, dataset: str, root: str | Path, split: str = "val", size: tuple[int, int] | None = None) -> None:
         check_choice("dataset", dataset, DATASETS[1:])
         self.dataset = dataset
-        self.root = root
+        self.root = Path(root)
         self.size = checked_size(size)
         self.to_class = class_map(dataset)
-        pairs = find(dataset, root, split)
+        pairs = find(dataset, self.root, split)
         self.images = [image for image, _ in pairs]
         self.labels = [label for _, label in pairs]
 

@@ -122,5 +122,5 @@ def test_items_of_a_named_data_set(tmp_path: Path) -> None:
 
 def test_the_val_split_of_a_publishers_folder_is_evaluated(tmp_path: Path) -> None:
     write_blank(tmp_path, "train/a.png", "trainannot/a.png", "val/b.png", "valannot/b.png")
-    assert [path.name for path in NamedDataset("camvid", tmp_path).images] == ["b.png"]
+    assert [path.name for path in NamedDataset("camvid", str(tmp_path)).images] == ["b.png"]
     assert [path.name for path in NamedDataset("camvid", tmp_path, "train").images] == ["a.png"]

@@ -20,6 +20,7 @@ from training_common import CLASSES, SMALL, dropout_net, furthest_apart, plain_n
 
 from eroseg_ext import attack, cli, datasets, train
 from eroseg_ext import backend as backends
+from eroseg_ext.loading import load_weights
 from eroseg_ext.training import TrainingStopped, TrainSettings
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training.clock import Clock
@@ -104,6 +105,19 @@ def test_a_module_is_trained_in_place_and_another_folder_starts_from_its_weights
     assert furthest_apart(weights(tmp_path / "one"), model.state_dict()) == 0
     run(data, tmp_path / "two", init=tmp_path / "one" / "weights.pt", learning_rate=0.0, weight_decay=0.0)
     assert furthest_apart(weights(tmp_path / "one"), weights(tmp_path / "two")) == 0
+
+
+def test_a_checkpoint_gives_the_weights_that_its_run_saved(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path / "one", model="training_common:dropout_net", ema=0.5)
+    start = tmp_path / "one" / "checkpoint.pt"
+    model = dropout_net()
+    load_weights(model, start, "dropout_net")
+    assert furthest_apart(weights(tmp_path / "one"), model.state_dict()) == 0
+    frozen = {"learning_rate": 0.0, "weight_decay": 0.0, "epochs": 1}
+    run(data, tmp_path / "two", model="training_common:dropout_net", init=start, **frozen)
+    begun = weights(tmp_path / "two")
+    learned = [name for name, _ in model.named_parameters()]
+    assert all(torch.equal(begun[name], model.state_dict()[name]) for name in learned)
 
 
 def test_the_callers_random_numbers_and_threads_stay(data: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class TrainSettings:
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """keywords for it; ``classes`` or ``num_classes``, if it takes one of them, is added"""
     init: Path | None = None
-    """weights to start from: ``weights.pt`` of a run, or any file with a state_dict"""
+    """weights to start from: any file with a state dict, or a checkpoint, whose average is taken where it has one"""
 
     size: tuple[int, int] | None = None
     """resize all images and labels to this; None leaves every image at its own size"""

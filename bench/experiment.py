@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.results import FOLDER
-from eroseg_ext.cli import write_json
+from eroseg_ext.files import write_json
 
 SIZE = ["--size", "180x240", "--amp", "bf16"]
 CLEAN = ["--attack", "none", "--epochs", "40"]

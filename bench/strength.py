@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from eroseg_ext import attack
 from eroseg_ext.data import SegmentationFolder
 from eroseg_ext.files import write_json
-from eroseg_ext.metrics import miou_and_accuracy as scores
+from eroseg_ext.metrics import miou_and_accuracy
 from eroseg_ext.nets import SmallDeepLab
 from eroseg_ext.reference import confusion
 
@@ -155,7 +155,7 @@ def evaluate(
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             prediction = model(batch.contiguous(memory_format=torch.channels_last)).argmax(1)
         matrix += confusion(prediction, wanted, CLASSES, ignore_index=IGNORE)
-    return scores(matrix)
+    return miou_and_accuracy(matrix)
 
 
 def network(work: Path | None = None, name: str = "clean") -> SmallDeepLab:

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from eroseg_ext import backend, inputs, methods
 from eroseg_ext.attack import AttackInfo
+from eroseg_ext.checks import check_choice
 from eroseg_ext.model import Logits, Model, frozen, unwrapped
-from eroseg_ext.settings import AttackSettings, _check_choice
+from eroseg_ext.settings import AttackSettings
 
 RADII = {"fixed": ((1.0, 100),), "shrinking": ((2.0, 30), (1.5, 30), (1.0, 40))}
 """Radii in units of eps, and the percentage of the steps spent in each; ``shrinking`` is SEA's."""
@@ -162,7 +163,7 @@ def strong_attack(
 
 def checked(*, radii: str = "fixed", **settings: Any) -> AttackSettings:
     """The settings that :func:`strong_attack` would run with; raises as it does if they are not allowed."""
-    _check_choice("radii", radii, tuple(RADII))
+    check_choice("radii", radii, tuple(RADII))
     for name in NOT_OF_APGD:
         if name in settings:
             raise TypeError(f"{name} is not a setting of strong_attack(), which decides it itself")

@@ -196,7 +196,3 @@ class AttackSettings:
         if self.schedule == "geometric":
             return first * (last / first) ** done
         return first + (last - first) * done
-
-
-_check_choice = check_choice
-"""The name under which ``apgd`` imports it."""

@@ -1,7 +1,7 @@
 """The kernels of one device against its copy bandwidth, in minutes and in one file.
 
     python -m bench.kernels --device cuda --out kernels_h100.json
-    python -m bench.kernels --device cpu --quick --out /tmp/kernels.json
+    python -m bench.kernels --device cpu --quick --out kernels.json
 
 Every operation in every implementation, the fused and the reference one timed twice (the second time after everything
 else was timed once, which shows the noise), and what a step adds to a light net and to a ResNet-50. Most important

@@ -19,9 +19,10 @@ from tqdm import tqdm
 from eroseg_ext import backend, methods, pictures, reference
 from eroseg_ext.attack import StepInfo, attack
 from eroseg_ext.checks import usable_device
-from eroseg_ext.data import SegmentationFolder, generated_scenes
+from eroseg_ext.data import SegmentationFolder
 from eroseg_ext.metrics import miou_and_accuracy
 from eroseg_ext.nets import DEMO_WIDTH, SmallDeepLab
+from eroseg_ext.scenes import generated_scenes
 from eroseg_ext.settings import AttackSettings
 
 METHODS = ("pgd", "segpgd", "cospgd", "mce", "mce_bal", "js", "tsallis", "eroseg")

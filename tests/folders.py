@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from eroseg_ext.data import IGNORE_INDEX, generated_scenes
+from eroseg_ext.scenes import IGNORE_INDEX, generated_scenes
 
 SIZE = (40, 56)
 

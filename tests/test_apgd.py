@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from eroseg_ext import attack, reference, strong_attack
 from eroseg_ext.apgd import NOT_OF_APGD, RADII, _checkpoints, noise_seed, phases
-from eroseg_ext.data import generated_scenes
 from eroseg_ext.demo import DemoSettings, load_task, train
+from eroseg_ext.scenes import generated_scenes
 from eroseg_ext.settings import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

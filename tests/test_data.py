@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from eroseg_ext.data import IGNORE_INDEX, SCENE_CLASSES, SegmentationFolder, generated_scenes
+from eroseg_ext.data import SegmentationFolder
+from eroseg_ext.scenes import IGNORE_INDEX, SCENE_CLASSES, generated_scenes
 
 
 def write(root: Path, name: str, image: np.ndarray, labels: np.ndarray, suffix: str = ".png") -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from eroseg_ext import sanity
-from eroseg_ext.data import generated_scenes
 from eroseg_ext.demo import DemoSettings, load_task, train
+from eroseg_ext.scenes import generated_scenes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

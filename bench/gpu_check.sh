@@ -5,7 +5,8 @@
 #
 # Builds the package for the GPU at hand (or takes a built wheel), runs the CUDA tests, compute-sanitizer's four tools
 # over a small run, and the kernel benchmarks. OUT.json has all results; a short table is printed last. Needs torch with
-# CUDA, pytest and hypothesis, and nvcc unless a wheel is given. Installs nothing outside a folder that it removes.
+# CUDA, pytest and hypothesis, and nvcc unless a wheel is given. Installs nothing outside a folder that it removes. Outside a
+# git checkout, COMMIT names the code.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: bench/gpu_check.sh OUT.json [WHEEL]}")
 wheel=${2:+$(realpath "$2")}
@@ -35,21 +36,25 @@ else
 fi
 
 # From their own folder, so that they import the package that was installed. The others have run on a CPU already.
-part tests 140 env -C tests "$python" -m pytest . -k "cuda and not host and not test_cuda_kernels" -p no:cacheprovider -p no:benchmark
+part tests 140 env -C tests "$python" -m pytest . -k "cuda and not host and not test_cuda_kernels" \
+  -p no:cacheprovider -p no:benchmark
 # Every kernel of ours, and none of torch's; without torch's own pooling of memory, so that bounds are those of tensors.
 for tool in memcheck racecheck initcheck synccheck; do
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 30 compute-sanitizer --tool "$tool" --error-exitcode 9 \
     --kernel-name kernel_substring=eroseg "$python" bench/every_kernel.py
 done
-part kernels 190 "$python" -m bench.kernels --device cuda --out "$work/kernels.json" --limit 150
+part kernels 190 "$python" -m bench.kernels --device cuda --out "$work/kernels.json" --limit 150 \
+  ${COMMIT:+--commit "$COMMIT"}
 "$python" - "$work" "$out" <<'PYTHON'
 import json, sys
 from pathlib import Path
 
 work, out = map(Path, sys.argv[1:])
 parts = [line.split() for line in (work / "parts").read_text().splitlines()]
-logs = {name: (work / f"{name}.log").read_text().splitlines()[-5:] for name, *_ in parts}
-checks = {name: {"status": int(status), "seconds": int(s), "output": logs[name]} for name, status, s in parts}
+checks = {}
+for name, status, seconds in parts:
+    lines = (work / f"{name}.log").read_text().splitlines()
+    checks[name] = {"status": int(status), "seconds": int(seconds), "output": lines[-5 if status == "0" else -60 :]}
 kernels = work / "kernels.json"
 result = json.loads(kernels.read_text()) if kernels.is_file() else {"figures": [], "skipped": {}}
 out.write_text(json.dumps(result | {"checks": checks}, indent=1) + "\n")

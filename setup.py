@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch that the package supports
 PY_LIMITED_API, PY_TAG = "0x030a0000", "cp310"
 WARNINGS_ARE_ERRORS = os.environ.get("EROSEG_WERROR") == "1"
-CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+CUDA_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
 
 def stable_extension(name: str, directories: list[str]) -> Extension:
@@ -64,10 +64,9 @@ def cuda_toolkit() -> Path | None:
 
 def cuda_extension(toolkit: Path) -> Extension:
     """The module of the CUDA operators; ``compile_kernels`` adds the kernels to it."""
-    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
     extension = stable_extension("eroseg_ext._cuda", ["csrc/cuda"])
     extension.extra_compile_args += ["-isystem", str(toolkit / "include")]
-    extension.define_macros.append(("EROSEG_CUDA_ARCHITECTURES", f'"{architectures}"'))
+    extension.define_macros.append(("EROSEG_CUDA_ARCHITECTURES", f'"{CUDA_ARCHITECTURES}"'))
     # The runtime is linked in: the module then runs beside any CUDA torch, whatever runtime that brings.
     libraries = [path for name in ("lib64", "lib") if (path := toolkit / name / "libcudart_static.a").is_file()]
     if not libraries:
@@ -96,7 +95,7 @@ def compile_kernels(toolkit: Path, target: Path) -> list[str]:
     if WARNINGS_ARE_ERRORS:
         # Registers that spill, and arrays in local memory, are what makes such kernels slow: no kernel may have them.
         flags += ["-Werror=all-warnings", "--ptxas-options=--warn-on-spills,--warn-on-local-memory-usage,-Werror"]
-    flags += code_of(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
+    flags += code_of(CUDA_ARCHITECTURES)
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     target.mkdir(parents=True, exist_ok=True)
 

@@ -31,19 +31,19 @@ capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_c
 if [[ -n $wheel ]]; then
   part install 60 "$python" -m pip install --quiet --no-deps --target "$work/site" "$wheel" || exit 1
 else
-  TORCH_CUDA_ARCH_LIST=$capability part build 100 "$python" -m pip install --quiet --no-deps --no-build-isolation \
+  TORCH_CUDA_ARCH_LIST=$capability part build 80 "$python" -m pip install --quiet --no-deps --no-build-isolation \
     --target "$work/site" . || exit 1
 fi
 
 # From their own folder, so that they import the package that was installed. The others have run on a CPU already.
-part tests 140 env -C tests "$python" -m pytest . -k "cuda and not host and not test_cuda_kernels" \
+part tests 100 env -C tests "$python" -m pytest . -k "cuda and not host and not test_cuda_kernels" \
   -p no:cacheprovider -p no:benchmark
 # Every kernel of ours, and none of torch's; without torch's own pooling of memory, so that bounds are those of tensors.
 for tool in memcheck racecheck initcheck synccheck; do
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 30 compute-sanitizer --tool "$tool" --error-exitcode 9 \
     --kernel-name kernel_substring=eroseg "$python" bench/every_kernel.py
 done
-part kernels 190 "$python" -m bench.kernels --device cuda --out "$work/kernels.json" --limit 150 \
+part kernels 175 "$python" -m bench.kernels --device cuda --out "$work/kernels.json" --limit 140 \
   ${COMMIT:+--commit "$COMMIT"}
 "$python" - "$work" "$out" <<'PYTHON'
 import json, sys

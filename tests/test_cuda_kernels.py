@@ -90,3 +90,18 @@ def test_selection_reads_ties_and_few_distinct_values_right() -> None:
     scores = torch.tensor([[0.25] * 700 + [0.5] * 300, [1e-44] * 999 + [3e38]])
     k = torch.tensor([[1, 700, 701, 1000, 5], [1, 999, 1000, 0, 2000]])
     assert torch.equal(cuda_kernels.kth_value(scores, k), reference.kth_value(scores, k))
+
+
+@pytest.mark.parametrize("classes", [2, 21, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("magnitude", [1e6, 1e9, 1e30])
+def test_huge_logits_are_told_apart(magnitude: float, dtype: torch.dtype, classes: int) -> None:
+    logits, labels, _, _ = scene(1, classes, 5, 40, torch.float32)
+    logits = (logits * magnitude).to(dtype)
+    logits[:, :, 2] = magnitude  # all classes equal: what is subtracted must not be more than they are
+    tau = torch.full((1,), magnitude)
+    got = cuda_kernels.erosion_grad(logits, labels, tau)
+    expected = reference.erosion_grad(logits, labels, tau)
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-7)
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=2e-6 + classes * 2**-25)
+    assert torch.equal(got[2][:, :2], expected[2][:, :2])

@@ -7,8 +7,6 @@
 
 namespace eroseg::cuda {
 
-constexpr float kLog2E = 1.44269504f;
-
 // One image's logits.
 template <class Type>
 struct Image {

@@ -17,6 +17,7 @@
 namespace eroseg::cuda {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 constexpr int kWarp = 32;
 
 // 2^x, to 2 units in the last place; 0 below 2^-126.

@@ -235,7 +235,6 @@ class Rows {
       gap[v] = of_label[v] - largest[v];
       terms.right[v] = terms.label[v] >= 0 && gap[v] >= 0.0f && !is_tied[v];
       if (absolute(largest[v]) > kHuge) {
-        // z log2(e) - scaled would be off by more than it is.
         shift(v, largest[v], z);
         largest[v] = 0.0f;
       }
@@ -299,7 +298,7 @@ class Rows {
   }
 
  private:
-  static constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+  // Beyond this, z log2(e) - scaled would be off by more than it is.
   static constexpr float kHuge = 1e6f;
 
   // The label's register in this thread, -1 if it is another group's or the pixel is void.

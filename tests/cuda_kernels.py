@@ -28,11 +28,13 @@ TESTS = Path(__file__).parent
 COMPILER = shutil.which("c++")
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 LABEL_TYPES = (torch.int64, torch.int32, torch.uint8)
-GUARD = 19  # elements on either side: an odd number, so that rows start anywhere within 16 bytes
+GUARDS = (19, 16, 18, 16)  # elements on either side: rows start anywhere within 16 bytes, or aligned
 POISON = 0xFF
-RESIDENT = (1, 6, 50)  # how many blocks a device may hold: images are cut accordingly
+DEVICES = ((1, 228), (6, 100), (50, 164))
+"""How many blocks a device may hold, and KB of shared memory of a multiprocessor: images are cut accordingly."""
 
 _seeds = itertools.count()
+_turn = 0  # of the guards, one for all tensors of a call
 
 
 def why_not() -> str | None:
@@ -93,9 +95,10 @@ class Guarded:
         if tensor is None:
             return
         size = tensor.element_size()
-        self._memory = torch.full(((tensor.numel() + 2 * GUARD) * size,), POISON, dtype=torch.uint8)
-        self._end = (GUARD + tensor.numel()) * size
-        inside = self._memory[GUARD * size : self._end].view(tensor.dtype)
+        guard = GUARDS[_turn % len(GUARDS)]
+        self._begin, self._end = guard * size, (guard + tensor.numel()) * size
+        self._memory = torch.full((self._end + self._begin,), POISON, dtype=torch.uint8)
+        inside = self._memory[self._begin : self._end].view(tensor.dtype)
         layout = torch.channels_last if is_channels_last(tensor) else torch.contiguous_format
         strides = torch.empty_like(tensor, memory_format=layout).stride()
         self.tensor = inside.as_strided(tensor.shape, strides).copy_(tensor)
@@ -104,8 +107,7 @@ class Guarded:
     def result(self) -> Tensor:
         """What the kernel wrote."""
         assert self.tensor is not None
-        begin = GUARD * self.tensor.element_size()
-        assert (self._memory[:begin] == POISON).all(), "a kernel wrote before its tensor"
+        assert (self._memory[: self._begin] == POISON).all(), "a kernel wrote before its tensor"
         assert (self._memory[self._end :] == POISON).all(), "a kernel wrote behind its tensor"
         return self.tensor.clone()
 
@@ -129,9 +131,11 @@ def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Guarded:
 
 def start() -> ModuleType:
     """The module, with another order of threads and another number of resident blocks than last time."""
-    seed = next(_seeds)
+    global _turn
+    seed = _turn = next(_seeds)
     module = kernels()
-    module.set_machine(seed, RESIDENT[seed % len(RESIDENT)])
+    resident, kilobytes = DEVICES[seed % len(DEVICES)]
+    module.set_machine(seed, resident, 1024 * kilobytes)
     return module
 
 

@@ -44,6 +44,14 @@ struct Fiber {
   State state;
 };
 
+// An asynchronous copy: it is carried out when its thread waits for it, and until then the place it goes to is
+// poisoned.
+struct Copy {
+  unsigned char* to;
+  const unsigned char* from;
+  int bytes;
+};
+
 struct Machine {
   std::mt19937 order{0};
   int resident = 6;  // what resident_blocks answers
@@ -53,6 +61,8 @@ struct Machine {
   int current = 0;
   std::vector<unsigned char> shared;
   std::vector<double> exchange;  // a value per thread, for shuffles
+  int64_t shared_of_processor = 0;
+  std::vector<std::vector<Copy>> copies;  // that each thread has begun
 };
 
 inline Machine& machine() {
@@ -108,6 +118,7 @@ inline void run_block(int threads) {
   Machine& m = machine();
   m.fibers.resize(std::max<size_t>(m.fibers.size(), threads));
   m.exchange.assign(threads, 0.0);
+  m.copies.assign(threads, {});
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = m.fibers[i];
     fiber.stack.resize(1 << 16);
@@ -184,6 +195,30 @@ T __ldcg(const T* address) {
 
 namespace eroseg::cuda {
 
+template <int kBytes>
+void copy_async(void* shared, const void* global) {
+  static_assert(kBytes == 4 || kBytes == 16);
+  using namespace cuda_on_host;
+  if (reinterpret_cast<uintptr_t>(shared) % kBytes != 0 || reinterpret_cast<uintptr_t>(global) % kBytes != 0) {
+    throw std::logic_error("an asynchronous copy is not aligned");
+  }
+  auto* to = static_cast<unsigned char*>(shared);
+  std::memset(to, kPoison, kBytes);
+  machine().copies[machine().current].push_back({to, static_cast<const unsigned char*>(global), kBytes});
+}
+
+inline void wait_for_copies() {
+  auto& copies = cuda_on_host::machine().copies[cuda_on_host::machine().current];
+  for (const auto& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  copies.clear();
+}
+
+inline cudaError_t shared_memory_limits(int64_t* of_block, int64_t* of_processor) {
+  *of_processor = cuda_on_host::machine().shared_of_processor;
+  *of_block = *of_processor - 1024;
+  return cudaSuccess;
+}
+
 inline unsigned char* shared_memory() { return cuda_on_host::machine().shared.data(); }
 
 template <class... Parameters, class... Arguments>
@@ -199,6 +234,7 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, 
   std::shuffle(order.begin(), order.end(), m.order);
   for (const int64_t block : order) {
     block_index = dim3(static_cast<unsigned>(block));
+    if (shared > std::max<int64_t>(m.shared_of_processor - 1024, 48 * 1024)) return cudaErrorInvalidConfiguration;
     m.shared.assign(shared + kCanary, kPoison);
     run_block(static_cast<int>(threads.x * threads.y));
     for (int64_t i = shared; i < shared + kCanary; ++i) {

@@ -343,23 +343,35 @@ def test_a_nan_gradient_makes_a_nan_pixel(fused: Any) -> None:
     assert reference.l2_step_(x.clone(), x, grad, 0.1, 0.1).isnan().all()
 
 
+@pytest.mark.parametrize("classes", [1, 2, 5, 50])
+def test_of_tied_classes_the_lowest_is_predicted(fused: Any, classes: int) -> None:
+    logits = torch.zeros(1, classes, 6, 40)
+    logits[..., 20:] = torch.randint(0, 2, (1, classes, 6, 20), generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, max(classes, 2), (1, 6, 40), generator=torch.Generator().manual_seed(1))
+    right = reference.pixel_grad(logits, labels, "pgd")[1][:, 1]
+    assert torch.equal(fused.erosion_grad(logits, labels, torch.ones(1))[2][:, 1], right)
+    assert torch.equal(fused.pixel_grad(logits, labels, "pgd")[1][:, 1], right)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
-def test_logits_that_are_not_finite_are_told_in_the_stats(fused: Any, dtype: torch.dtype, value: float) -> None:
-    logits = torch.randn(3, 5, 8, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
-    labels = torch.full((3, 8, 70), 2)
+@pytest.mark.parametrize("channel", [2, 3, 49])
+def test_logits_that_are_not_finite_are_told_in_the_stats(
+    fused: Any, channel: int, dtype: torch.dtype, value: float
+) -> None:
+    logits = torch.randn(3, 50, 6, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
+    labels = torch.full((3, 6, 70), 2)
     labels[2, 4, 66] = 255
-    for image, channel in ((1, 2), (1, 3), (2, 0)):
-        logits[image, channel, 4, 66] = value  # image 1 at a valid pixel, image 2 at a void one
-        tau = torch.ones(3)
-        for got, expected in (
-            (fused.erosion_grad(logits, labels, tau), reference.erosion_grad(logits, labels, tau)),
-            (fused.pixel_grad(logits, labels, "pgd"), reference.pixel_grad(logits, labels, "pgd")),
-        ):
-            torch.testing.assert_close(got[0], expected[0], **GRADIENT[dtype])
-            assert got[-1][:, 3].isnan().tolist() == expected[-1][:, 3].isnan().tolist() == [False, True, False]
-            assert (got[0][1, :, 4, 66] == 0).all()
-    assert fused.erosion_grad(logits, labels, torch.ones(3))[1].isnan().nonzero().tolist() == [[1, 4, 66]]
+    logits[1:, channel, 4, 66] = value  # image 1 at a valid pixel, image 2 at a void one
+    tau = torch.ones(3)
+    for got, expected in (
+        (fused.erosion_grad(logits, labels, tau), reference.erosion_grad(logits, labels, tau)),
+        (fused.pixel_grad(logits, labels, "pgd"), reference.pixel_grad(logits, labels, "pgd")),
+    ):
+        torch.testing.assert_close(got[0], expected[0], **GRADIENT[dtype])
+        assert got[-1][:, 3].isnan().tolist() == expected[-1][:, 3].isnan().tolist() == [False, True, False]
+        assert (got[0][1, :, 4, 66] == 0).all()
+    assert fused.erosion_grad(logits, labels, tau)[1].isnan().nonzero().tolist() == [[1, 4, 66]]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -1,15 +1,17 @@
 // erosion_grad: confidence, selection against tau, erosion of the neighbourhood and the gradient in one pass.
 //
-// A block goes down a band of rows of a strip (strips.h). For each row y, from one above the band to one below it:
-//   1. Load the row's logits into registers and reduce them over the classes (rows.cuh).
-//   2. Count the row's pixels if it is the block's own, write their log-odds, and put all confidences, those of the
-//   halo
-//      too, into shared memory, where the last four rows stand in a ring.
-//   3. Barrier. Then the 3x3 erosion of row y - 1 is known: write its gradient from the logits of row y - 1, which this
-//      thread has kept in registers, and keep those of row y.
-// So the logits are read once, but for the overlap of strips and bands, and the gradient is written once. Between the
-// barriers of rows y and y + 1 threads read the confidences of rows y - 2 to y and write those of y + 1: four different
-// places in the ring.
+// A block goes over a band of rows of a strip (strips.h), numbered in the order that it takes them. For each row i,
+// from the one before the band to the one behind it:
+//   1. Wait until its logits have arrived in shared memory, and begin to fetch those of row i + 1 (rows.cuh).
+//   2. Reduce it over the classes. Count its pixels if it is the block's own, write their log-odds, and put all
+//      confidences, those of the halo too, into shared memory, where the last four rows' stand in a ring.
+//   3. Barrier. Then the 3x3 erosion of row i - 1 is known: its logits, which still stand in shared memory, are turned
+//      into their gradient in place, and after another barrier copied out.
+// So the logits are read once, but for the overlap of strips and bands, and the gradient is written once.
+//
+// Between the second barriers of rows i and i + 1 threads read the confidences of rows i - 2 to i and write those of
+// i + 1: four different places in the ring. Logits have three stages: when row i + 1 is fetched, row i - 2 has been
+// copied out, before the barrier at which row i arrived.
 //
 // Radius 0 is radius 1 with a cone that rises to infinity. What does not fit here (a larger radius, the top class's
 // confidence, a geodesic erosion, more than 256 classes) takes the general kernel, erosion_grad_general.cu.
@@ -21,129 +23,149 @@ namespace eroseg::cuda {
 namespace {
 
 constexpr int kRing = 4;
+constexpr int kStages = 3;
 
-// One +inf on either side of a row's confidences is the border of the image.
-int64_t ring_bytes(const Strips& strips) {
-  return kRing * (strips.width + 2 * strips.halo + 2) * static_cast<int64_t>(sizeof(float));
+// A row's confidences, with a word beyond the strip on either side: its halo, or +inf as the border of the image.
+__host__ __device__ constexpr int ring_pitch(const Strips& strips, int pixels_of_word) {
+  return strips.width + 2 * pixels_of_word;
 }
 
-template <class Type, int kPer, Layout kLayout>
-__global__ void __launch_bounds__(kMostThreads, resident_wanted(kPer, kLayout))
+// pixel_math.h's front_weight by the exponential unit: its error grows to 1e-5 only where the weight is below 1e-30.
+__device__ __forceinline__ float fast_front_weight(Front front, float q, float tau, float per_tau) {
+  if (front == Front::kHard) return q <= tau ? 1.0f : 0.0f;
+  const float e = exp2_approx(-kLog2E * per_tau * q);
+  return quotient(4.0f * e, (1.0f + e) * (1.0f + e));
+}
+
+// Neighbouring floats in memory, which may be read and written at once where they are aligned.
+template <int kN>
+struct alignas(sizeof(float) * kN) Floats {
+  float at[kN];
+};
+
+template <class Type, Layout kLayout>
+__global__ void __launch_bounds__(kMostThreads, 2)
     erosion_grad_kernel(const __grid_constant__ ErosionGrad job, const __grid_constant__ Strips strips,
                         const __grid_constant__ Counting counting) {
-  constexpr int kPixels = Type::kPixels;
+  using RowsOf = Rows<Type, kLayout, false>;
+  constexpr int kPixels = RowsOf::kPixels;
+  using Several = Floats<kPixels>;
   const Shape& shape = job.input.shape;
   const int height = static_cast<int>(shape.height), width = static_cast<int>(shape.width);
   const Place place = Place::of<Type>(shape, strips);
   unsigned char* memory = shared_memory();
-  const int pitch = strips.width + 2 * strips.halo + 2;
+  const int pitch = ring_pitch(strips, kPixels);
   auto* ring = reinterpret_cast<float*>(memory);
-  Rows<Type, kPer, kLayout, false> rows(job.input, strips, place,
-                                        memory + (kRing * pitch * static_cast<int>(sizeof(float)) + 15) / 16 * 16);
+  RowsOf rows(job.input, job.grad, strips, place, kStages, memory + kRing * pitch * static_cast<int>(sizeof(float)));
 
   const float tau = job.tau[place.image];
+  const float per_tau = 1.0f / tau;
   const float rise = job.radius == 0 ? kInf : job.slope * tau;
-  const int pixels = place.pixels<Type>(width);
-  const int position = place.x - place.left + strips.halo + 1;
-  // Words beyond the strip and its halo have no place in the ring.
-  const bool has_place = position >= 1 && position + kPixels < pitch;
+  const int position = place.x - place.left + kPixels;
+  const bool has_place = position >= 0 && position + kPixels <= pitch;
   const bool writes = place.own && place.group == 0;
+  const bool aligned = width % kPixels == 0 && reinterpret_cast<uintptr_t>(job.log_odds) % sizeof(Several) == 0;
+  const auto confidences = [&](int i) { return ring + (i & (kRing - 1)) * pitch + position; };
 
   for (int i = thread_of_block(); i < kRing * pitch; i += threads_of_block()) ring[i] = kInf;
 
-  uint32_t kept[kPer] = {};
-  int kept_label[kPixels];
+  int kept_channel[kPixels];
   float kept_scaled[kPixels], kept_sum[kPixels], kept_gain[kPixels];
-  for (int v = 0; v < kPixels; ++v) kept_label[v] = -1, kept_scaled[v] = kept_gain[v] = 0.0f, kept_sum[v] = 1.0f;
+  for (int v = 0; v < kPixels; ++v) kept_channel[v] = -1, kept_scaled[v] = kept_gain[v] = 0.0f, kept_sum[v] = 1.0f;
   Counts counts;
-  __syncthreads();
+  const int own_rows = place.end - place.begin;
+  int before = 0, now = 1, after = 2;  // stages of rows i - 1, i and i + 1
+  rows.fetch(place.row(-1), now);
 
-  for (int y = place.begin - 1; y <= place.end; ++y) {
-    uint32_t z[kPer] = {};
-    int label[kPixels];
-    float scaled[kPixels], sum[kPixels], gain[kPixels], score[kPixels];
+  for (int i = -1; i <= own_rows; ++i) {
+    rows.arrive();
+    if (i < own_rows) rows.fetch(place.row(i + 1), after);
+    const int y = place.row(i);
+    int channel[kPixels];
+    float scaled[kPixels], sum[kPixels], gain[kPixels];
+    Several score;
     for (int v = 0; v < kPixels; ++v) {
-      label[v] = -1, scaled[v] = gain[v] = 0.0f, sum[v] = 1.0f, score[v] = kInf;
+      channel[v] = -1, scaled[v] = gain[v] = 0.0f, sum[v] = 1.0f, score.at[v] = kInf;
     }
     if (y >= 0 && y < height) {
-      rows.load(y, z);
-      const Terms<kPixels> terms = rows.reduce(y, z);
-      const bool own_row = y >= place.begin && y < place.end;
+      const Terms<kPixels> terms = rows.reduce(y, now);
+      Several log_odds;
 #pragma unroll
       for (int v = 0; v < kPixels; ++v) {
         const bool valid = terms.label[v] >= 0;
-        const float log_odds = terms.log_odds[v];
-        const bool finite = log_odds == log_odds;
-        label[v] = terms.label[v], scaled[v] = terms.scaled[v], sum[v] = terms.sum[v];
+        const bool finite = terms.log_odds[v] == terms.log_odds[v];
+        log_odds.at[v] = valid ? terms.log_odds[v] : kInf;
+        channel[v] = terms.channel[v], scaled[v] = terms.scaled[v], sum[v] = terms.sum[v];
         if (valid && finite) {
-          score[v] = absolute(log_odds);
+          score.at[v] = absolute(terms.log_odds[v]);
           gain[v] = job.targeted ? -1.0f : 1.0f;
-          if (job.direction == Direction::kCrossEntropy) gain[v] *= sigmoid(-log_odds);
-          if (job.class_weight != nullptr) gain[v] *= job.class_weight[place.image * shape.classes() + label[v]];
+          if (job.direction == Direction::kCrossEntropy) gain[v] *= sigmoid(-terms.log_odds[v]);
+          if (job.class_weight != nullptr) gain[v] *= job.class_weight[place.image * shape.classes() + terms.label[v]];
         }
-        if (writes && own_row && v < pixels) {
-          const int64_t index = (place.image * height + y) * width + place.x + v;
-          const float now = valid ? log_odds : kInf;
-          job.log_odds[index] = now;
+      }
+      if (writes && i >= 0 && i < own_rows) {
+        const int64_t index = (place.image * height + y) * width + place.x;
+        if (aligned && place.pixels > 0) {
+          *reinterpret_cast<Several*>(job.log_odds + index) = log_odds;
+        } else {
+#pragma unroll
+          for (int v = 0; v < kPixels; ++v) {
+            if (v < place.pixels) job.log_odds[index + v] = log_odds.at[v];
+          }
+        }
+#pragma unroll
+        for (int v = 0; v < kPixels; ++v) {
+          const bool valid = terms.label[v] >= 0;
           counts.valid += valid;
           counts.right += valid && terms.right[v];
-          if (valid && !finite) counts.movement += now;
-          if (score[v] <= tau) {
+          if (valid && score.at[v] == kInf) counts.movement += log_odds.at[v];
+          if (score.at[v] <= tau) {
             counts.front += 1;
-            const float before = job.previous == nullptr ? now : job.previous[index];
-            counts.movement += job.targeted ? now - before : before - now;
+            const float last = job.previous == nullptr ? log_odds.at[v] : job.previous[index + v];
+            counts.movement += job.targeted ? log_odds.at[v] - last : last - log_odds.at[v];
           }
         }
       }
     }
-    if (place.group == 0 && has_place) {
-      float* row = ring + (y & (kRing - 1)) * pitch + position;
-#pragma unroll
-      for (int v = 0; v < kPixels; ++v) row[v] = score[v];
-    }
+    if (place.group == 0 && has_place) *reinterpret_cast<Several*>(confidences(i)) = score;
     __syncthreads();
 
-    if (y > place.begin) {
+    if (i > 0) {
       float weight[kPixels];
+      for (int v = 0; v < kPixels; ++v) weight[v] = 0.0f;
+      if (place.own) {
+        // The lowest of each column of three, with those beside the word.
+        float column[kPixels + 2];
+        for (int v = 0; v < kPixels + 2; ++v) column[v] = kInf;
+        Several own;
 #pragma unroll
-      for (int v = 0; v < kPixels; ++v) {
-        float q = kInf;
-        if (place.own) {
-          float lowest = kInf;
+        for (int back = 0; back <= 2; ++back) {
+          const float* row = confidences(i - back);
+          const Several word = *reinterpret_cast<const Several*>(row);
+          if (back == 1) own = word;
+          column[0] = fminf(column[0], row[-1]);
 #pragma unroll
-          for (int dy = -2; dy <= 0; ++dy) {
-            const float* row = ring + ((y + dy) & (kRing - 1)) * pitch + position + v;
-            lowest = fminf(lowest, fminf(row[-1], fminf(row[0], row[1])));
-          }
-          q = fminf(ring[((y - 1) & (kRing - 1)) * pitch + position + v], lowest + rise);
+          for (int v = 0; v < kPixels; ++v) column[v + 1] = fminf(column[v + 1], word.at[v]);
+          column[kPixels + 1] = fminf(column[kPixels + 1], row[kPixels]);
         }
-        weight[v] = kept_gain[v] == 0.0f ? 0.0f : kept_gain[v] * front_weight(job.front, q, tau);
+#pragma unroll
+        for (int v = 0; v < kPixels; ++v) {
+          const float lowest = fminf(column[v], fminf(column[v + 1], column[v + 2]));
+          const float q = fminf(own.at[v], lowest + rise);
+          if (kept_gain[v] != 0.0f) weight[v] = kept_gain[v] * fast_front_weight(job.front, q, tau, per_tau);
+        }
       }
-      rows.write(y - 1, kept, kept_label, kept_scaled, kept_sum, weight, job.grad);
+      rows.put(place.row(i - 1), before, kept_channel, kept_scaled, kept_sum, weight, job.targeted);
+      rows.copy_out(place.row(i - 1), before);
     }
 #pragma unroll
-    for (int i = 0; i < kPer; ++i) kept[i] = z[i];
     for (int v = 0; v < kPixels; ++v) {
-      kept_label[v] = label[v], kept_scaled[v] = scaled[v], kept_sum[v] = sum[v], kept_gain[v] = gain[v];
+      kept_channel[v] = channel[v], kept_scaled[v] = scaled[v], kept_sum[v] = sum[v], kept_gain[v] = gain[v];
     }
+    const int done = before;
+    before = now, now = after, after = done;
   }
   add_up(counts, shape.batch, counting, memory);
-}
-
-template <class Type, int kPer, Layout kLayout>
-cudaError_t launch_rows(const ErosionGrad& job, const Counting& counting, cudaStream_t stream) {
-  const Shape& shape = job.input.shape;
-  const auto kernel = erosion_grad_kernel<Type, kPer, kLayout>;
-  Strips strips = cut_strips(shape.width, 1, Type::kPixels, groups_for(shape.classes()), kMostThreads);
-  const dim3 threads(strips.slots, strips.groups);
-  const int all = strips.slots * strips.groups;
-  const int64_t shared =
-      std::max((ring_bytes(strips) + 15) / 16 * 16 + rows_bytes(strips, Type::kPixels, job.input), counts_bytes(all));
-  int resident = 1;
-  const cudaError_t error = resident_blocks(kernel, all, shared, &resident);
-  if (error != cudaSuccess) return error;
-  cut_bands(strips, shape.batch, shape.height, 1, resident);
-  return launch(kernel, shape.batch * strips.count * strips.bands, threads, shared, stream, job, strips, counting);
 }
 
 }  // namespace
@@ -151,10 +173,25 @@ cudaError_t launch_rows(const ErosionGrad& job, const Counting& counting, cudaSt
 cudaError_t launch_erosion_grad(const ErosionGrad& job, const Counting& counting, cudaStream_t stream) {
   const Shape& shape = job.input.shape;
   if (shape.pixels() == 0) return count_nothing(shape, counting, stream);
-  const bool fits = job.radius <= 1 && job.within == Within::kAny && job.confidence == Confidence::kLabel;
-  if (!fits || !fits_rows(shape)) return launch_erosion_grad_general(job, counting, stream);
-  return for_rows(job.input, job.grad, [&](auto type, auto per, auto layout) {
-    return launch_rows<decltype(type), decltype(per)::value, decltype(layout)::value>(job, counting, stream);
+  if (job.radius > 1 || job.within != Within::kAny || job.confidence != Confidence::kLabel) {
+    return launch_erosion_grad_general(job, counting, stream);
+  }
+  return for_rows(job.input, [&](auto type, auto layout) {
+    using Type = decltype(type);
+    const auto kernel = erosion_grad_kernel<Type, decltype(layout)::value>;
+    constexpr int kPixels = Word<Type>::kElements;
+    constexpr int kOfPixel = kRing * static_cast<int>(sizeof(float));
+    RowsLaunch with;
+    cudaError_t error = launch_of<Type>(job.input, 1, kStages, kOfPixel, 2 * kPixels * kOfPixel, &with);
+    if (error != cudaSuccess) return error;
+    if (with.strips.count == 0) return launch_erosion_grad_general(job, counting, stream);
+    const int64_t shared = std::max(with.shared, counts_bytes(with.threads));
+    int resident = 1;
+    error = resident_blocks(kernel, with.threads, shared, &resident);
+    if (error != cudaSuccess) return error;
+    cut_bands(with.strips, shape.batch, shape.height, 1, resident);
+    return launch(kernel, shape.batch * with.strips.count * with.strips.bands,
+                  dim3(with.strips.slots, with.strips.groups), shared, stream, job, with.strips, counting);
   });
 }
 

@@ -26,7 +26,7 @@ struct Waiting {
 __device__ __forceinline__ int place_in(int ring, int y) { return (y + 4 * ring * kMaxRadius) % ring; }
 
 template <class Type>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 8)
     erosion_grad_general_kernel(const __grid_constant__ ErosionGrad job, const __grid_constant__ Strips strips,
                                 const __grid_constant__ Counting counting) {
   const Shape& shape = job.input.shape;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t launch_erosion_grad_general(const ErosionGrad& job, const Counting& counting, cudaStream_t stream) {
   const Shape& shape = job.input.shape;
-  Strips strips = cut_strips(shape.width, job.radius, 1, 1, kThreads);
+  Strips strips = cut_strips(shape.width, {job.radius, 1, 1, kWarp, 1, kThreads, kThreads});
   const int64_t pitch = strips.width + 2 * strips.halo + 2;
   const int64_t cells = (job.radius + 1) * kRing * pitch + kClassRing * pitch;
   const int64_t shared = std::max<int64_t>(

@@ -16,9 +16,11 @@ struct Counting {
   unsigned* ticket;  // 0 before and after every launch; launches that may overlap need one each
 };
 
-// No launch over these images has more blocks than this: the narrowest strip has 16 pixels, see strips.h.
+// No launch over these images has more blocks than this: no strip but the last is narrower, and no band is empty.
+constexpr int kNarrowestStrip = 16;
 inline int64_t most_blocks(const Shape& shape) {
-  return shape.batch * ((shape.width + 15) / 16) * std::min<int64_t>(shape.height, 256);
+  const int64_t strips = (shape.width + kNarrowestStrip - 1) / kNarrowestStrip;
+  return shape.batch * strips * std::min<int64_t>(shape.height, 256);
 }
 
 cudaError_t launch_erosion_grad(const ErosionGrad& job, const Counting& counting, cudaStream_t stream);

@@ -29,21 +29,24 @@ __device__ __forceinline__ void count(Counts& counts, bool valid, bool right, fl
   if (valid && log_odds != log_odds) counts.movement += log_odds;
 }
 
-template <class Type, int kPer, Layout kLayout>
-__global__ void __launch_bounds__(kMostThreads, 1)
+constexpr int kStages = 2;
+
+template <class Type, Layout kLayout>
+__global__ void __launch_bounds__(kMostThreads, 2)
     pixel_grad_kernel(const __grid_constant__ PixelGrad job, const __grid_constant__ Strips strips,
                       const __grid_constant__ Counting counting) {
-  constexpr int kPixels = Type::kPixels;
+  using RowsOf = Rows<Type, kLayout, true>;
+  constexpr int kPixels = RowsOf::kPixels;
   const Place place = Place::of<Type>(job.input.shape, strips);
   unsigned char* memory = shared_memory();
-  Rows<Type, kPer, kLayout, true> rows(job.input, strips, place, memory);
+  RowsOf rows(job.input, job.grad, strips, place, kStages, memory);
   const float* class_weight = class_weight_of(job, place.image);
-  const int pixels = place.pixels<Type>(static_cast<int>(job.input.shape.width));
   Counts counts;
-  for (int y = place.begin; y < place.end; ++y) {
-    uint32_t z[kPer] = {};
-    rows.load(y, z);
-    const Terms<kPixels> terms = rows.reduce(y, z);
+  rows.fetch(place.begin, 0);
+  for (int y = place.begin, stage = 0; y < place.end; ++y, stage = 1 - stage) {
+    rows.arrive();
+    if (y + 1 < place.end) rows.fetch(y + 1, 1 - stage);
+    const Terms<kPixels> terms = rows.reduce(y, stage);
     float weight[kPixels];
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
@@ -54,9 +57,10 @@ __global__ void __launch_bounds__(kMostThreads, 1)
         const float norm = terms.squares[v] / (terms.sum[v] * terms.sum[v]);
         weight[v] = weight_of(job, class_weight, terms.label[v], terms.right[v], log_odds, norm);
       }
-      if (place.own && place.group == 0 && v < pixels) count(counts, valid, terms.right[v], log_odds);
+      if (place.own && place.group == 0) count(counts, valid, terms.right[v], log_odds);
     }
-    rows.write(y, z, terms.label, terms.scaled, terms.sum, weight, job.grad);
+    rows.put(y, stage, terms.channel, terms.scaled, terms.sum, weight, job.method.targeted);
+    rows.copy_out(y, stage);
   }
   add_up(counts, job.input.shape.batch, counting, memory);
 }
@@ -95,19 +99,12 @@ __global__ void __launch_bounds__(kPixelThreads)
   add_up(counts, job.input.shape.batch, counting, shared_memory());
 }
 
-template <class Type, int kPer, Layout kLayout>
-cudaError_t launch_rows(const PixelGrad& job, const Counting& counting, cudaStream_t stream) {
-  const Shape& shape = job.input.shape;
-  const auto kernel = pixel_grad_kernel<Type, kPer, kLayout>;
-  Strips strips = cut_strips(shape.width, 0, Type::kPixels, groups_for(shape.classes()), kMostThreads);
-  const int all = strips.slots * strips.groups;
-  const int64_t shared = std::max(rows_bytes(strips, Type::kPixels, job.input), counts_bytes(all));
-  int resident = 1;
-  const cudaError_t error = resident_blocks(kernel, all, shared, &resident);
-  if (error != cudaSuccess) return error;
-  cut_bands(strips, shape.batch, shape.height, 0, resident);
-  return launch(kernel, shape.batch * strips.count * strips.bands, dim3(strips.slots, strips.groups), shared, stream,
-                job, strips, counting);
+cudaError_t launch_pixel_grad_general(const PixelGrad& job, const Counting& counting, cudaStream_t stream) {
+  const int blocks = pixel_blocks(job.input.shape);
+  return for_type(job.input.logits.type, [&](auto type) {
+    return launch(pixel_grad_general_kernel<decltype(type)>, job.input.shape.batch * blocks, dim3(kPixelThreads),
+                  counts_bytes(kPixelThreads), stream, job, blocks, counting);
+  });
 }
 
 }  // namespace
@@ -115,15 +112,21 @@ cudaError_t launch_rows(const PixelGrad& job, const Counting& counting, cudaStre
 cudaError_t launch_pixel_grad(const PixelGrad& job, const Counting& counting, cudaStream_t stream) {
   const Shape& shape = job.input.shape;
   if (shape.pixels() == 0) return count_nothing(shape, counting, stream);
-  if (job.method.method == Method::kCosPgdSigmoid || !fits_rows(shape)) {
-    const int blocks = pixel_blocks(shape);
-    return for_type(job.input.logits.type, [&](auto type) {
-      return launch(pixel_grad_general_kernel<decltype(type)>, shape.batch * blocks, dim3(kPixelThreads),
-                    counts_bytes(kPixelThreads), stream, job, blocks, counting);
-    });
-  }
-  return for_rows(job.input, job.grad, [&](auto type, auto per, auto layout) {
-    return launch_rows<decltype(type), decltype(per)::value, decltype(layout)::value>(job, counting, stream);
+  if (job.method.method == Method::kCosPgdSigmoid) return launch_pixel_grad_general(job, counting, stream);
+  return for_rows(job.input, [&](auto type, auto layout) {
+    using Type = decltype(type);
+    const auto kernel = pixel_grad_kernel<Type, decltype(layout)::value>;
+    RowsLaunch with;
+    cudaError_t error = launch_of<Type>(job.input, 0, kStages, 0, 0, &with);
+    if (error != cudaSuccess) return error;
+    if (with.strips.count == 0) return launch_pixel_grad_general(job, counting, stream);
+    const int64_t shared = std::max(with.shared, counts_bytes(with.threads));
+    int resident = 1;
+    error = resident_blocks(kernel, with.threads, shared, &resident);
+    if (error != cudaSuccess) return error;
+    cut_bands(with.strips, shape.batch, shape.height, 0, resident);
+    return launch(kernel, shape.batch * with.strips.count * with.strips.bands,
+                  dim3(with.strips.slots, with.strips.groups), shared, stream, job, with.strips, counting);
   });
 }
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "../pixel_math.h"
 #include "runtime.h"
 
 #if !defined(EROSEG_CUDA_ON_HOST)
@@ -31,7 +32,43 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #endif
 }
 
+// log2(x) for x >= 0, -inf of 0: off by 2^-21 at most.
+__device__ __forceinline__ float log2_approx(float x) {
+#if defined(EROSEG_CUDA_ON_HOST)
+  return std::log2(x);
+#else
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+__device__ __forceinline__ float not_a_number() { return Bits<float>::from(0x7fc00000); }
+
+// a / b to 2 units in the last place, for b from 2^-126 to 2^126.
+__device__ __forceinline__ float quotient(float a, float b) {
+#if defined(EROSEG_CUDA_ON_HOST)
+  return a / b;
+#else
+  return __fdividef(a, b);
+#endif
+}
+
 #if !defined(EROSEG_CUDA_ON_HOST)
+// Begins to copy 4 or 16 bytes, so aligned, from global to shared memory.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(global) : "memory");
+  }
+}
+
+// Waits for all copies that this thread has begun.
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // The block's shared memory; kernels lay it out themselves.
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];
@@ -51,6 +88,19 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, 
   }
   kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared), stream>>>(arguments...);
   return cudaGetLastError();
+}
+
+// Bytes of shared memory that a block and a multiprocessor of the current device have at most.
+inline cudaError_t shared_memory_limits(int64_t* of_block, int64_t* of_processor) {
+  int device = 0, block = 0, processor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  }
+  *of_block = block;
+  *of_processor = processor;
+  return error;
 }
 
 // How many blocks of the kernel the current device holds at a time.

@@ -1,13 +1,15 @@
-// Rows of pixels in registers: read once, reduced over the classes, and their gradient written.
+// Rows of pixels in shared memory: fetched while the row before is at work, reduced over the classes, and turned into
+// their gradient where they stand, before they are copied out.
 //
-// A thread holds a word of neighbouring pixels (one of float32, two of 16 bits) for up to kPer classes, all in
-// registers: the class loops are unrolled, so that every load of a row is issued before the first is used. With more
-// than kPer classes, `groups` threads share a pixel; they exchange the maximum and the sum through shared memory.
-// channels_last rows pass through shared memory as they lie in global memory, to be read and written in whole words of
-// 16 bytes; from there on nothing differs.
+// Every thread of a block copies pieces of 16 bytes, whichever pixels these belong to; for the arithmetic it has a word
+// of neighbouring pixels (two of float32, four of 16 bits), or a part of their classes where `groups` threads share
+// them. Nothing is kept in registers but a pixel's terms, so the number of classes is no template argument.
 //
-// Invariants: all threads of a block call load, reduce and write together, since these have barriers; a thread beyond
-// the image or the strip takes part with no pixels of its own. The order of every sum is fixed.
+// The label's logit gives its place to the lowest finite number, whose exponential is 0: the loops over the classes
+// need not ask which of them is the label.
+//
+// Invariants: all threads of a block call fetch, arrive, reduce, put and copy_out together; a thread beyond the image
+// or the strip takes part with no classes of its own. The order of every sum is fixed.
 #pragma once
 
 #include <type_traits>
@@ -17,23 +19,59 @@
 
 namespace eroseg::cuda {
 
-// All groups but the last have so many classes.
-__host__ __device__ constexpr int classes_of_group(int classes, int groups) { return (classes + groups - 1) / groups; }
+// How logits lie in memory: as planes [C][H][W], or as pixels [H][W][C].
+enum class Layout { kPlanes, kChannelsLast };
+
+// A thread's unit of access to shared memory.
+template <class Type>
+struct alignas(8) Word {
+  // Pixels of a word of planes; classes of a word of a channels_last pixel.
+  static constexpr int kElements = 2 * Type::kPixels;
+  uint32_t halves[2];
+
+  __device__ __forceinline__ void unpack(float (&out)[kElements]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float part[Type::kPixels];
+      Type::unpack(halves[h], part);
+#pragma unroll
+      for (int v = 0; v < Type::kPixels; ++v) out[h * Type::kPixels + v] = part[v];
+    }
+  }
+
+  static __device__ __forceinline__ Word pack(const float (&in)[kElements]) {
+    Word word;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float part[Type::kPixels];
+#pragma unroll
+      for (int v = 0; v < Type::kPixels; ++v) part[v] = in[h * Type::kPixels + v];
+      word.halves[h] = Type::pack(part);
+    }
+    return word;
+  }
+};
+
+constexpr int kBytesOfPiece = 16;  // the largest that an asynchronous copy takes
 
 // What a block works on, and a thread's part of it.
 struct Place {
   int64_t image;
   int begin, end;    // own rows
+  bool upward;       // whether the block goes from the last of them to the first
   int left, width;   // own pixels of the strip
   int x;             // first pixel of this thread's word
+  int pixels;        // of the word that lie in the image and in the strip or its halo
   int slot;          // of the thread in the row
   bool own;          // whether the word belongs to the strip, not to its halo
   int group;         // of classes
-  int first, count;  // the group's classes
+  int first, count;  // the group's classes; none for a thread without pixels
 
+  // Of two bands that touch, one is gone over upwards and the other downwards: the rows that both of them read are read
+  // at about the same time, and so once from memory.
   template <class Type>
   static __device__ __forceinline__ Place of(const Shape& shape, const Strips& strips) {
-    constexpr int kPixels = Type::kPixels;
+    constexpr int kPixels = Word<Type>::kElements;
     Place place;
     const int64_t per_image = static_cast<int64_t>(strips.count) * strips.bands;
     const int within = static_cast<int>(blockIdx.x % per_image);
@@ -42,44 +80,33 @@ struct Place {
     const int height = static_cast<int>(shape.height), image_width = static_cast<int>(shape.width);
     place.begin = band * strips.rows;
     place.end = place.begin + strips.rows < height ? place.begin + strips.rows : height;
+    place.upward = band % 2 != 0;
     place.left = within / strips.bands * strips.width;
     place.width = place.left + strips.width < image_width ? strips.width : image_width - place.left;
 
-    // Own words first, so that they are aligned in memory; then the halo on the left, then the one on the right.
+    // Own words first, then the halo on the left, then the one on the right.
     place.slot = static_cast<int>(threadIdx.x);
     const int own_words = strips.width / kPixels, halo_words = strips.halo / kPixels;
     const int beyond = place.slot - own_words;
     place.own = beyond < 0;
-    if (beyond < 0) {
-      place.x = place.left + place.slot * kPixels;
-    } else if (beyond < halo_words) {
-      place.x = place.left - strips.halo + beyond * kPixels;
-    } else if (beyond < 2 * halo_words) {
-      place.x = place.left + strips.width + (beyond - halo_words) * kPixels;
-    } else {
-      // Of no strip: beyond the image, and beyond the strip's halo.
-      const int after = place.left + strips.width + strips.halo;
-      place.x = after < image_width ? image_width : after;
-    }
+    place.x = place.left + place.slot * kPixels;
+    if (beyond >= 0 && beyond < halo_words) place.x = place.left - strips.halo + beyond * kPixels;
+    if (beyond >= halo_words) place.x -= strips.halo;
+    const bool some = beyond < 2 * halo_words && place.x >= 0 && place.x < image_width;
+    place.pixels = !some ? 0 : (image_width - place.x < kPixels ? image_width - place.x : kPixels);
+
     place.group = static_cast<int>(threadIdx.y);
     const int classes = static_cast<int>(shape.classes());
-    const int per = classes_of_group(classes, strips.groups);
+    const int per = (classes + strips.groups - 1) / strips.groups;
     place.first = place.group * per;
-    place.count = classes - place.first < per ? classes - place.first : per;
+    const int count = classes - place.first < per ? classes - place.first : per;
+    place.count = place.pixels > 0 && count > 0 ? count : 0;
     return place;
   }
 
-  // How many of the word's pixels lie in the image: 0 to Type::kPixels.
-  template <class Type>
-  __device__ __forceinline__ int pixels(int image_width) const {
-    const int n = x < 0 ? 0 : image_width - x;
-    return n < 0 ? 0 : (n < Type::kPixels ? n : Type::kPixels);
-  }
+  // The row of the image that is number i of the band, which begins with 0; -1 and end - begin are those beyond it.
+  __device__ __forceinline__ int row(int i) const { return upward ? end - 1 - i : begin + i; }
 };
-
-// How logits lie in memory: as planes [C][H][W], where the pixels of a word can be read and written at once or, in rows
-// of odd length, cannot; or as pixels [H][W][C].
-enum class Layout { kPlanes, kOddPlanes, kChannelsLast };
 
 // What is left of a word's pixels after their reduction. Exponentials are relative to 2^scaled: the kernel computes
 // exp(z - m) as 2^(z log2(e) - scaled) with scaled = m log2(e), rounded once, so S comes out with a factor close to 1
@@ -87,6 +114,7 @@ enum class Layout { kPlanes, kOddPlanes, kChannelsLast };
 template <int kPixels>
 struct Terms {
   int label[kPixels];       // -1 on void pixels and beyond the image
+  int channel[kPixels];     // the label's among this thread's; -1 if it is another group's or has none
   float scaled[kPixels];    // m log2(e), m the largest logit but the label's; 0 where logits are not finite
   float sum[kPixels];       // S = sum over c != y of exp(z_c - m); 1 where logits are not finite
   float squares[kPixels];   // sum over c != y of exp(2 (z_c - m))
@@ -94,140 +122,117 @@ struct Terms {
   bool right[kPixels];
 };
 
-// Threads of a block at most: with two or three blocks on a multiprocessor, one reads while another computes.
-constexpr int kMostThreads = 256;
-constexpr int kMostGroups = kMostThreads / kWarp;
-// A group's classes, preferably; with many classes, so many at most.
-constexpr int kFewPer = 21, kMostPer = 32;
-// More classes than this do not stay in registers.
-constexpr int64_t kMostClasses = kMostGroups * kMostPer;
+// The shared memory of Rows: `stages` rows of the strip and its halo, then what groups exchange.
+struct RowsMemory {
+  int pitch;  // pixels of a staged row
+  int stage;  // bytes of one
+  int stages;
+  int groups;
 
-// Blocks that must fit on a multiprocessor: what the registers allow without spilling.
-constexpr int resident_wanted(int per, Layout layout) { return per <= kFewPer && layout == Layout::kPlanes ? 2 : 1; }
+  template <class Type>
+  static __host__ __device__ RowsMemory of(const Input& input, const Strips& strips, int stages) {
+    const int unit = kBytesOfPiece / static_cast<int>(sizeof(typename Type::Element));
+    const int pitch = strips.width + (strips.halo > 0 ? 2 * unit : 0);
+    const int bytes = pitch * static_cast<int>(input.shape.channels * sizeof(typename Type::Element));
+    // A channels_last row begins anywhere within 16 bytes.
+    return {pitch, bytes + (input.logits.channels_last ? kBytesOfPiece : 0), stages, strips.groups};
+  }
 
-inline bool fits_rows(const Shape& shape) { return shape.classes() <= kMostClasses; }
+  // Two numbers for each group, the label's logit and whether it is tied, for each of the slots' pixels.
+  static __host__ __device__ int exchanged_of_pixel(int groups) {
+    return groups == 1 ? 0 : (2 * groups + 2) * static_cast<int>(sizeof(float));
+  }
 
-inline int groups_for(int64_t classes) {
-  const int64_t groups = (classes + kFewPer - 1) / kFewPer;
-  return static_cast<int>(groups <= kMostGroups ? groups : (classes + kMostPer - 1) / kMostPer);
-}
+  __host__ __device__ int64_t bytes(int pixels_of_slots) const {
+    return static_cast<int64_t>(stages) * stage + exchanged_of_pixel(groups) * static_cast<int64_t>(pixels_of_slots);
+  }
+};
 
-// Whether every word of every row of the planes at `data` is aligned as such.
-inline bool are_words_aligned(const void* data, const Shape& shape, int pixels_of_word) {
-  return shape.width % pixels_of_word == 0 && reinterpret_cast<uintptr_t>(data) % sizeof(uint32_t) == 0;
-}
-
-// Calls f(Type{}, per, layout), the latter as integral constants, with `per` registers for a group's classes.
-template <class F>
-cudaError_t for_rows(const Input& input, const void* grad, const F& f) {
-  const int classes = static_cast<int>(input.shape.classes());
-  const int wanted = classes_of_group(classes, groups_for(classes));
-  return for_type(input.logits.type, [&](auto type) {
-    constexpr int kPixels = decltype(type)::kPixels;
-    const bool aligned =
-        are_words_aligned(input.logits.data, input.shape, kPixels) && are_words_aligned(grad, input.shape, kPixels);
-    const auto with = [&](auto per) {
-      if (input.logits.channels_last) return f(type, per, std::integral_constant<Layout, Layout::kChannelsLast>{});
-      if constexpr (kPixels > 1) {
-        if (!aligned) return f(type, per, std::integral_constant<Layout, Layout::kOddPlanes>{});
-      }
-      return f(type, per, std::integral_constant<Layout, Layout::kPlanes>{});
-    };
-    if (wanted <= 4) return with(std::integral_constant<int, 4>{});
-    if (wanted <= 12) return with(std::integral_constant<int, 12>{});
-    if (wanted <= kFewPer) return with(std::integral_constant<int, kFewPer>{});
-    return with(std::integral_constant<int, kMostPer>{});
-  });
-}
-
-// Shared memory for the exchange between groups, whole words of 16 bytes.
-__host__ __device__ inline int exchange_bytes(const Strips& strips, int pixels_of_word) {
-  const int pixels = strips.slots * pixels_of_word;
-  return strips.groups == 1 ? 0 : (2 * strips.groups + 2) * pixels * static_cast<int>(sizeof(float));
-}
-
-// All shared memory of Rows: the exchange, then a staged row of channels_last logits, at any offset from 16 bytes.
-inline int64_t rows_bytes(const Strips& strips, int pixels_of_word, const Input& input) {
-  const int64_t size = input.logits.type == FloatType::kFloat32 ? 4 : 2;
-  const int64_t staged = (strips.width + 2 * strips.halo) * input.shape.channels * size + 16;
-  return exchange_bytes(strips, pixels_of_word) + (input.logits.channels_last ? staged : 0);
-}
-
-template <class Type, int kPer, Layout kLayout, bool kSquares>
+template <class Type, Layout kLayout, bool kSquares>
 class Rows {
  public:
-  static constexpr int kPixels = Type::kPixels;
+  static constexpr int kPixels = Word<Type>::kElements;
   using Element = typename Type::Element;
 
-  // `memory` has rows_bytes and is aligned to 16 of them.
-  __device__ __forceinline__ Rows(const Input& input, const Strips& strips, const Place& place, unsigned char* memory)
+  // `memory` has RowsMemory's bytes and is aligned to 16 of them; `grad` is like the logits.
+  __device__ __forceinline__ Rows(const Input& input, void* grad, const Strips& strips, const Place& place, int stages,
+                                  unsigned char* memory)
       : input_(input),
         place_(place),
-        halo_(strips.halo),
+        layout_(RowsMemory::of<Type>(input, strips, stages)),
+        memory_(memory),
+        exchange_(reinterpret_cast<float*>(memory + stages * layout_.stage)),
         groups_(strips.groups),
-        exchange_(reinterpret_cast<float*>(memory)),
-        staging_(memory + exchange_bytes(strips, kPixels)),
         channels_(static_cast<int>(input.shape.channels)),
         first_class_(static_cast<int>(input.shape.classes() - input.shape.channels)),
         height_(static_cast<int>(input.shape.height)),
-        width_(static_cast<int>(input.shape.width)),
-        pixels_(place.pixels<Type>(width_)),
-        image_(static_cast<const Element*>(input.logits.data) + place.image * channels_ * height_ * width_) {}
+        width_(static_cast<int>(input.shape.width)) {
+    const int halo = strips.halo > 0 ? kUnit : 0;
+    from_ = place.left - halo < 0 ? 0 : place.left - halo;
+    to_ = place.left + place.width + halo < width_ ? place.left + place.width + halo : width_;
+    const int64_t offset = place.image * channels_ * height_ * width_;
+    logits_ = static_cast<const Element*>(input.logits.data) + offset;
+    grad_ = static_cast<Element*>(grad) + offset;
+    const uintptr_t all = reinterpret_cast<uintptr_t>(logits_) | reinterpret_cast<uintptr_t>(grad_) |
+                          static_cast<uintptr_t>(width_ * static_cast<int>(sizeof(Element)));
+    piece_ = all % kBytesOfPiece == 0 ? kBytesOfPiece : (all % 4 == 0 ? 4 : static_cast<int>(sizeof(Element)));
+    const int of_piece = piece_ / static_cast<int>(sizeof(Element));
+    in_ = Share::of((to_ - from_) / of_piece, channels_);
+    out_ = Share::of(place.width / of_piece, channels_);
+    // The virtual class 0 of binary segmentation has no channel.
+    first_channel_ = place.first < first_class_ ? 0 : place.first - first_class_;
+    count_ = place.count - (place.count > 0 && place.first < first_class_ ? first_class_ : 0);
+  }
 
-  // Reads row y of the image into registers; pixels beyond the image are the nearest one inside, so that no load
-  // depends on them. Registers beyond the group's classes have no meaning.
-  __device__ __forceinline__ void load(int y, uint32_t (&z)[kPer]) {
-    if constexpr (kLayout == Layout::kChannelsLast) {
-      const int from = place_.left - halo_ < 0 ? 0 : place_.left - halo_;
-      const int to = place_.left + place_.width + halo_ < width_ ? place_.left + place_.width + halo_ : width_;
-      const Element* row = image_ + (y * width_ + from) * channels_;
-      Element* staged = staged_like(row);
-      copy<false>(const_cast<Element*>(row), staged, (to - from) * channels_);
-      __syncthreads();
-      read(staged, channels_, 1, place_.x - from, to - from, z);
-    } else {
-      read(image_ + y * width_, 1, height_ * width_, place_.x, width_, z);
+  // Begins to fetch row y of the image, if there is one, to stage s.
+  __device__ __forceinline__ void fetch(int y, int s) {
+    if (y >= 0 && y < height_) {
+      if constexpr (kLayout == Layout::kChannelsLast) {
+        const Element* row = logits_ + (y * width_ + from_) * channels_;
+        copy_run<false>(const_cast<Element*>(row), stage(s, y), (to_ - from_) * channels_);
+      } else {
+        copy_planes<false>(const_cast<Element*>(logits_) + y * width_ + from_, stage(s, y), to_ - from_);
+      }
     }
   }
 
-  // Reduces the row in z. Pixels whose logits are not finite are set to 0 there.
-  __device__ __forceinline__ Terms<kPixels> reduce(int y, uint32_t (&z)[kPer]) {
+  // Waits for what has been fetched.
+  __device__ __forceinline__ void arrive() {
+    wait_for_copies();
+    __syncthreads();
+  }
+
+  // Reduces row y, which stands in stage s. Pixels whose logits are not finite are set to 0 there.
+  __device__ __forceinline__ Terms<kPixels> reduce(int y, int s) {
     Terms<kPixels> terms;
-    int local[kPixels];
-    float of_label[kPixels], largest[kPixels];
-    bool is_tied[kPixels];
-    const int classes = first_class_ + channels_;
+    Element* const row = own_part(s, y);
     const int64_t index = (place_.image * height_ + y) * width_ + place_.x;
+    read_labels(input_.labels, first_class_ + channels_, index, place_.pixels, terms.label);
+    int (&channel)[kPixels] = terms.channel;
+    float of_label[kPixels], virtual_logit[kPixels];
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
-      terms.label[v] = v < pixels_ ? read_label(input_.labels, classes, index + v) : -1;
-      local[v] = local_label(terms.label[v]);
-      largest[v] = -kInf;
+      channel[v] = channel_here(terms.label[v]);
       of_label[v] = 0.0f;
-    }
-    // The largest logit but the label's. The label's is taken out of its register: its exponential is then 0, as are
-    // those of registers beyond the classes.
-    typename Type::Poison poison;
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      if (i < place_.count) poison.add(z[i]);
-      float value[kPixels];
-      Type::unpack(z[i], value);
-#pragma unroll
-      for (int v = 0; v < kPixels; ++v) {
-        of_label[v] = local[v] == i ? value[v] : of_label[v];
-        value[v] = local[v] == i ? -kInf : value[v];
-        largest[v] = fmaxf(largest[v], value[v]);
+      if (channel[v] >= 0) {
+        Element& element = row[offset_of(v, channel[v])];
+        of_label[v] = Type::to_float(element);
+        element = Type::kLowestFinite;
       }
-      z[i] = Type::repack(value);
+      virtual_logit[v] = first_class_ > 0 && terms.label[v] != 0 ? 0.0f : -kInf;
     }
+
+    float largest[kPixels], lowest[kPixels];
+    bool is_tied[kPixels];
+    find_extremes(row, largest, lowest);
     // On ties the lowest class is the arg max.
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
-      is_tied[v] = false;
-      if (local[v] > 0 && of_label[v] == largest[v]) is_tied[v] = has_below(z, v, local[v], of_label[v]);
+      largest[v] = fmaxf(largest[v], virtual_logit[v]);
+      is_tied[v] = channel[v] >= 0 && of_label[v] == largest[v] &&
+                   (of_label[v] == virtual_logit[v] || has_below(row, v, channel[v], of_label[v]));
     }
-    if (groups_ > 1) exchange_maxima(terms.label, local, of_label, is_tied, largest);
+    if (groups_ > 1) exchange_maxima(terms.label, channel, of_label, is_tied, largest);
 
     float gap[kPixels];
 #pragma unroll
@@ -235,24 +240,21 @@ class Rows {
       gap[v] = of_label[v] - largest[v];
       terms.right[v] = terms.label[v] >= 0 && gap[v] >= 0.0f && !is_tied[v];
       if (absolute(largest[v]) > kHuge) {
-        shift(v, largest[v], z);
+        shift(row, v, channel[v], largest[v]);
+        virtual_logit[v] -= largest[v];
         largest[v] = 0.0f;
       }
       terms.scaled[v] = largest[v] * kLog2E;
-      terms.sum[v] = poison.of(v);
-      terms.squares[v] = 0.0f;
+      terms.sum[v] = exp2_approx(fmaf(virtual_logit[v], kLog2E, -terms.scaled[v]));
+      // The sum is not a number if a logit is NaN or +inf, but would not feel -inf.
+      if (lowest[v] == -kInf || of_label[v] - of_label[v] != 0.0f) terms.sum[v] = not_a_number();
+      terms.squares[v] = kSquares ? terms.sum[v] * terms.sum[v] : 0.0f;
     }
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      float value[kPixels];
-      Type::unpack(z[i], value);
-#pragma unroll
-      for (int v = 0; v < kPixels; ++v) {
-        const float e = exp2_approx(fmaf(value[v], kLog2E, -terms.scaled[v]));
-        terms.sum[v] += e;
-        if constexpr (kSquares) terms.squares[v] += e * e;
-      }
-    }
+    for_each(row, [&](int v, float z) {
+      const float e = exp2_approx(fmaf(z, kLog2E, -terms.scaled[v]));
+      terms.sum[v] += e;
+      if constexpr (kSquares) terms.squares[v] = fmaf(e, e, terms.squares[v]);
+    });
     if (groups_ > 1) {
       exchange_sums(terms.sum);
       if constexpr (kSquares) {
@@ -265,10 +267,11 @@ class Rows {
     for (int v = 0; v < kPixels; ++v) {
       const bool finite = terms.sum[v] == terms.sum[v];
       const float factor = fmaf(largest[v], kLog2E, -terms.scaled[v]);  // of S, as a power of 2
-      const float log_odds = gap[v] - (log_positive(terms.sum[v]) - factor * kLn2);
-      terms.log_odds[v] = finite ? log_odds : Bits<float>::from(0x7fc00000);
+      const float log_odds = gap[v] - (log2_approx(terms.sum[v]) - factor) * kLn2;
+      terms.log_odds[v] = finite ? log_odds : not_a_number();
       if (!finite) {
-        forget(v, z);
+#pragma unroll 1
+        for (int c = 0; c < count_; ++c) row[offset_of(v, c)] = to_element<Type>(0.0f);
         terms.scaled[v] = 0.0f;
         terms.sum[v] = 1.0f;
       }
@@ -276,176 +279,255 @@ class Rows {
     return terms;
   }
 
-  // Writes weight * dl/dz of row y; z and the rest are the row's. A weight of 0 writes zeros.
-  __device__ __forceinline__ void write(int y, const uint32_t (&z)[kPer], const int (&label)[kPixels],
-                                        const float (&scaled)[kPixels], const float (&sum)[kPixels],
-                                        const float (&weight)[kPixels], void* grad) {
+  // Turns row y in stage s into weight * dl/dz; channel, scaled and sum are its terms. A weight of 0 gives zeros;
+  // weights are not negative, or not positive if is_negative.
+  __device__ __forceinline__ void put(int y, int s, const int (&channel)[kPixels], const float (&scaled)[kPixels],
+                                      const float (&sum)[kPixels], const float (&weight)[kPixels], bool is_negative) {
+    Element* const row = own_part(s, y);
     float scale[kPixels];
 #pragma unroll
-    for (int v = 0; v < kPixels; ++v) scale[v] = weight[v] / sum[v];
-    Element* image = static_cast<Element*>(grad) + place_.image * channels_ * height_ * width_;
+    for (int v = 0; v < kPixels; ++v) scale[v] = quotient(weight[v], sum[v]);
+    if constexpr (kScalesExponent) {
+      // 2^(a - b) scale = 2^(a - (b - log2(scale))): one operation less for each logit.
+      float power[kPixels];
+#pragma unroll
+      for (int v = 0; v < kPixels; ++v) power[v] = scaled[v] - log2_approx(absolute(scale[v]));
+      const auto magnitude = [&](int v, float z) { return exp2_approx(fmaf(z, kLog2E, -power[v])); };
+      if (is_negative) {
+        transform(row, [&](int v, float z) { return -magnitude(v, z); });
+      } else {
+        transform(row, magnitude);
+      }
+    } else {
+      transform(row, [&](int v, float z) { return exp2_approx(fmaf(z, kLog2E, -scaled[v])) * scale[v]; });
+    }
+#pragma unroll
+    for (int v = 0; v < kPixels; ++v) {
+      if (channel[v] >= 0) row[offset_of(v, channel[v])] = to_element<Type>(-weight[v]);
+    }
+  }
+
+  // Copies the strip's own pixels of row y from stage s to the gradient, once all threads have put them there.
+  __device__ __forceinline__ void copy_out(int y, int s) {
+    __syncthreads();
+    const int skipped = place_.left - from_;
     if constexpr (kLayout == Layout::kChannelsLast) {
-      Element* row = image + (y * width_ + place_.left) * channels_;
-      Element* staged = staged_like(row);
-      __syncthreads();  // all have read what was staged before
-      if (place_.own) put(staged, channels_, 1, place_.slot * kPixels, z, label, scaled, scale, weight);
-      __syncthreads();
-      copy<true>(row, staged, place_.width * channels_);
-      __syncthreads();
-    } else if (place_.own) {
-      put(image + y * width_, 1, height_ * width_, place_.x, z, label, scaled, scale, weight);
+      Element* row = grad_ + (y * width_ + place_.left) * channels_;
+      copy_run<true>(row, stage(s, y) + skipped * channels_, place_.width * channels_);
+    } else {
+      copy_planes<true>(grad_ + y * width_ + place_.left, stage(s, y) + skipped, place_.width);
     }
   }
 
  private:
-  // Beyond this, z log2(e) - scaled would be off by more than it is.
-  static constexpr float kHuge = 1e6f;
+  static constexpr int kUnit = kBytesOfPiece / static_cast<int>(sizeof(Element));
+  // Whether a gradient's 8 or 11 bits allow its factor to be a summand of the exponent.
+  static constexpr bool kScalesExponent = sizeof(Element) == 2;
+  // Beyond this, z log2(e) - scaled would be off by more than it is; 1443, 2^-14 of which is an exponent's last bit,
+  // where it has a summand more. And far from the lowest finite number, which must have no exponential left.
+  static constexpr float kHuge = kScalesExponent ? 1e3f : 1e6f;
 
-  // The label's register in this thread, -1 if it is another group's or the pixel is void.
-  __device__ __forceinline__ int local_label(int label) const {
-    const int local = label - place_.first;
-    return label >= 0 && local >= 0 && local < place_.count ? local : -1;
-  }
-
-  // Where memory like `row` is staged: at the same offset from 16 bytes, so that both ends copy in words of 16 bytes.
-  __device__ __forceinline__ Element* staged_like(const Element* row) const {
-    return reinterpret_cast<Element*>(staging_ + (reinterpret_cast<uintptr_t>(row) & 15u));
-  }
-
-  // Copies n elements between global and shared memory, all threads together.
-  template <bool kToGlobal>
-  static __device__ __forceinline__ void copy(Element* global, Element* staged, int n) {
-    const auto move = [&](auto* outside, auto* inside) {
-      if constexpr (kToGlobal) {
-        *outside = *inside;
-      } else {
-        *inside = *outside;
-      }
-    };
-    constexpr int kElements = 16 / static_cast<int>(sizeof(Element));
-    const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(global) / sizeof(Element)) & (kElements - 1);
-    const int to_boundary = (kElements - misaligned) & (kElements - 1);
-    const int head = to_boundary < n ? to_boundary : n;
-    const int body = (n - head) / kElements;
-    const int tail = head + body * kElements;
-    const int self = thread_of_block(), all = threads_of_block();
-    auto* wide_global = reinterpret_cast<Wide*>(global + head);
-    auto* wide_staged = reinterpret_cast<Wide*>(staged + head);
-#pragma unroll 4
-    for (int i = self; i < body; i += all) move(wide_global + i, wide_staged + i);
-    for (int i = self; i < head; i += all) move(global + i, staged + i);
-    for (int i = tail + self; i < n; i += all) move(global + i, staged + i);
-  }
-
-  struct alignas(16) Wide {
-    uint32_t words[4];
-  };
-
-  // Reads this thread's word and classes from a row of `width` pixels, of which its first is number x.
-  __device__ __forceinline__ void read(const Element* row, int pixel_stride, int class_stride, int x, int width,
-                                       uint32_t (&z)[kPer]) {
-    const auto inside = [&](int at, int last) { return at < 0 ? 0 : (at < last ? at : last); };
-    constexpr int kReads = kLayout == Layout::kPlanes ? 1 : kPixels;
-    const Element* at[kReads];
-#pragma unroll
-    for (int v = 0; v < kReads; ++v) {
-      const int last = kLayout == Layout::kPlanes ? width - kPixels : width - 1;
-      at[v] = row + inside(x + v, last) * pixel_stride + (place_.first - first_class_) * class_stride;
+  // Where row y stands in stage s. A channels_last row keeps its offset from 16 bytes, so that both ends are copied in
+  // pieces of 16.
+  __device__ __forceinline__ Element* stage(int s, int y) const {
+    unsigned char* begin = memory_ + s * layout_.stage;
+    if constexpr (kLayout == Layout::kChannelsLast) {
+      begin += reinterpret_cast<uintptr_t>(logits_ + (y * width_ + from_) * channels_) % kBytesOfPiece;
     }
+    return reinterpret_cast<Element*>(begin);
+  }
+
+  // This thread's pixels and classes there.
+  __device__ __forceinline__ Element* own_part(int s, int y) const {
+    return stage(s, y) + offset_of(place_.x - from_, first_channel_);
+  }
+
+  __device__ __forceinline__ int offset_of(int pixel, int channel) const {
+    return kLayout == Layout::kChannelsLast ? pixel * channels_ + channel : channel * layout_.pitch + pixel;
+  }
+
+  // The label among this thread's channels; -1 if it is another group's or has none, or the pixel is void.
+  __device__ __forceinline__ int channel_here(int label) const {
+    const int channel = label - first_class_ - first_channel_;
+    return label >= first_class_ && channel >= 0 && channel < count_ ? channel : -1;
+  }
+
+  // The largest and the lowest of this thread's logits for each pixel, whatever NaN there may be among them.
+  __device__ __forceinline__ void find_extremes(const Element* row, float (&largest)[kPixels],
+                                                float (&lowest)[kPixels]) const {
+    if constexpr (kLayout == Layout::kPlanes) {
+      Word<Type> high{{Type::kMinusInf, Type::kMinusInf}}, low{{Type::kPlusInf, Type::kPlusInf}};
+#pragma unroll 4
+      for (int c = 0; c < count_; ++c) {
+        const Word<Type> word = *reinterpret_cast<const Word<Type>*>(row + c * layout_.pitch);
 #pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      z[i] = i < first_class_ ? 0u : Type::kLowest;
-      if (i < place_.count && i >= first_class_) {
-        if constexpr (kLayout == Layout::kPlanes) {
-          z[i] = *reinterpret_cast<const uint32_t*>(at[0]);
-        } else {
-          Element elements[kPixels];
-#pragma unroll
-          for (int v = 0; v < kPixels; ++v) elements[v] = *at[v];
-          z[i] = joined(elements);
+        for (int h = 0; h < 2; ++h) {
+          high.halves[h] = Type::larger(high.halves[h], word.halves[h]);
+          low.halves[h] = Type::smaller(low.halves[h], word.halves[h]);
         }
       }
-#pragma unroll
-      for (int v = 0; v < kReads; ++v) at[v] += class_stride;
-    }
-  }
-
-  static __device__ __forceinline__ uint32_t joined(const Element (&elements)[kPixels]) {
-    if constexpr (kPixels == 1) {
-      return static_cast<uint32_t>(Bits<float>::of(elements[0]));
+      high.unpack(largest);
+      low.unpack(lowest);
     } else {
-      return static_cast<uint32_t>(elements[0]) | static_cast<uint32_t>(elements[1]) << 16;
+#pragma unroll
+      for (int v = 0; v < kPixels; ++v) largest[v] = -kInf, lowest[v] = kInf;
+      for_each(row, [&](int v, float z) {
+        largest[v] = fmaxf(largest[v], z);
+        lowest[v] = fminf(lowest[v], z);
+      });
     }
   }
 
-  static __device__ __forceinline__ Element element(uint32_t word, int v) {
-    if constexpr (kPixels == 1) {
-      return Bits<float>::from(static_cast<int32_t>(word));
+  // Calls f(v, z) for pixel v of the word and its logit z, for all of this thread's classes.
+  template <class F>
+  __device__ __forceinline__ void for_each(const Element* row, const F& f) const {
+    transform_or_visit<false>(const_cast<Element*>(row), [&](int v, float z) { return f(v, z), z; });
+  }
+
+  // Puts f(v, z) in the place of z.
+  template <class F>
+  __device__ __forceinline__ void transform(Element* row, const F& f) const {
+    transform_or_visit<true>(row, f);
+  }
+
+  template <bool kWrite, class F>
+  __device__ __forceinline__ void transform_or_visit(Element* row, const F& f) const {
+    constexpr int kElements = Word<Type>::kElements;
+    if constexpr (kLayout == Layout::kPlanes) {
+#pragma unroll 4
+      for (int c = 0; c < count_; ++c) {
+        auto* at = reinterpret_cast<Word<Type>*>(row + c * layout_.pitch);
+        const Word<Type> word = *at;
+        float value[kElements];
+        word.unpack(value);
+#pragma unroll
+        for (int v = 0; v < kPixels; ++v) value[v] = f(v, value[v]);
+        if constexpr (kWrite) *at = Word<Type>::pack(value);
+      }
     } else {
-      return static_cast<Element>(word >> 16 * v);
-    }
-  }
-
-  // Whether a class below the label's has its logit, too.
-  static __device__ bool has_below(const uint32_t (&z)[kPer], int v, int local, float of_label) {
-    bool found = false;
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      float value[kPixels];
-      Type::unpack(z[i], value);
-      found = found || (i < local && value[v] == of_label);
-    }
-    return found;
-  }
-
-  // Sets pixel v to 0 in all classes.
-  __device__ __forceinline__ void forget(int v, uint32_t (&z)[kPer]) const {
-    const uint32_t kept = kPixels == 1 ? 0u : (v == 0 ? 0xffff0000u : 0x0000ffffu);
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) z[i] &= kept;
-  }
-
-  // Subtracts from pixel v in all classes. Huge logits differ by 0 or by so much that no exponential is left of the
-  // lower one: it does not matter that the difference is rounded.
-  __device__ __forceinline__ void shift(int v, float by, uint32_t (&z)[kPer]) const {
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      float value[kPixels];
-      Type::unpack(z[i], value);
-      value[v] -= by;
-      z[i] = Type::pack(value);
-    }
-  }
-
-  // Writes this thread's word and classes to a row, of which its first pixel is number x.
-  __device__ __forceinline__ void put(Element* row, int pixel_stride, int class_stride, int x,
-                                      const uint32_t (&z)[kPer], const int (&label)[kPixels],
-                                      const float (&scaled)[kPixels], const float (&scale)[kPixels],
-                                      const float (&weight)[kPixels]) const {
-    int local[kPixels];
-#pragma unroll
-    for (int v = 0; v < kPixels; ++v) local[v] = local_label(label[v]);
-    if (pixels_ == 0) return;
-    Element* at = row + x * pixel_stride + (place_.first - first_class_) * class_stride;
-#pragma unroll
-    for (int i = 0; i < kPer; ++i, at += class_stride) {
-      float value[kPixels];
-      Type::unpack(z[i], value);
+      // A pixel's classes begin and end anywhere within a word.
 #pragma unroll
       for (int v = 0; v < kPixels; ++v) {
-        const float g = exp2_approx(fmaf(value[v], kLog2E, -scaled[v])) * scale[v];
-        value[v] = local[v] == i ? -weight[v] : g;
-      }
-      const uint32_t word = Type::pack(value);
-      const bool exists = i < place_.count && i >= first_class_;
-      if constexpr (kLayout == Layout::kPlanes) {
-        if (exists) *reinterpret_cast<uint32_t*>(at) = word;
-      } else {
+        Element* at = row + v * channels_;
+        const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(at) / sizeof(Element)) % kElements;
+        const int to_boundary = (kElements - misaligned) % kElements;
+        const int head = to_boundary < count_ ? to_boundary : count_;
+        const int tail = head + (count_ - head) / kElements * kElements;
+        const auto one = [&](int c) {
+          const float result = f(v, Type::to_float(at[c]));
+          if constexpr (kWrite) at[c] = to_element<Type>(result);
+        };
+#pragma unroll 1
+        for (int c = 0; c < head; ++c) one(c);
+#pragma unroll 2
+        for (int c = head; c < tail; c += kElements) {
+          const Word<Type> word = *reinterpret_cast<const Word<Type>*>(at + c);
+          float value[kElements];
+          word.unpack(value);
 #pragma unroll
-        for (int v = 0; v < kPixels; ++v) {
-          if (exists && v < pixels_) at[v * pixel_stride] = element(word, v);
+          for (int i = 0; i < kElements; ++i) value[i] = f(v, value[i]);
+          if constexpr (kWrite) *reinterpret_cast<Word<Type>*>(at + c) = Word<Type>::pack(value);
         }
+#pragma unroll 1
+        for (int c = tail; c < count_; ++c) one(c);
       }
+    }
+  }
+
+  // Whether a class of this thread's below the label's has its logit, too.
+  __device__ __forceinline__ bool has_below(const Element* row, int v, int channel, float of_label) const {
+#pragma unroll 1
+    for (int c = 0; c < channel; ++c) {
+      if (Type::to_float(row[offset_of(v, c)]) == of_label) return true;
+    }
+    return false;
+  }
+
+  // Subtracts from pixel v in all classes but the label's. Huge logits differ by 0 or by so much that no exponential is
+  // left of the lower one: it does not matter that the difference is rounded.
+  __device__ __forceinline__ void shift(Element* row, int v, int channel, float by) const {
+#pragma unroll 1
+    for (int c = 0; c < count_; ++c) {
+      Element& element = row[offset_of(v, c)];
+      if (c != channel) element = to_element<Type>(Type::to_float(element) - by);
+    }
+  }
+
+  // Copies n elements that lie one behind the other, at equal offsets from 16 bytes unless grad and logits differ
+  // there.
+  template <bool kOut>
+  static __device__ __forceinline__ void copy_run(Element* global, Element* staged, int n) {
+    const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(global) / sizeof(Element)) % kUnit;
+    const bool alike = (reinterpret_cast<uintptr_t>(global) - reinterpret_cast<uintptr_t>(staged)) % kBytesOfPiece == 0;
+    const int to_boundary = (kUnit - misaligned) % kUnit;
+    const int head = alike && to_boundary < n ? to_boundary : n;
+    const int tail = head + (n - head) / kUnit * kUnit;
+    const int self = thread_of_block(), all = threads_of_block();
+    const int step = all * kUnit;
+#pragma unroll 4
+    for (int i = head + self * kUnit; i < tail; i += step) copy_piece<kOut, kBytesOfPiece>(global + i, staged + i);
+    for (int i = self; i < head; i += all) copy_piece<kOut, sizeof(Element)>(global + i, staged + i);
+    for (int i = tail + self; i < n; i += all) copy_piece<kOut, sizeof(Element)>(global + i, staged + i);
+  }
+
+  // What a thread copies of a row of planes: it keeps to its column of pieces, and goes down the channels.
+  struct Share {
+    int piece, columns;  // the first piece, and how many are copied at once
+    int first, at_once;  // the same of channels; first is beyond them all for a thread that has nothing to copy
+
+    static __device__ __forceinline__ Share of(int pieces, int channels) {
+      const int self = thread_of_block(), all = threads_of_block();
+      Share share;
+      share.columns = pieces < all ? pieces : all;
+      share.at_once = all / share.columns;
+      const int row = self / share.columns;
+      share.piece = self - row * share.columns;
+      share.first = row < share.at_once ? row : channels;
+      return share;
+    }
+  };
+
+  // Copies n pixels of all channels.
+  template <bool kOut>
+  __device__ __forceinline__ void copy_planes(Element* global, Element* staged, int n) const {
+    const Share& share = kOut ? out_ : in_;
+    if (piece_ == kBytesOfPiece) {
+      copy_planes_by<kOut, kBytesOfPiece>(global, staged, n, share);
+    } else if (piece_ == 4) {
+      copy_planes_by<kOut, 4>(global, staged, n, share);
+    } else {
+      copy_planes_by<kOut, sizeof(Element)>(global, staged, n, share);
+    }
+  }
+
+  template <bool kOut, int kBytes>
+  __device__ __forceinline__ void copy_planes_by(Element* global, Element* staged, int n, const Share& share) const {
+    constexpr int kElements = kBytes / static_cast<int>(sizeof(Element));
+    const int64_t plane = static_cast<int64_t>(height_) * width_;
+    const int pieces = n / kElements;
+    for (int piece = share.piece; piece < pieces; piece += share.columns) {
+      Element* at = global + piece * kElements + share.first * plane;
+      Element* there = staged + piece * kElements + share.first * layout_.pitch;
+#pragma unroll 4
+      for (int c = share.first; c < channels_; c += share.at_once) {
+        copy_piece<kOut, kBytes>(at, there);
+        at += share.at_once * plane;
+        there += share.at_once * layout_.pitch;
+      }
+    }
+  }
+
+  template <bool kOut, int kBytes>
+  static __device__ __forceinline__ void copy_piece(Element* global, Element* staged) {
+    struct alignas(kBytes) Piece {
+      unsigned char bytes[kBytes];
+    };
+    if constexpr (kOut) {
+      *reinterpret_cast<Piece*>(global) = *reinterpret_cast<const Piece*>(staged);
+    } else if constexpr (kBytes >= 4) {
+      copy_async<kBytes>(staged, global);
+    } else {
+      *staged = *global;
     }
   }
 
@@ -455,13 +537,13 @@ class Rows {
     return exchange_[(part * static_cast<int>(blockDim.x) + place_.slot) * kPixels + v];
   }
 
-  __device__ __forceinline__ void exchange_maxima(const int (&label)[kPixels], const int (&local)[kPixels],
+  __device__ __forceinline__ void exchange_maxima(const int (&label)[kPixels], const int (&channel)[kPixels],
                                                   float (&of_label)[kPixels], bool (&is_tied)[kPixels],
                                                   float (&largest)[kPixels]) {
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
       shared_value(place_.group, v) = largest[v];
-      if (local[v] >= 0) {
+      if (channel[v] >= 0) {
         shared_value(2 * groups_, v) = of_label[v];
         shared_value(2 * groups_ + 1, v) = is_tied[v] ? 1.0f : 0.0f;
       }
@@ -473,7 +555,7 @@ class Rows {
       is_tied[v] = label[v] >= 0 && shared_value(2 * groups_ + 1, v) != 0.0f;
       largest[v] = -kInf;
     }
-    const int per = classes_of_group(first_class_ + channels_, groups_);
+    const int per = (channels_ + groups_ - 1) / groups_;
     for (int group = 0; group < groups_; ++group) {
 #pragma unroll
       for (int v = 0; v < kPixels; ++v) {
@@ -500,11 +582,76 @@ class Rows {
 
   const Input& input_;
   const Place& place_;
-  int halo_, groups_;
+  const RowsMemory layout_;
+  unsigned char* memory_;
   float* exchange_;
-  unsigned char* staging_;
-  int channels_, first_class_, height_, width_, pixels_;
-  const Element* image_;
+  int groups_, channels_, first_class_, height_, width_;
+  int from_, to_;  // pixels that are staged
+  int first_channel_, count_;
+  int piece_;  // bytes that are copied at a time
+  Share in_, out_;
+  const Element* logits_;
+  Element* grad_;
 };
+
+// Threads of a block at most, and blocks that should fit on a multiprocessor: one fetches while others compute.
+constexpr int kMostThreads = 256;
+constexpr int kResidentWanted = 3;
+// A thread's classes, at most: with fewer threads on a pixel's many classes too few would fit a multiprocessor, whose
+// shared memory the logits fill.
+constexpr int kMostPer = 24;
+constexpr int64_t kMostClasses = 256;
+
+// How to launch a kernel over Rows; strips.count is 0 if they do not fit.
+struct RowsLaunch {
+  Strips strips;
+  int threads;
+  int64_t shared;
+};
+
+// Cuts images for rows with `stages` stages and `bytes_of_pixel` of the kernel's own shared memory for every pixel of a
+// row and `bytes` more. Memory is shared out so that kResidentWanted blocks fit on a multiprocessor, or else as a block
+// may have it.
+template <class Type>
+cudaError_t launch_of(const Input& input, int radius, int stages, int bytes_of_pixel, int64_t bytes, RowsLaunch* out) {
+  *out = {};
+  const Shape& shape = input.shape;
+  if (shape.classes() > kMostClasses) return cudaSuccess;
+  constexpr int kPixels = Word<Type>::kElements;
+  // Two groups may share a warp: half of one reads whole words of 128 bytes.
+  const int wanted = static_cast<int>((shape.classes() + kMostPer - 1) / kMostPer);
+  const int groups = wanted == 1 ? 1 : (wanted + 1) / 2 * 2;
+  const int slots_of_step = groups == 1 ? kWarp : kWarp / 2;
+  int64_t of_block = 0, of_processor = 0;
+  const cudaError_t error = shared_memory_limits(&of_block, &of_processor);
+  if (error != cudaSuccess) return error;
+  // Each block has 1 KB that is not its own.
+  const int64_t shares[] = {std::min(of_processor / kResidentWanted - 1024, of_block), of_block};
+  for (const int64_t share : shares) {
+    const int64_t each = stages * shape.channels * static_cast<int64_t>(sizeof(typename Type::Element)) +
+                         bytes_of_pixel + RowsMemory::exchanged_of_pixel(groups);
+    // Slots beyond the strip's pixels exchange, too.
+    const int64_t idle = slots_of_step * kPixels * RowsMemory::exchanged_of_pixel(groups);
+    const int64_t most_pixels = (share - bytes - stages * kBytesOfPiece - idle) / each;
+    const Strips strips =
+        cut_strips(shape.width, {radius, kPixels, 2, slots_of_step, groups, kMostThreads, most_pixels});
+    if (strips.count == 0 || (strips.count > 1 && strips.width < kNarrowestStrip)) continue;
+    const RowsMemory memory = RowsMemory::of<Type>(input, strips, stages);
+    const int64_t shared =
+        memory.bytes(strips.slots * kPixels) + bytes_of_pixel * static_cast<int64_t>(memory.pitch) + bytes;
+    *out = {strips, strips.slots * strips.groups, shared};
+    return cudaSuccess;
+  }
+  return cudaSuccess;
+}
+
+// Calls f(Type{}, layout), the latter as an integral constant.
+template <class F>
+cudaError_t for_rows(const Input& input, const F& f) {
+  return for_type(input.logits.type, [&](auto type) {
+    if (input.logits.channels_last) return f(type, std::integral_constant<Layout, Layout::kChannelsLast>{});
+    return f(type, std::integral_constant<Layout, Layout::kPlanes>{});
+  });
+}
 
 }  // namespace eroseg::cuda

@@ -1,6 +1,6 @@
 // How an image batch is cut into the blocks of a launch.
 //
-// An image is cut into vertical strips and each strip into bands of rows; a block goes down the rows of one band. A row
+// An image is cut into vertical strips and each strip into bands of rows; a block goes over the rows of one band. A row
 // of a strip is one word of neighbouring pixels for each of `slots` threads; `groups` such sets of threads share the
 // classes. A strip computes `halo` pixels beyond its own on either side, and a band `radius` rows above and below
 // itself, whose gradient others write.
@@ -11,41 +11,51 @@
 
 namespace eroseg::cuda {
 
-constexpr int kSlotsOfWarp = 32;
 struct Strips {
-  int count;   // strips of an image
-  int width;   // own pixels of a strip, whole words
+  int count;   // strips of an image; 0 if no cut is allowed
+  int width;   // own pixels of a strip, whole units
   int halo;    // pixels beyond them on either side, whole words; 0 if there is one strip only
-  int slots;   // threads that share a row, whole warps
+  int slots;   // threads that share a row
   int groups;  // threads that share a pixel's classes
   int bands;   // of a strip
   int rows;    // own rows of a band
 };
 
-// The widths with the fewest warps per row of the image; of equal ones the widest strips, which overlap the least. A
-// block has at most `most_threads`, or one warp for each group.
-inline Strips cut_strips(int64_t width, int radius, int pixels_of_word, int groups, int most_threads) {
-  const auto words = [&](int64_t pixels) { return (pixels + pixels_of_word - 1) / pixels_of_word; };
-  const int64_t total = std::max<int64_t>(words(width), 1);
+// What a cut has to keep to.
+struct StripLimits {
+  int radius;          // of what a pixel needs around it
+  int pixels_of_word;  // a thread's
+  int words_of_unit;   // strips begin at whole units
+  int slots_of_step;   // slots are a multiple of it
+  int groups;
+  int most_threads;     // of a block; one step of slots is allowed in any case
+  int64_t most_pixels;  // of a strip with a unit more on either side
+};
+
+// The widths with the fewest threads per row of the image; of equal ones the widest strips, which overlap the least.
+inline Strips cut_strips(int64_t width, const StripLimits& limits) {
+  const auto up = [](int64_t n, int64_t step) { return (n + step - 1) / step; };
+  const int64_t unit = limits.pixels_of_word * static_cast<int64_t>(limits.words_of_unit);
+  const int64_t total = std::max<int64_t>(up(width, unit), 1);
   Strips best{};
-  int64_t best_slots = 0;
+  int64_t best_threads = 0;
   for (int64_t count = 1; count <= total; ++count) {
-    const int64_t own = (total + count - 1) / count;
-    const int64_t halo = count == 1 ? 0 : words(radius);
-    const int64_t slots = (own + 2 * halo + kSlotsOfWarp - 1) / kSlotsOfWarp * kSlotsOfWarp;
-    const int64_t strips = (total + own - 1) / own;
-    if (slots * groups <= std::max(most_threads, kSlotsOfWarp * groups) &&
-        (best_slots == 0 || strips * slots < best_slots)) {
-      best_slots = strips * slots;
+    const int64_t own = up(total, count), strips = up(total, own);
+    const int64_t halo = count == 1 ? 0 : up(limits.radius, limits.pixels_of_word);
+    const int64_t slots = up(own * limits.words_of_unit + 2 * halo, limits.slots_of_step) * limits.slots_of_step;
+    const int64_t most_slots = std::max(limits.most_threads / limits.groups, limits.slots_of_step);
+    if (slots > most_slots || own * unit + (halo > 0 ? 2 * unit : 0) > limits.most_pixels) continue;
+    if (best_threads == 0 || strips * slots < best_threads) {
+      best_threads = strips * slots;
       best = {static_cast<int>(strips),
-              static_cast<int>(own * pixels_of_word),
-              static_cast<int>(halo * pixels_of_word),
+              static_cast<int>(own * unit),
+              static_cast<int>(halo * limits.pixels_of_word),
               static_cast<int>(slots),
-              groups,
+              limits.groups,
               1,
               1};
     }
-    if (slots == kSlotsOfWarp) break;  // narrower strips have the same warps, and more of them
+    if (slots == limits.slots_of_step) break;  // narrower strips have as many threads, and there are more of them
   }
   return best;
 }

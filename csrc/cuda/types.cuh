@@ -1,4 +1,4 @@
-// The logits' types: a thread works on as many neighbouring pixels as fit into 4 bytes, its word.
+// The logits' types, and what is done with the one or two of them that fit into 32 bits.
 #pragma once
 
 #include <cstring>
@@ -11,7 +11,8 @@ namespace eroseg::cuda {
 struct Float32 {
   using Element = float;
   static constexpr int kPixels = 1;
-  static constexpr uint32_t kLowest = 0xff800000u;  // -inf in every pixel
+  static constexpr uint32_t kPlusInf = 0x7f800000u, kMinusInf = 0xff800000u;  // for every pixel
+  static constexpr Element kLowestFinite = -std::numeric_limits<float>::max();
   static __device__ __forceinline__ float to_float(Element x) { return x; }
   static __device__ __forceinline__ void unpack(uint32_t word, float (&out)[1]) {
     out[0] = Bits<float>::from(static_cast<int32_t>(word));
@@ -19,46 +20,45 @@ struct Float32 {
   static __device__ __forceinline__ uint32_t pack(const float (&in)[1]) {
     return static_cast<uint32_t>(Bits<float>::of(in[0]));
   }
-  // As pack, for floats that came out of unpack, or are infinite: nothing is rounded.
-  static __device__ __forceinline__ uint32_t repack(const float (&in)[1]) { return pack(in); }
-
-  // 0 for a pixel all of whose logits are finite, else NaN.
-  struct Poison {
-    float sum = 0.0f;
-    __device__ __forceinline__ void add(uint32_t word) {
-      sum = fmaf(Bits<float>::from(static_cast<int32_t>(word)), 0.0f, sum);
-    }
-    __device__ __forceinline__ float of(int) const { return sum; }
-  };
-};
-
-#if defined(EROSEG_CUDA_ON_HOST)
-template <class Type>
-uint32_t pair_zero_times_plus(uint32_t word, uint32_t sums) {
-  float pair[2], sum[2];
-  Type::unpack(word, pair);
-  Type::unpack(sums, sum);
-  for (int v = 0; v < 2; ++v) sum[v] += pair[v] * 0.0f;
-  return sum[0] == sum[0] ? (sum[1] == sum[1] ? 0u : 0x7fff0000u) : (sum[1] == sum[1] ? 0x7fffu : 0x7fff7fffu);
-}
-#endif
-
-// The same for two pixels of 16 bits: 0 times their logits, summed as pairs.
-template <class Type>
-struct PairPoison {
-  uint32_t sums = 0;
-  __device__ __forceinline__ void add(uint32_t word) { sums = Type::zero_times_plus(word, sums); }
-  __device__ __forceinline__ float of(int v) const {
-    float both[2];
-    Type::unpack(sums, both);
-    return both[v];
+  // Of two, for every pixel; of a number and a NaN, the number.
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    return pack({fmaxf(Bits<float>::from(static_cast<int32_t>(a)), Bits<float>::from(static_cast<int32_t>(b)))});
+  }
+  static __device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) {
+    return pack({fminf(Bits<float>::from(static_cast<int32_t>(a)), Bits<float>::from(static_cast<int32_t>(b)))});
   }
 };
+
+// A pair of numbers of 16 bits as T, CUDA's type for it.
+template <class T>
+__device__ __forceinline__ T as_pair(uint32_t word) {
+  T pair;
+  std::memcpy(&pair, &word, sizeof pair);
+  return pair;
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t as_word(T pair) {
+  uint32_t word;
+  std::memcpy(&word, &pair, sizeof word);
+  return word;
+}
+
+#if defined(EROSEG_CUDA_ON_HOST)
+template <class Type, class F>
+uint32_t for_both(uint32_t a, uint32_t b, const F& f) {
+  float first[2], second[2];
+  Type::unpack(a, first);
+  Type::unpack(b, second);
+  return Type::pack({f(first[0], second[0]), f(first[1], second[1])});
+}
+#endif
 
 struct BFloat16 {
   using Element = uint16_t;
   static constexpr int kPixels = 2;
-  static constexpr uint32_t kLowest = 0xff80ff80u;
+  static constexpr uint32_t kPlusInf = 0x7f807f80u, kMinusInf = 0xff80ff80u;
+  static constexpr Element kLowestFinite = 0xff7fu;
   static __device__ __forceinline__ float to_float(Element x) {
     return Bits<float>::from(static_cast<int32_t>(static_cast<uint32_t>(x) << 16));
   }
@@ -68,10 +68,7 @@ struct BFloat16 {
   }
   static __device__ __forceinline__ uint32_t pack(const float (&in)[2]) {
 #if !defined(EROSEG_CUDA_ON_HOST)
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(in[0], in[1]);
-    uint32_t word;
-    std::memcpy(&word, &pair, sizeof word);
-    return word;
+    return as_word(__floats2bfloat162_rn(in[0], in[1]));
 #else
     // Round to nearest, ties to even; gradients are never NaN.
     const auto rounded = [](float x) {
@@ -81,29 +78,28 @@ struct BFloat16 {
     return rounded(in[0]) | rounded(in[1]) << 16;
 #endif
   }
-  static __device__ __forceinline__ uint32_t repack(const float (&in)[2]) {
-    return static_cast<uint32_t>(Bits<float>::of(in[0])) >> 16 |
-           (static_cast<uint32_t>(Bits<float>::of(in[1])) & 0xffff0000u);
-  }
-  static __device__ __forceinline__ uint32_t zero_times_plus(uint32_t word, uint32_t sums) {
 #if !defined(EROSEG_CUDA_ON_HOST)
-    __nv_bfloat162 pair, sum;
-    std::memcpy(&pair, &word, sizeof pair);
-    std::memcpy(&sum, &sums, sizeof sum);
-    sum = __hfma2(pair, __floats2bfloat162_rn(0.0f, 0.0f), sum);
-    std::memcpy(&sums, &sum, sizeof sums);
-    return sums;
-#else
-    return pair_zero_times_plus<BFloat16>(word, sums);
-#endif
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    return as_word(__hmax2(as_pair<__nv_bfloat162>(a), as_pair<__nv_bfloat162>(b)));
   }
-  using Poison = PairPoison<BFloat16>;
+  static __device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) {
+    return as_word(__hmin2(as_pair<__nv_bfloat162>(a), as_pair<__nv_bfloat162>(b)));
+  }
+#else
+  static uint32_t larger(uint32_t a, uint32_t b) {
+    return for_both<BFloat16>(a, b, [](float x, float y) { return fmaxf(x, y); });
+  }
+  static uint32_t smaller(uint32_t a, uint32_t b) {
+    return for_both<BFloat16>(a, b, [](float x, float y) { return fminf(x, y); });
+  }
+#endif
 };
 
 struct Float16 {
   using Element = uint16_t;
   static constexpr int kPixels = 2;
-  static constexpr uint32_t kLowest = 0xfc00fc00u;
+  static constexpr uint32_t kPlusInf = 0x7c007c00u, kMinusInf = 0xfc00fc00u;
+  static constexpr Element kLowestFinite = 0xfbffu;
 #if !defined(EROSEG_CUDA_ON_HOST)
   static __device__ __forceinline__ float to_float(Element x) {
     __half half;
@@ -111,17 +107,12 @@ struct Float16 {
     return __half2float(half);
   }
   static __device__ __forceinline__ void unpack(uint32_t word, float (&out)[2]) {
-    __half2 pair;
-    std::memcpy(&pair, &word, sizeof pair);
-    const float2 both = __half22float2(pair);
+    const float2 both = __half22float2(as_pair<__half2>(word));
     out[0] = both.x;
     out[1] = both.y;
   }
   static __device__ __forceinline__ uint32_t pack(const float (&in)[2]) {
-    const __half2 pair = __floats2half2_rn(in[0], in[1]);
-    uint32_t word;
-    std::memcpy(&word, &pair, sizeof word);
-    return word;
+    return as_word(__floats2half2_rn(in[0], in[1]));
   }
 #else
   static float to_float(Element x) {
@@ -140,37 +131,52 @@ struct Float16 {
     return word;
   }
 #endif
-  static __device__ __forceinline__ uint32_t repack(const float (&in)[2]) { return pack(in); }
-  static __device__ __forceinline__ uint32_t zero_times_plus(uint32_t word, uint32_t sums) {
 #if !defined(EROSEG_CUDA_ON_HOST)
-    __half2 pair, sum;
-    std::memcpy(&pair, &word, sizeof pair);
-    std::memcpy(&sum, &sums, sizeof sum);
-    sum = __hfma2(pair, __floats2half2_rn(0.0f, 0.0f), sum);
-    std::memcpy(&sums, &sum, sizeof sums);
-    return sums;
-#else
-    return pair_zero_times_plus<Float16>(word, sums);
-#endif
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    return as_word(__hmax2(as_pair<__half2>(a), as_pair<__half2>(b)));
   }
-  using Poison = PairPoison<Float16>;
+  static __device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) {
+    return as_word(__hmin2(as_pair<__half2>(a), as_pair<__half2>(b)));
+  }
+#else
+  static uint32_t larger(uint32_t a, uint32_t b) {
+    return for_both<Float16>(a, b, [](float x, float y) { return fmaxf(x, y); });
+  }
+  static uint32_t smaller(uint32_t a, uint32_t b) {
+    return for_both<Float16>(a, b, [](float x, float y) { return fminf(x, y); });
+  }
+#endif
 };
 
-// The label of a pixel, -1 if it is void.
-__device__ __forceinline__ int read_label(const Labels& labels, int classes, int64_t index) {
-  int64_t label;
+// A label as the kernels know it: -1 if its pixel is void.
+__device__ __forceinline__ int checked_label(int64_t label, int classes, int64_t ignore_index) {
+  return label >= 0 && label < classes && label != ignore_index ? static_cast<int>(label) : -1;
+}
+
+// The labels of the first n of some neighbouring pixels; the others are void.
+template <int kPixels>
+__device__ __forceinline__ void read_labels(const Labels& labels, int classes, int64_t index, int n,
+                                            int (&out)[kPixels]) {
+  const auto read = [&](const auto* data) {
+#pragma unroll
+    for (int v = 0; v < kPixels; ++v) {
+      out[v] = v < n ? checked_label(static_cast<int64_t>(data[index + v]), classes, labels.ignore_index) : -1;
+    }
+  };
   switch (labels.type) {
     case LabelType::kInt64:
-      label = static_cast<const int64_t*>(labels.data)[index];
-      break;
+      return read(static_cast<const int64_t*>(labels.data));
     case LabelType::kInt32:
-      label = static_cast<const int32_t*>(labels.data)[index];
-      break;
+      return read(static_cast<const int32_t*>(labels.data));
     default:
-      label = static_cast<const uint8_t*>(labels.data)[index];
+      return read(static_cast<const uint8_t*>(labels.data));
   }
-  const bool valid = label >= 0 && label < classes && label != labels.ignore_index;
-  return valid ? static_cast<int>(label) : -1;
+}
+
+__device__ __forceinline__ int read_label(const Labels& labels, int classes, int64_t index) {
+  int label[1];
+  read_labels(labels, classes, index, 1, label);
+  return label[0];
 }
 
 // x as an element in memory.

@@ -30,11 +30,12 @@ __host__ __device__ constexpr int ring_pitch(const Strips& strips, int pixels_of
   return strips.width + 2 * pixels_of_word;
 }
 
-// pixel_math.h's front_weight by the exponential unit: its error grows to 1e-5 only where the weight is below 1e-30.
-__device__ __forceinline__ float fast_front_weight(Front front, float q, float tau, float per_tau) {
-  if (front == Front::kHard) return q <= tau ? 1.0f : 0.0f;
+// pixel_math.h's front_weight of a soft front by the exponential unit: its error grows to 1e-5 only where the weight is
+// below 1e-30.
+__device__ __forceinline__ float soft_front_weight(float q, float per_tau) {
   const float e = exp2_approx(-kLog2E * per_tau * q);
-  return quotient(4.0f * e, (1.0f + e) * (1.0f + e));
+  const float r = reciprocal(1.0f + e);
+  return 4.0f * e * r * r;
 }
 
 // Neighbouring floats in memory, which may be read and written at once where they are aligned.
@@ -69,9 +70,11 @@ __global__ void __launch_bounds__(kMostThreads, 2)
 
   for (int i = thread_of_block(); i < kRing * pitch; i += threads_of_block()) ring[i] = kInf;
 
-  int kept_channel[kPixels];
-  float kept_scaled[kPixels], kept_sum[kPixels], kept_gain[kPixels];
-  for (int v = 0; v < kPixels; ++v) kept_channel[v] = -1, kept_scaled[v] = kept_gain[v] = 0.0f, kept_sum[v] = 1.0f;
+  typename Terms<kPixels>::Kept kept[kPixels];
+  float kept_gain[kPixels];
+  for (int v = 0; v < kPixels; ++v) kept[v] = {-1, 0.0f, 1.0f}, kept_gain[v] = 0.0f;
+  const float* const class_weight =
+      job.class_weight == nullptr ? nullptr : job.class_weight + place.image * shape.classes();
   Counts counts;
   const int own_rows = place.end - place.begin;
   int before = 0, now = 1, after = 2;  // stages of rows i - 1, i and i + 1
@@ -81,27 +84,29 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     rows.arrive();
     if (i < own_rows) rows.fetch(place.row(i + 1), after);
     const int y = place.row(i);
-    int channel[kPixels];
-    float scaled[kPixels], sum[kPixels], gain[kPixels];
+    typename Terms<kPixels>::Kept keep[kPixels];
+    float gain[kPixels];
     Several score;
-    for (int v = 0; v < kPixels; ++v) {
-      channel[v] = -1, scaled[v] = gain[v] = 0.0f, sum[v] = 1.0f, score.at[v] = kInf;
-    }
+    for (int v = 0; v < kPixels; ++v) keep[v] = {-1, 0.0f, 1.0f}, gain[v] = 0.0f, score.at[v] = kInf;
     if (y >= 0 && y < height) {
       const Terms<kPixels> terms = rows.reduce(y, now);
       Several log_odds;
 #pragma unroll
       for (int v = 0; v < kPixels; ++v) {
         const bool valid = terms.label[v] >= 0;
-        const bool finite = terms.log_odds[v] == terms.log_odds[v];
+        const bool weighs = valid && terms.log_odds[v] == terms.log_odds[v];
         log_odds.at[v] = valid ? terms.log_odds[v] : kInf;
-        channel[v] = terms.channel[v], scaled[v] = terms.scaled[v], sum[v] = terms.sum[v];
-        if (valid && finite) {
-          score.at[v] = absolute(terms.log_odds[v]);
-          gain[v] = job.targeted ? -1.0f : 1.0f;
-          if (job.direction == Direction::kCrossEntropy) gain[v] *= sigmoid(-terms.log_odds[v]);
-          if (job.class_weight != nullptr) gain[v] *= job.class_weight[place.image * shape.classes() + terms.label[v]];
-        }
+        score.at[v] = weighs ? absolute(terms.log_odds[v]) : kInf;
+        gain[v] = weighs ? 1.0f : 0.0f;
+        keep[v] = terms.kept[v];
+      }
+      if (class_weight != nullptr) {
+#pragma unroll
+        for (int v = 0; v < kPixels; ++v) gain[v] *= class_weight[terms.label[v] < 0 ? 0 : terms.label[v]];
+      }
+      if (job.direction == Direction::kCrossEntropy) {
+#pragma unroll
+        for (int v = 0; v < kPixels; ++v) gain[v] *= gain[v] == 0.0f ? 0.0f : sigmoid(-terms.log_odds[v]);
       }
       if (writes && i >= 0 && i < own_rows) {
         const int64_t index = (place.image * height + y) * width + place.x;
@@ -113,18 +118,24 @@ __global__ void __launch_bounds__(kMostThreads, 2)
             if (v < place.pixels) job.log_odds[index + v] = log_odds.at[v];
           }
         }
+        bool is_any_in_front = false, is_any_broken = false;
 #pragma unroll
         for (int v = 0; v < kPixels; ++v) {
-          const bool valid = terms.label[v] >= 0;
-          counts.valid += valid;
-          counts.right += valid && terms.right[v];
-          if (valid && score.at[v] == kInf) counts.movement += log_odds.at[v];
-          if (score.at[v] <= tau) {
-            counts.front += 1;
-            const float last = job.previous == nullptr ? log_odds.at[v] : job.previous[index + v];
-            counts.movement += job.targeted ? log_odds.at[v] - last : last - log_odds.at[v];
-          }
+          counts.valid += terms.label[v] >= 0;
+          counts.right += terms.right[v];
+          counts.front += score.at[v] <= tau;
+          is_any_in_front = is_any_in_front || score.at[v] <= tau;
+          is_any_broken = is_any_broken || log_odds.at[v] != log_odds.at[v];
         }
+        if (is_any_in_front && job.previous != nullptr) {
+          float lost = 0.0f;
+#pragma unroll
+          for (int v = 0; v < kPixels; ++v) {
+            if (score.at[v] <= tau) lost += job.previous[index + v] - log_odds.at[v];
+          }
+          counts.movement += job.targeted ? -lost : lost;
+        }
+        if (is_any_broken) counts.movement += not_a_number();
       }
     }
     if (place.group == 0 && has_place) *reinterpret_cast<Several*>(confidences(i)) = score;
@@ -151,17 +162,23 @@ __global__ void __launch_bounds__(kMostThreads, 2)
 #pragma unroll
         for (int v = 0; v < kPixels; ++v) {
           const float lowest = fminf(column[v], fminf(column[v + 1], column[v + 2]));
-          const float q = fminf(own.at[v], lowest + rise);
-          if (kept_gain[v] != 0.0f) weight[v] = kept_gain[v] * fast_front_weight(job.front, q, tau, per_tau);
+          weight[v] = fminf(own.at[v], lowest + rise);
         }
+        if (job.front == Front::kSoft) {
+#pragma unroll
+          for (int v = 0; v < kPixels; ++v) weight[v] = soft_front_weight(weight[v], per_tau);
+        } else {
+#pragma unroll
+          for (int v = 0; v < kPixels; ++v) weight[v] = weight[v] <= tau ? 1.0f : 0.0f;
+        }
+#pragma unroll
+        for (int v = 0; v < kPixels; ++v) weight[v] = kept_gain[v] == 0.0f ? 0.0f : kept_gain[v] * weight[v];
       }
-      rows.put(place.row(i - 1), before, kept_channel, kept_scaled, kept_sum, weight, job.targeted);
+      rows.put(place.row(i - 1), before, kept, weight, job.targeted);
       rows.copy_out(place.row(i - 1), before);
     }
 #pragma unroll
-    for (int v = 0; v < kPixels; ++v) {
-      kept_channel[v] = channel[v], kept_scaled[v] = scaled[v], kept_sum[v] = sum[v], kept_gain[v] = gain[v];
-    }
+    for (int v = 0; v < kPixels; ++v) kept[v] = keep[v], kept_gain[v] = gain[v];
     const int done = before;
     before = now, now = after, after = done;
   }

@@ -14,8 +14,7 @@ __device__ __forceinline__ float weight_of(const PixelGrad& job, const float* cl
                                            float log_odds, float norm) {
   const bool weighty = job.method.targeted ? !right : right;
   float weight = method_weight(job.method, log_odds, weighty, norm);
-  if (class_weight != nullptr) weight *= class_weight[label];
-  return job.method.targeted ? -weight : weight;
+  return class_weight == nullptr ? weight : weight * class_weight[label];
 }
 
 __device__ __forceinline__ const float* class_weight_of(const PixelGrad& job, int64_t image) {
@@ -54,12 +53,11 @@ __global__ void __launch_bounds__(kMostThreads, 2)
       const float log_odds = terms.log_odds[v];
       weight[v] = 0.0f;
       if (valid && log_odds == log_odds) {
-        const float norm = terms.squares[v] / (terms.sum[v] * terms.sum[v]);
-        weight[v] = weight_of(job, class_weight, terms.label[v], terms.right[v], log_odds, norm);
+        weight[v] = weight_of(job, class_weight, terms.label[v], terms.right[v], log_odds, terms.norm[v]);
       }
       if (place.own && place.group == 0) count(counts, valid, terms.right[v], log_odds);
     }
-    rows.put(y, stage, terms.channel, terms.scaled, terms.sum, weight, job.method.targeted);
+    rows.put(y, stage, terms.kept, weight, job.method.targeted);
     rows.copy_out(y, stage);
   }
   add_up(counts, job.input.shape.batch, counting, memory);
@@ -94,7 +92,7 @@ __global__ void __launch_bounds__(kPixelThreads)
       weight = weight_of(job, class_weight, label, terms.right, log_odds, norm);
     }
     count(counts, label >= 0, terms.right, log_odds);
-    image.write(job.grad, pixel, label, terms.largest, terms.sum, weight);
+    image.write(job.grad, pixel, label, terms.largest, terms.sum, job.method.targeted ? -weight : weight);
   }
   add_up(counts, job.input.shape.batch, counting, shared_memory());
 }

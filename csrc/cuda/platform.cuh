@@ -45,12 +45,14 @@ __device__ __forceinline__ float log2_approx(float x) {
 
 __device__ __forceinline__ float not_a_number() { return Bits<float>::from(0x7fc00000); }
 
-// a / b to 2 units in the last place, for b from 2^-126 to 2^126.
-__device__ __forceinline__ float quotient(float a, float b) {
+// 1 / x to 1 unit in the last place, for x from 2^-126 to 2^126.
+__device__ __forceinline__ float reciprocal(float x) {
 #if defined(EROSEG_CUDA_ON_HOST)
-  return a / b;
+  return 1.0f / x;
 #else
-  return __fdividef(a, b);
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 #endif
 }
 

@@ -14,6 +14,7 @@
 
 #include <type_traits>
 
+#include "launchers.h"
 #include "strips.h"
 #include "types.cuh"
 
@@ -109,17 +110,21 @@ struct Place {
 };
 
 // What is left of a word's pixels after their reduction. Exponentials are relative to 2^scaled: the kernel computes
-// exp(z - m) as 2^(z log2(e) - scaled) with scaled = m log2(e), rounded once, so S comes out with a factor close to 1
-// that its gradient does not feel and the log-odds are corrected for.
+// exp(z - m) as 2^(z log2(e) - scaled) with m the largest logit but the label's and scaled = m log2(e), rounded once,
+// so S = sum over c != y of exp(z_c - m) comes out with a factor close to 1 that its gradient does not feel and the
+// log-odds are corrected for.
 template <int kPixels>
 struct Terms {
   int label[kPixels];       // -1 on void pixels and beyond the image
-  int channel[kPixels];     // the label's among this thread's; -1 if it is another group's or has none
-  float scaled[kPixels];    // m log2(e), m the largest logit but the label's; 0 where logits are not finite
-  float sum[kPixels];       // S = sum over c != y of exp(z_c - m); 1 where logits are not finite
-  float squares[kPixels];   // sum over c != y of exp(2 (z_c - m))
   float log_odds[kPixels];  // L; NaN where logits are not finite
   bool right[kPixels];
+  float norm[kPixels];  // sum over c != y of (exp(z_c - m) / S)^2
+  // What Rows::put needs: exp(z_c - m) / S is factor * 2^(z_c log2(e) - power).
+  struct Kept {
+    int channel;  // the label's among this thread's; -1 if it is another group's or has none
+    float power, factor;
+  };
+  Kept kept[kPixels];
 };
 
 // The shared memory of Rows: `stages` rows of the strip and its halo, then what groups exchange.
@@ -208,7 +213,7 @@ class Rows {
     Element* const row = own_part(s, y);
     const int64_t index = (place_.image * height_ + y) * width_ + place_.x;
     read_labels(input_.labels, first_class_ + channels_, index, place_.pixels, terms.label);
-    int (&channel)[kPixels] = terms.channel;
+    int channel[kPixels];
     float of_label[kPixels], virtual_logit[kPixels];
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
@@ -223,87 +228,115 @@ class Rows {
     }
 
     float largest[kPixels], lowest[kPixels];
-    bool is_tied[kPixels];
+    bool is_tied[kPixels], is_any_tied = false;
     find_extremes(row, largest, lowest);
     // On ties the lowest class is the arg max.
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
       largest[v] = fmaxf(largest[v], virtual_logit[v]);
-      is_tied[v] = channel[v] >= 0 && of_label[v] == largest[v] &&
-                   (of_label[v] == virtual_logit[v] || has_below(row, v, channel[v], of_label[v]));
+      is_tied[v] = channel[v] >= 0 && of_label[v] == largest[v];
+      is_any_tied = is_any_tied || is_tied[v];
+    }
+    if (is_any_tied) {
+#pragma unroll
+      for (int v = 0; v < kPixels; ++v) {
+        is_tied[v] = is_tied[v] && (of_label[v] == virtual_logit[v] || has_below(row, v, channel[v], of_label[v]));
+      }
     }
     if (groups_ > 1) exchange_maxima(terms.label, channel, of_label, is_tied, largest);
 
-    float gap[kPixels];
+    float gap[kPixels], scaled[kPixels], sum[kPixels], squares[kPixels];
+    bool is_any_huge = false;
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
       gap[v] = of_label[v] - largest[v];
       terms.right[v] = terms.label[v] >= 0 && gap[v] >= 0.0f && !is_tied[v];
-      if (absolute(largest[v]) > kHuge) {
-        shift(row, v, channel[v], largest[v]);
-        virtual_logit[v] -= largest[v];
-        largest[v] = 0.0f;
+      is_any_huge = is_any_huge || absolute(largest[v]) > kHuge;
+    }
+    if (is_any_huge) {
+#pragma unroll
+      for (int v = 0; v < kPixels; ++v) {
+        if (absolute(largest[v]) > kHuge) {
+          shift(row, v, channel[v], largest[v]);
+          virtual_logit[v] -= largest[v];
+          largest[v] = 0.0f;
+        }
       }
-      terms.scaled[v] = largest[v] * kLog2E;
-      terms.sum[v] = exp2_approx(fmaf(virtual_logit[v], kLog2E, -terms.scaled[v]));
+    }
+#pragma unroll
+    for (int v = 0; v < kPixels; ++v) {
+      scaled[v] = largest[v] * kLog2E;
+      sum[v] = exp2_approx(fmaf(virtual_logit[v], kLog2E, -scaled[v]));
       // The sum is not a number if a logit is NaN or +inf, but would not feel -inf.
-      if (lowest[v] == -kInf || of_label[v] - of_label[v] != 0.0f) terms.sum[v] = not_a_number();
-      terms.squares[v] = kSquares ? terms.sum[v] * terms.sum[v] : 0.0f;
+      if (lowest[v] == -kInf || of_label[v] - of_label[v] != 0.0f) sum[v] = not_a_number();
+      squares[v] = kSquares ? sum[v] * sum[v] : 0.0f;
     }
     for_each(row, [&](int v, float z) {
-      const float e = exp2_approx(fmaf(z, kLog2E, -terms.scaled[v]));
-      terms.sum[v] += e;
-      if constexpr (kSquares) terms.squares[v] = fmaf(e, e, terms.squares[v]);
+      const float e = exp2_approx(fmaf(z, kLog2E, -scaled[v]));
+      sum[v] += e;
+      if constexpr (kSquares) squares[v] = fmaf(e, e, squares[v]);
     });
     if (groups_ > 1) {
-      exchange_sums(terms.sum);
+      exchange_sums(sum);
       if constexpr (kSquares) {
         __syncthreads();  // all have read the sums
-        exchange_sums(terms.squares);
+        exchange_sums(squares);
       }
     }
 
+    bool is_all_finite = true;
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
-      const bool finite = terms.sum[v] == terms.sum[v];
-      const float factor = fmaf(largest[v], kLog2E, -terms.scaled[v]);  // of S, as a power of 2
-      const float log_odds = gap[v] - (log2_approx(terms.sum[v]) - factor) * kLn2;
-      terms.log_odds[v] = finite ? log_odds : not_a_number();
-      if (!finite) {
+      const bool finite = sum[v] == sum[v];
+      is_all_finite = is_all_finite && finite;
+      const float power_of_sum = log2_approx(sum[v]);
+      const float error = fmaf(largest[v], kLog2E, -scaled[v]);  // of the sum, as a power of 2
+      terms.log_odds[v] = finite ? gap[v] - (power_of_sum - error) * kLn2 : not_a_number();
+      terms.norm[v] = squares[v] / (sum[v] * sum[v]);
+      // Numbers of 16 bits allow the factor to be a summand of the exponent: one operation less for each logit.
+      terms.kept[v] = {channel[v], scaled[v], 1.0f};
+      if constexpr (kScalesExponent) {
+        terms.kept[v].power += power_of_sum;
+      } else {
+        terms.kept[v].factor = reciprocal(sum[v]);
+      }
+    }
+    if (!is_all_finite) {
+#pragma unroll
+      for (int v = 0; v < kPixels; ++v) {
+        if (sum[v] == sum[v]) continue;
+        terms.kept[v] = {channel[v], 0.0f, 1.0f};
 #pragma unroll 1
         for (int c = 0; c < count_; ++c) row[offset_of(v, c)] = to_element<Type>(0.0f);
-        terms.scaled[v] = 0.0f;
-        terms.sum[v] = 1.0f;
       }
     }
     return terms;
   }
 
-  // Turns row y in stage s into weight * dl/dz; channel, scaled and sum are its terms. A weight of 0 gives zeros;
-  // weights are not negative, or not positive if is_negative.
-  __device__ __forceinline__ void put(int y, int s, const int (&channel)[kPixels], const float (&scaled)[kPixels],
-                                      const float (&sum)[kPixels], const float (&weight)[kPixels], bool is_negative) {
+  // Turns row y in stage s into weight * dl/dz, or minus that if is_negative. Weights are not negative; 0 gives zeros.
+  __device__ __forceinline__ void put(int y, int s, const typename Terms<kPixels>::Kept (&kept)[kPixels],
+                                      const float (&weight)[kPixels], bool is_negative) {
     Element* const row = own_part(s, y);
-    float scale[kPixels];
+    float power[kPixels], scale[kPixels];
 #pragma unroll
-    for (int v = 0; v < kPixels; ++v) scale[v] = quotient(weight[v], sum[v]);
-    if constexpr (kScalesExponent) {
-      // 2^(a - b) scale = 2^(a - (b - log2(scale))): one operation less for each logit.
-      float power[kPixels];
-#pragma unroll
-      for (int v = 0; v < kPixels; ++v) power[v] = scaled[v] - log2_approx(absolute(scale[v]));
-      const auto magnitude = [&](int v, float z) { return exp2_approx(fmaf(z, kLog2E, -power[v])); };
-      if (is_negative) {
-        transform(row, [&](int v, float z) { return -magnitude(v, z); });
-      } else {
-        transform(row, magnitude);
-      }
+    for (int v = 0; v < kPixels; ++v) {
+      power[v] = kept[v].power - (kScalesExponent ? log2_approx(weight[v]) : 0.0f);
+      scale[v] = kScalesExponent ? 1.0f : kept[v].factor * weight[v];
+    }
+    const auto magnitude = [&](int v, float z) {
+      const float e = exp2_approx(fmaf(z, kLog2E, -power[v]));
+      return kScalesExponent ? e : e * scale[v];
+    };
+    if (is_negative) {
+      transform(row, [&](int v, float z) { return -magnitude(v, z); });
     } else {
-      transform(row, [&](int v, float z) { return exp2_approx(fmaf(z, kLog2E, -scaled[v])) * scale[v]; });
+      transform(row, magnitude);
     }
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
-      if (channel[v] >= 0) row[offset_of(v, channel[v])] = to_element<Type>(-weight[v]);
+      if (kept[v].channel >= 0) {
+        row[offset_of(v, kept[v].channel)] = to_element<Type>(is_negative ? weight[v] : -weight[v]);
+      }
     }
   }
 
@@ -321,7 +354,6 @@ class Rows {
 
  private:
   static constexpr int kUnit = kBytesOfPiece / static_cast<int>(sizeof(Element));
-  // Whether a gradient's 8 or 11 bits allow its factor to be a summand of the exponent.
   static constexpr bool kScalesExponent = sizeof(Element) == 2;
   // Beyond this, z log2(e) - scaled would be off by more than it is; 1443, 2^-14 of which is an exponent's last bit,
   // where it has a summand more. And far from the lowest finite number, which must have no exponential left.
@@ -473,16 +505,17 @@ class Rows {
   // What a thread copies of a row of planes: it keeps to its column of pieces, and goes down the channels.
   struct Share {
     int piece, columns;  // the first piece, and how many are copied at once
-    int first, at_once;  // the same of channels; first is beyond them all for a thread that has nothing to copy
+    int first, at_once;  // the same of channels
+    int times;           // how often, 0 for a thread that has nothing to copy
 
     static __device__ __forceinline__ Share of(int pieces, int channels) {
       const int self = thread_of_block(), all = threads_of_block();
       Share share;
       share.columns = pieces < all ? pieces : all;
       share.at_once = all / share.columns;
-      const int row = self / share.columns;
-      share.piece = self - row * share.columns;
-      share.first = row < share.at_once ? row : channels;
+      share.first = self / share.columns;
+      share.piece = self - share.first * share.columns;
+      share.times = share.first < share.at_once ? (channels - share.first + share.at_once - 1) / share.at_once : 0;
       return share;
     }
   };
@@ -509,7 +542,7 @@ class Rows {
       Element* at = global + piece * kElements + share.first * plane;
       Element* there = staged + piece * kElements + share.first * layout_.pitch;
 #pragma unroll 4
-      for (int c = share.first; c < channels_; c += share.at_once) {
+      for (int i = 0; i < share.times; ++i) {
         copy_piece<kOut, kBytes>(at, there);
         at += share.at_once * plane;
         there += share.at_once * layout_.pitch;

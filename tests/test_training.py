@@ -135,7 +135,7 @@ def test_the_callers_random_numbers_and_threads_stay(data: Path, tmp_path: Path)
 
 def test_an_attack_without_budget_is_no_attack(data: Path, tmp_path: Path) -> None:
     """Nothing of the attack reaches the update but its images."""
-    run(data, tmp_path / "eroseg", eps=0.0, model=seeded(dropout_net))
+    run(data, tmp_path / "eroseg", eps=0.0, front_loss=0.0, model=seeded(dropout_net))
     run(data, tmp_path / "none", attack="none", model=seeded(dropout_net))
     assert furthest_apart(weights(tmp_path / "eroseg"), weights(tmp_path / "none")) == 0
 

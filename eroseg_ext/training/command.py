@@ -38,6 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     _add(attack, "step-size", options.budget, "A", "default: the larger of eps/4 and 1.5 eps/T")
     _add(attack, "attack-mode", str, None, "of the model, default: eval", choices=("eval", "train", "keep"))
     _add(attack, "attack-options", options.json_object, "JSON", "more of them, such as '{\"radius\": 0}'")
+    _add(attack, "front-loss", float, "F", "undecided pixels count 1 + F times, default: 4 with eroseg, else 0")
     _add(attack, "backend", str, None, "default: auto", choices=("auto", "fused", "reference"))
     _add(attack, "compare-reference", int, "N", "time N updates with each backend first")
 

@@ -108,7 +108,11 @@ class TrainSettings:
     attack_mode: str = "eval"
     """mode of the model during the attack: ``eval``, ``train`` or ``keep``"""
     attack_options: Mapping[str, Any] = field(default_factory=dict)
-    """further keywords of :func:`eroseg_ext.attack`, such as ``{"radius": 0}`` or ``{"preset": "progressive"}``"""
+    """further keywords of :func:`eroseg_ext.attack`, such as ``{"radius": 0}`` or ``{"preset": "progressive"}``; with
+    ``attack="eroseg"`` and no preset ``balance`` is 1 unless they say otherwise: all classes are attacked alike"""
+    front_loss: float | None = None
+    """the loss of a pixel counts 1 + front_loss times where the network is undecided about it, falling to 1 where it is
+    sure, over the image's mean; default 4 with ``attack="eroseg"``, else 0"""
     backend: str = "auto"
     """of the attack: ``fused``, ``reference`` or ``auto``"""
     mean: tuple[float, ...] | None = None
@@ -171,7 +175,7 @@ class TrainSettings:
         check_integer("ignore_index", self.ignore_index, -(2**63), 2**63 - 1)
         if self.workers is not None:
             check_integer("workers", self.workers, 0)
-        for name in ("learning_rate", "weight_decay", "step_size"):
+        for name in ("learning_rate", "weight_decay", "step_size", "front_loss"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0, math.inf)
         for name in ("eps", "warmup_epochs", "poly_power"):
@@ -225,6 +229,8 @@ class TrainSettings:
             step_size = self.eps * max(1 / 4, 1.5 / self.attack_steps)
         preset = self.attack_options.get("preset")
         options = {name: value for name, value in self.attack_options.items() if name != "preset"}
+        if self.attack == "eroseg" and preset is None:
+            options = {"balance": 1.0, **options}
         return AttackSettings.create(
             preset,
             method=self.attack,
@@ -244,6 +250,13 @@ class TrainSettings:
     def autocast(self) -> torch.dtype | None:
         """The dtype that ``amp`` names."""
         return torch.bfloat16 if self.amp == "bf16" else None
+
+    @property
+    def front_loss_in_force(self) -> float:
+        """The factor that ``front_loss`` gives or leaves to the attack."""
+        if self.front_loss is not None:
+            return self.front_loss
+        return 4.0 if self.attack == "eroseg" else 0.0
 
     @property
     def peak_learning_rate(self) -> float:

@@ -8,17 +8,18 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from eroseg_ext import backend as backends
 from eroseg_ext.attack import attack
 from eroseg_ext.datasets import VOID
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training import seeds
 from eroseg_ext.training.clock import Clock
 from eroseg_ext.training.distributed import Processes
+from eroseg_ext.training.loss import summed_loss
 from eroseg_ext.training.network import Network
 from eroseg_ext.training.samples import Batch
 from eroseg_ext.training.settings import TrainSettings
@@ -122,6 +123,7 @@ class Updater:
         total = self._total_weight(labels)
         noise = _Noise(settings.seed, update, processes, images)
         first = processes.rank * len(images)
+        ops = backends.select(processes.device, backend or settings.backend)
         loss = torch.zeros((), device=processes.device)
         parts = zip(images.chunk(settings.accumulate), labels.chunk(settings.accumulate), strict=True)
         for number, (part, wanted) in enumerate(parts):
@@ -129,9 +131,7 @@ class Updater:
             last = number + 1 == settings.accumulate
             with nullcontext() if last else self._without_sync():
                 logits = self._network(part)
-                summed = F.cross_entropy(
-                    logits.float(), wanted, self._class_weights, ignore_index=VOID, reduction="sum"
-                )
+                summed = summed_loss(logits, wanted, self._class_weights, settings.front_loss_in_force, ops)
                 share = summed / total
                 # DistributedDataParallel takes the mean over the processes, and the loss is their sum.
                 (share * processes.world).backward()

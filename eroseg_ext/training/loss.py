@@ -1,0 +1,54 @@
+"""What an update descends: cross-entropy, in which the pixels that the attack has brought into play may count more."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eroseg_ext import reference
+from eroseg_ext.datasets import VOID
+from eroseg_ext.settings import AttackSettings
+
+
+def summed_loss(
+    logits: Tensor, labels: Tensor, class_weights: Tensor | None, front_loss: float, ops: ModuleType
+) -> Tensor:
+    """The cross-entropy summed over the valid pixels, a scalar.
+
+    Args:
+        logits: ``[B, C, H, W]`` of the images trained on.
+        labels: ``[B, H, W]`` int64, ``VOID`` on void pixels.
+        class_weights: ``[C]`` float32 or None.
+        front_loss: 0, or how strongly the front counts, see :func:`front_factor`.
+        ops: module of the operations.
+    """
+    logits = logits.float()
+    if front_loss == 0:
+        return F.cross_entropy(logits, labels, class_weights, ignore_index=VOID, reduction="sum")
+    losses = F.cross_entropy(logits, labels, class_weights, ignore_index=VOID, reduction="none")
+    return (losses * front_factor(logits.detach(), labels, front_loss, ops)).sum()
+
+
+def front_factor(logits: Tensor, labels: Tensor, front_loss: float, ops: ModuleType) -> Tensor:
+    """``1 + front_loss * w``, divided by its mean over the image's valid pixels.
+
+    w is the weight that EroSeg's attack would give a pixel in its next step from here: 1 where the network is
+    undecided, nearly 0 where it is sure, right or wrong. An image counts as much as without it, on any number of
+    processes and in pieces of any size.
+
+    Returns:
+        ``[B, H, W]`` float32, 0 on void pixels.
+    """
+    settings = AttackSettings()
+    scores = ops.confidence(logits, labels, ignore_index=VOID)
+    valid = labels != VOID
+    count = valid.sum((1, 2))
+    stats = torch.zeros(len(logits), 4, dtype=torch.float64, device=logits.device)
+    stats[:, 0] = count
+    tau = ops.next_tau(scores, stats, 1, front_min=settings.front_first, front_max=settings.front_first)
+    eroded = ops.erode(scores, valid, settings.radius, settings.slope * tau)
+    factor = (1 + front_loss * reference.front_weight(eroded, tau)).where(valid, 0.0)
+    return factor * (count / factor.sum((1, 2)).clamp(min=1e-12)).view(-1, 1, 1)

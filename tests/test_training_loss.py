@@ -1,0 +1,99 @@
+"""The loss of training: which pixels count, and that images, pieces and backends do not change what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from eroseg_ext import backend as backends
+from eroseg_ext import reference
+from eroseg_ext.datasets import VOID
+from eroseg_ext.training import TrainSettings
+from eroseg_ext.training.loss import front_factor, summed_loss
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 20, 30, generator=generator) * 4
+    labels = torch.randint(0, 5, (3, 20, 30), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < 0.1] = VOID
+    labels[2] = VOID
+    return logits, labels
+
+
+def test_without_front_it_is_the_cross_entropy(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, labels = batch
+    weights = torch.linspace(0.5, 2, 5)
+    expected = F.cross_entropy(logits, labels, weights, ignore_index=VOID, reduction="sum")
+    assert torch.equal(summed_loss(logits, labels, weights, 0.0, reference), expected)
+
+
+def test_undecided_pixels_count_most_and_every_image_as_before(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, labels = batch
+    factor = front_factor(logits, labels, 4.0, reference)
+    valid = labels != VOID
+    assert (factor[~valid] == 0).all()
+    assert torch.allclose(factor.sum((1, 2)), valid.sum((1, 2)).float(), rtol=1e-5)
+    scores = reference.confidence(logits, labels, ignore_index=VOID)
+    for image in range(2):
+        inside = valid[image]
+        order = scores[image][inside].argsort()
+        ranked = factor[image][inside][order]
+        assert ranked[:20].mean() > 1.2 * ranked[-20:].mean()
+        assert 1 < ranked.max() / ranked.min() <= 5.001
+
+
+def test_a_sure_network_far_from_the_front_learns_from_all_pixels_alike() -> None:
+    labels = torch.zeros(1, 40, 40, dtype=torch.long)
+    logits = torch.zeros(1, 3, 40, 40)
+    logits[:, 0] = 50
+    logits[:, 0, :20] = 1
+    factor = front_factor(logits, labels, 4.0, reference)[0]
+    assert factor[22:].max() - factor[22:].min() < 1e-5
+    assert factor[:20].min() > 2 * factor[22:].max()
+
+
+def test_pieces_of_a_batch_add_up(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, labels = batch
+    whole = summed_loss(logits, labels, None, 4.0, reference)
+    pieces = sum(summed_loss(logits[i : i + 1], labels[i : i + 1], None, 4.0, reference) for i in range(3))
+    torch.testing.assert_close(pieces, whole)
+
+
+def test_both_backends_give_the_same_gradient(batch: tuple[torch.Tensor, torch.Tensor], fused: str) -> None:
+    logits, labels = batch
+    gradients = []
+    for name in (fused, "reference"):
+        leaf = logits.clone().requires_grad_()
+        summed_loss(leaf, labels, None, 4.0, backends.select(torch.device("cpu"), name)).backward()
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    assert (gradients[0][2] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "front_loss", "balance"),
+    [
+        ({}, 4.0, 1.0),
+        ({"front_loss": 0.0, "attack_options": {"balance": 0.3}}, 0.0, 0.3),
+        ({"attack_options": {"preset": "progressive"}}, 4.0, 0.0),
+        ({"attack": "pgd"}, 0.0, 0.15),
+        ({"attack": "pgd", "front_loss": 2}, 2.0, 0.15),
+    ],
+)
+def test_what_training_against_eroseg_takes(settings: dict[str, Any], front_loss: float, balance: float) -> None:
+    checked = TrainSettings(data=Path("data"), out=Path("out"), **settings)
+    attack = checked.attack_settings()
+    assert attack is not None
+    assert (checked.front_loss_in_force, attack.balance) == (front_loss, balance)
+
+
+def test_a_negative_factor_is_refused() -> None:
+    with pytest.raises(ValueError, match="front_loss is -1"):
+        TrainSettings(data=Path("data"), out=Path("out"), front_loss=-1)

@@ -102,13 +102,15 @@ PYBIND11_MODULE(cuda_kernels_module, m) {
   });
   m.def("kth_value",
         [](uintptr_t scores, uintptr_t valid, int64_t batch, int64_t n, uintptr_t k, int64_t count, uintptr_t out) {
+          std::vector<unsigned char> workspace(cuda::selections_of(batch, count) * cuda::kBytesOfSelection, 0xff);
           check(cuda::launch_kth_value(at<float>(scores), at<bool>(valid), batch, n, at<int64_t>(k), count,
-                                       at<float>(out), nullptr));
+                                       at<float>(out), workspace.data(), nullptr));
         });
   m.def("next_tau", [](uintptr_t log_odds, uintptr_t stats, int64_t batch, int64_t n, int64_t steps_left, double reach,
                        double front_min, double front_max, uintptr_t tau) {
+    std::vector<unsigned char> workspace(cuda::selections_of(batch, 1) * cuda::kBytesOfSelection, 0xff);
     check(cuda::launch_next_tau(at<float>(log_odds), at<double>(stats), batch, n,
-                                {steps_left, reach, front_min, front_max}, at<float>(tau), nullptr));
+                                {steps_left, reach, front_min, front_max}, at<float>(tau), workspace.data(), nullptr));
   });
   m.def("erode", [](int64_t batch, int64_t height, int64_t width, int radius, uintptr_t scores, uintptr_t valid,
                     uintptr_t predicted, uintptr_t rise, uintptr_t out, uintptr_t spare) {

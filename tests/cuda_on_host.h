@@ -167,6 +167,11 @@ T shuffle(T value, int source) {
 #define blockDim cuda_on_host::block_dimension
 #define gridDim cuda_on_host::grid_dimension
 
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
+
 inline void __syncthreads() { cuda_on_host::yield(cuda_on_host::State::kAtBlockBarrier); }
 inline void __threadfence() {}
 

@@ -93,6 +93,19 @@ def test_selection_reads_ties_and_few_distinct_values_right() -> None:
     assert torch.equal(cuda_kernels.kth_value(scores, k), reference.kth_value(scores, k))
 
 
+@pytest.mark.parametrize("n", [16384, 16385, 50_001])
+def test_blocks_that_share_a_row_select_as_one(n: int) -> None:
+    scores = torch.rand(2, n, generator=torch.Generator().manual_seed(n)).pow(8)
+    scores[1] = scores[1].mul(40).round()  # many ties
+    k = torch.tensor([[1, n // 3, n], [n // 2, n // 2, n - 1]])
+    assert torch.equal(cuda_kernels.kth_value(scores, k), reference.kth_value(scores, k))
+    valid = torch.rand(2, n) < 0.7
+    assert torch.equal(cuda_kernels.kth_value(scores, k, valid), reference.kth_value(scores, k, valid))
+    maps = scores.view(2, 1, n)
+    stats = torch.tensor([[n, 0, 5, 1e-3], [n, 0, 5, 3.0]], dtype=torch.float64)
+    assert torch.equal(cuda_kernels.next_tau(maps, stats, 4), reference.next_tau(maps, stats, 4))
+
+
 @pytest.mark.parametrize("classes", [2, 21, 30])
 @pytest.mark.parametrize(
     ("dtype", "magnitude"),

@@ -29,11 +29,14 @@ cudaError_t launch_confidence(const ConfidenceMap& job, cudaStream_t stream);
 // counts[classes * classes] += the confusion matrix.
 cudaError_t launch_confusion(const Confusion& job, unsigned long long* counts, cudaStream_t stream);
 
-// [batch, n] scores, k[batch, count], and for out; valid may be null.
+// [batch, n] scores, k[batch, count], and for out; valid may be null. `workspace` has kBytesOfSelection for each of
+// selections_of(batch, count), next_tau's count being 1.
+constexpr int64_t kBytesOfSelection = 16640;
+inline int64_t selections_of(int64_t batch, int64_t count) { return batch * ((count + 1) / 2); }
 cudaError_t launch_kth_value(const float* scores, const bool* valid, int64_t batch, int64_t n, const int64_t* k,
-                             int64_t count, float* out, cudaStream_t stream);
+                             int64_t count, float* out, void* workspace, cudaStream_t stream);
 cudaError_t launch_next_tau(const float* log_odds, const double* stats, int64_t batch, int64_t n,
-                            const TauSettings& settings, float* tau, cudaStream_t stream);
+                            const TauSettings& settings, float* tau, void* workspace, cudaStream_t stream);
 
 // All [batch, height, width]; valid and predicted may be null; rise[batch]; spare is as large as out, for radius > 1.
 cudaError_t launch_erode(const Erode& job, int64_t batch, const float* scores, const bool* valid,

@@ -148,6 +148,10 @@ Tensor confidence(const Tensor& logits, const Tensor& labels, int64_t ignore_ind
   return out;
 }
 
+Tensor selection_workspace(const Tensor& like, int64_t batch, int64_t count) {
+  return torch::stable::new_empty(like, {selections_of(batch, count) * kBytesOfSelection}, ScalarType::Byte);
+}
+
 Tensor kth_value(const Tensor& scores, const Tensor& k, const MaybeTensor& valid) {
   constexpr const char* kOp = "kth_value";
   const On on(scores);
@@ -155,10 +159,10 @@ Tensor kth_value(const Tensor& scores, const Tensor& k, const MaybeTensor& valid
   check_device(k, on, kOp, "k");
   check_device(valid, on, kOp, "valid");
   const int64_t batch = scores.size(0), n = scores.size(1), count = k.size(1);
-  Tensor out = torch::stable::new_empty(scores, {batch, count});
+  Tensor out = torch::stable::new_empty(scores, {batch, count}), workspace = selection_workspace(scores, batch, count);
   launched(launch_kth_value(static_cast<const float*>(scores.const_data_ptr()), data_or_null<bool>(valid), batch, n,
                             static_cast<const int64_t*>(k.const_data_ptr()), count,
-                            static_cast<float*>(out.mutable_data_ptr()), on.stream()),
+                            static_cast<float*>(out.mutable_data_ptr()), workspace.mutable_data_ptr(), on.stream()),
            kOp);
   return out;
 }
@@ -170,11 +174,11 @@ Tensor next_tau(const Tensor& log_odds, const Tensor& stats, int64_t steps_left,
   check_next_tau(log_odds, stats);
   check_device(stats, on, kOp, "stats");
   const int64_t batch = log_odds.size(0), n = log_odds.size(1) * log_odds.size(2);
-  Tensor tau = torch::stable::new_empty(log_odds, {batch});
+  Tensor tau = torch::stable::new_empty(log_odds, {batch}), workspace = selection_workspace(log_odds, batch, 1);
   launched(launch_next_tau(static_cast<const float*>(log_odds.const_data_ptr()),
                            static_cast<const double*>(stats.const_data_ptr()), batch, n,
                            {steps_left, reach, front_min, front_max}, static_cast<float*>(tau.mutable_data_ptr()),
-                           on.stream()),
+                           workspace.mutable_data_ptr(), on.stream()),
            kOp);
   return tau;
 }

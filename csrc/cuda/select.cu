@@ -1,10 +1,12 @@
-// kth_value and next_tau: exact selection by radix, one block for each row of scores.
+// kth_value and next_tau: exact selection by radix.
 //
 // The bits of a non-negative float order like the float; as a key of 31 bits it has digits of 11, 10 and 10 bits, the
-// highest first. For each digit:
-//   1. Histogram, in shared memory, of the digit over the keys that agree with the digits already found.
-//   2. The k-th smallest is in the bin where the running count reaches k: that is its digit, and k is lessened by the
-//      count before the bin.
+// highest first. For each digit there is a launch, in which several blocks share a row of scores:
+//   1. Histogram, in shared memory, of the digit over the block's keys that agree with the digits already found.
+//   2. It is added to the row's histogram in memory. The block that takes the row's last number from the ticket knows
+//      that one to be complete; the others end.
+//   3. The k-th smallest is in the bin where the running count reaches k: that is its digit, and k is lessened by the
+//      count before the bin. The row's histogram is set to 0 for the next digit.
 // Two ranks at a time, each with its own prefix and histogram: the scores are read three times, whatever their values.
 // Counts are integers, so the order in which threads add does not matter; ties need no rule, since equal keys are equal
 // values.
@@ -13,24 +15,36 @@
 namespace eroseg::cuda {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 512;
 constexpr int kRanks = 2;
 constexpr int kDigits = 3;
+constexpr int kBitsOf[kDigits] = {11, 10, 10};
 constexpr int kMostBins = 2048;
 constexpr uint32_t kInfBits = 0x7f800000u;
+constexpr int64_t kScoresOfBlock = 16384, kMostBlocks = 64;
+
+// What is known of two ranks of one row, in memory that begins as zeros.
+struct Selection {
+  unsigned histogram[kRanks][kMostBins];
+  uint32_t prefix[kRanks];
+  unsigned rank[kRanks];
+  unsigned ticket;
+};
+static_assert(sizeof(Selection) <= kBytesOfSelection);
 
 struct Workspace {
   unsigned histogram[kRanks][kMostBins];
   unsigned of_warp[kThreads / kWarp];
   uint32_t prefix[kRanks];
   unsigned rank[kRanks];
+  int is_last;
 };
 
 struct alignas(16) FourFloats {
   float value[4];
 };
 
-// Calls f(key) for the keys of a row that are this thread's.
+// Calls f(key) for those of the n scores that are this thread's.
 template <class F>
 __device__ __forceinline__ void for_each_key(const float* scores, const bool* valid, int64_t n, const F& f) {
   const auto key_of = [&](float score) { return static_cast<uint32_t>(Bits<float>::of(score)) & 0x7fffffffu; };
@@ -74,86 +88,146 @@ __device__ __forceinline__ void descend(Workspace& work, int r, const unsigned* 
   __syncthreads();
 }
 
-// The scores of the two ranks in work.rank, each from 1 to n, as bits in work.prefix. All threads call it.
-__device__ void select(Workspace& work, const float* scores, const bool* valid, int64_t n) {
-  constexpr int kBits[kDigits] = {11, 10, 10};
-  if (threadIdx.x < kRanks) work.prefix[threadIdx.x] = 0;
-  int below = 31;  // bits of a key that are lower than the digits found
-#pragma unroll
-  for (int digit = 0; digit < kDigits; ++digit) {
-    const int bits = kBits[digit], bins = 1 << bits;
-    for (int i = static_cast<int>(threadIdx.x); i < bins; i += kThreads) {
-      for (int r = 0; r < kRanks; ++r) work.histogram[r][i] = 0;
-    }
-    __syncthreads();
-    const uint32_t first = work.prefix[0], second = work.prefix[1];
-    const int shift = below - bits;
-    for_each_key(scores, valid, n, [&](uint32_t key) {
-      const uint32_t prefix = digit == 0 ? 0 : key >> below;
-      const uint32_t bin = key >> shift & (bins - 1u);
-      if (prefix == first) atomicAdd(&work.histogram[0][bin], 1u);
-      if (second != first && prefix == second) atomicAdd(&work.histogram[1][bin], 1u);
-    });
-    __syncthreads();
-    descend(work, 0, work.histogram[0], bins / kThreads, bits);
-    descend(work, 1, work.histogram[second == first ? 0 : 1], bins / kThreads, bits);
-    below = shift;
-  }
-}
+// Ranks from the caller.
+struct KthValue {
+  const float* scores;
+  const bool* valid;
+  int64_t n;
+  const int64_t* k;
+  int64_t count;
+  float* out;
 
-__global__ void __launch_bounds__(kThreads, 1)
-    kth_value_kernel(const float* scores, const bool* valid, int64_t n, const int64_t* k, int64_t count, float* out) {
+  __device__ int64_t pairs() const { return (count + kRanks - 1) / kRanks; }
+  __device__ int64_t row(int64_t selection) const { return selection / pairs(); }
+  __device__ unsigned rank(int64_t selection, int r) const {
+    const int64_t j = selection % pairs() * kRanks + r;
+    const int64_t rank = k[row(selection) * count + (j < count ? j : count - 1)];
+    return static_cast<unsigned>(rank < 1 ? 1 : (rank < n ? rank : n));
+  }
+  __device__ void finish(int64_t selection, const float (&value)[kRanks]) const {
+    for (int r = 0; r < kRanks; ++r) {
+      const int64_t j = selection % pairs() * kRanks + r;
+      if (j < count) out[row(selection) * count + j] = value[r];
+    }
+  }
+};
+
+// Ranks by the fractions of an image's valid pixels.
+struct NextTau {
+  const float* scores;
+  const bool* valid;
+  int64_t n;
+  const double* stats;
+  TauSettings settings;
+  float* tau;
+
+  __device__ int64_t row(int64_t selection) const { return selection; }
+  __device__ unsigned rank(int64_t selection, int r) const {
+    return static_cast<unsigned>(rank_of(r == 0 ? settings.front_min : settings.front_max, stats[selection * 4]));
+  }
+  __device__ void finish(int64_t selection, const float (&value)[kRanks]) const {
+    tau[selection] = tau_between(value[0], value[1], stats + selection * 4, settings);
+  }
+};
+
+template <int kDigit, class Goal>
+__global__ void __launch_bounds__(kThreads)
+    select_kernel(const __grid_constant__ Goal goal, Selection* selections, int blocks_of_row) {
+  constexpr int kBits = kBitsOf[kDigit], kBins = 1 << kBits;
+  constexpr int kBelow = kDigit == 0 ? 31 : (kDigit == 1 ? 20 : 10);  // bits of a key lower than the digits found
+  constexpr int kShift = kBelow - kBits;
   auto& work = *reinterpret_cast<Workspace*>(shared_memory());
-  const int64_t pairs = (count + kRanks - 1) / kRanks;
-  const int64_t row = blockIdx.x / pairs, first = blockIdx.x % pairs * kRanks;
-  if (threadIdx.x < kRanks) {
-    const int64_t j = first + threadIdx.x < count ? first + threadIdx.x : count - 1;
-    const int64_t rank = k[row * count + j];
-    work.rank[threadIdx.x] = static_cast<unsigned>(rank < 1 ? 1 : (rank < n ? rank : n));
+  const int self = static_cast<int>(threadIdx.x);
+  const int64_t index = blockIdx.x / blocks_of_row, part = blockIdx.x % blocks_of_row;
+  Selection& selection = selections[index];
+  const uint32_t first = kDigit == 0 ? 0 : selection.prefix[0], second = kDigit == 0 ? 0 : selection.prefix[1];
+
+  for (int i = self; i < kBins; i += kThreads) {
+    for (int r = 0; r < kRanks; ++r) work.histogram[r][i] = 0;
   }
   __syncthreads();
-  select(work, scores + row * n, valid == nullptr ? nullptr : valid + row * n, n);
-  if (threadIdx.x < kRanks && first + threadIdx.x < count) {
-    out[row * count + first + threadIdx.x] = Bits<float>::from(static_cast<int32_t>(work.prefix[threadIdx.x]));
+  const int64_t each = (goal.n / blocks_of_row + 4) / 4 * 4;
+  const int64_t begin = part * each < goal.n ? part * each : goal.n;
+  const int64_t end = begin + each < goal.n ? begin + each : goal.n;
+  const int64_t offset = goal.row(index) * goal.n + begin;
+  for_each_key(goal.scores + offset, goal.valid == nullptr ? nullptr : goal.valid + offset, end - begin,
+               [&](uint32_t key) {
+                 const uint32_t prefix = kDigit == 0 ? 0 : key >> kBelow;
+                 const uint32_t bin = key >> kShift & (kBins - 1u);
+                 if (prefix == first) atomicAdd(&work.histogram[0][bin], 1u);
+                 if (second != first && prefix == second) atomicAdd(&work.histogram[1][bin], 1u);
+               });
+  __syncthreads();
+  for (int r = 0; r < kRanks; ++r) {
+    for (int i = self; i < kBins; i += kThreads) {
+      if (work.histogram[r][i] != 0) atomicAdd(&selection.histogram[r][i], work.histogram[r][i]);
+    }
+  }
+  __threadfence();
+  __syncthreads();
+  if (self == 0) {
+    const auto last = static_cast<unsigned>(blocks_of_row - 1);
+    work.is_last = atomicInc(&selection.ticket, last) == last;
+  }
+  __syncthreads();
+  if (work.is_last == 0) return;
+
+  __threadfence();
+  for (int r = 0; r < kRanks; ++r) {
+    for (int i = self; i < kBins; i += kThreads) {
+      work.histogram[r][i] = __ldcg(&selection.histogram[r][i]);
+      selection.histogram[r][i] = 0;
+    }
+  }
+  if (self < kRanks) {
+    work.prefix[self] = self == 0 ? first : second;
+    work.rank[self] = kDigit == 0 ? goal.rank(index, self) : selection.rank[self];
+  }
+  __syncthreads();
+  descend(work, 0, work.histogram[0], kBins / kThreads, kBits);
+  descend(work, 1, work.histogram[second == first ? 0 : 1], kBins / kThreads, kBits);
+  if (kDigit + 1 < kDigits) {
+    if (self < kRanks) selection.prefix[self] = work.prefix[self], selection.rank[self] = work.rank[self];
+  } else if (self == 0) {
+    float value[kRanks];
+    for (int r = 0; r < kRanks; ++r) value[r] = Bits<float>::from(static_cast<int32_t>(work.prefix[r]));
+    goal.finish(index, value);
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 1)
-    next_tau_kernel(const float* log_odds, const double* stats, int64_t n, TauSettings settings, float* tau) {
-  auto& work = *reinterpret_cast<Workspace*>(shared_memory());
-  const int64_t row = blockIdx.x;
-  stats += row * 4;
-  const bool any = stats[0] > 0;
-  if (any) {
-    if (threadIdx.x < kRanks) {
-      const double rho = threadIdx.x == 0 ? settings.front_min : settings.front_max;
-      work.rank[threadIdx.x] = static_cast<unsigned>(rank_of(rho, stats[0]));
+template <class Goal>
+cudaError_t launch_select(const Goal& goal, int64_t count, void* workspace, cudaStream_t stream) {
+  if (count == 0) return cudaSuccess;
+  cudaError_t error = cudaMemsetAsync(workspace, 0, static_cast<size_t>(count * kBytesOfSelection), stream);
+  if (error != cudaSuccess) return error;
+  auto* selections = static_cast<Selection*>(workspace);
+  const int64_t wanted = (goal.n + kScoresOfBlock - 1) / kScoresOfBlock;
+  const int blocks = static_cast<int>(wanted < 1 ? 1 : (wanted < kMostBlocks ? wanted : kMostBlocks));
+  const auto digit = [&](auto kernel) {
+    if (error == cudaSuccess) {
+      error = launch(kernel, count * blocks, dim3(kThreads), sizeof(Workspace), stream, goal, selections, blocks);
     }
-    __syncthreads();
-    select(work, log_odds + row * n, nullptr, n);
-  }
-  if (threadIdx.x == 0) {
-    const float low = any ? Bits<float>::from(static_cast<int32_t>(work.prefix[0])) : 0.0f;
-    const float high = any ? Bits<float>::from(static_cast<int32_t>(work.prefix[1])) : 0.0f;
-    tau[row] = tau_between(low, high, stats, settings);
-  }
+  };
+  digit(select_kernel<0, Goal>);
+  digit(select_kernel<1, Goal>);
+  digit(select_kernel<2, Goal>);
+  return error;
 }
 
 }  // namespace
 
 cudaError_t launch_kth_value(const float* scores, const bool* valid, int64_t batch, int64_t n, const int64_t* k,
-                             int64_t count, float* out, cudaStream_t stream) {
+                             int64_t count, float* out, void* workspace, cudaStream_t stream) {
   if (n == 0) {
     const int64_t results = batch * count;
     return launch(fill_kernel<float>, (results + 255) / 256, dim3(256), 0, stream, out, results, kInf);
   }
-  const int64_t blocks = batch * ((count + kRanks - 1) / kRanks);
-  return launch(kth_value_kernel, blocks, dim3(kThreads), sizeof(Workspace), stream, scores, valid, n, k, count, out);
+  return launch_select(KthValue{scores, valid, n, k, count, out}, selections_of(batch, count), workspace, stream);
 }
 
 cudaError_t launch_next_tau(const float* log_odds, const double* stats, int64_t batch, int64_t n,
-                            const TauSettings& settings, float* tau, cudaStream_t stream) {
-  return launch(next_tau_kernel, batch, dim3(kThreads), sizeof(Workspace), stream, log_odds, stats, n, settings, tau);
+                            const TauSettings& settings, float* tau, void* workspace, cudaStream_t stream) {
+  return launch_select(NextTau{log_odds, nullptr, n, stats, settings, tau}, selections_of(batch, 1), workspace, stream);
 }
 
 }  // namespace eroseg::cuda

@@ -1,7 +1,7 @@
 """Adversarial training compared: one network trained clean, and on from there against several attacks at equal budget.
 
     python -m bench.experiment commands --data camvid --out runs
-    python -m bench.experiment report runs --save training_camvid
+    python -m bench.experiment report runs --seeds 0 1 --save training_camvid
 
 The first prints the commands that make every row, the second the table, with its JSON and curves in bench/results.
 Every training takes the same batches, steps and learning rates; ``eroseg evaluate`` attacks every network.
@@ -14,6 +14,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from bench.results import FOLDER
@@ -28,12 +29,11 @@ ATTACKS: dict[str, list[str]] = {
     "segpgd": ["--attack", "segpgd"],
     "cospgd": ["--attack", "cospgd"],
     "eroseg": ["--attack", "eroseg"],
-    "eroseg_wide": ["--attack", "eroseg", "--attack-options", '{"front_first": 0.6, "front_max": 0.8}'],
-    "eroseg_all": [
-        "--attack", "eroseg", "--attack-options", '{"front_first": 1.0, "front_min": 1.0, "front_max": 1.0}',
-    ],
-}  # fmt: skip
-"""Name of a run and what it is trained against; ``eroseg_all`` pushes every pixel, ``eroseg_wide`` most of them."""
+    "eroseg_balanced": ["--attack", "eroseg", "--front-loss", "0"],
+    "eroseg_plain": ["--attack", "eroseg", "--front-loss", "0", "--attack-options", '{"balance": 0.15}'],
+    "pgd_front": ["--attack", "pgd", "--front-loss", "4"],
+}
+"""Name of a run and what it is trained against; the last three take one part of EroSeg-AT each, or none."""
 
 
 def commands(data: Path, out: Path, seed: int) -> list[list[str]]:
@@ -80,22 +80,28 @@ def collect(out: Path, seed: int) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown: mIoU / pixel accuracy, clean and in the worst case."""
+    """Markdown: mIoU / pixel accuracy, clean and in the worst case, as means over the seeds."""
     budgets = [f"eps {round(255 * worst['eps'])}/255" for worst in rows[0]["worst"]]
-    lines = ["| trained against | clean | " + " | ".join(budgets) + " |", "|---|---|" + "---|" * len(budgets)]
-    for row in rows:
-        cells = [f"{score['miou']:.1f} / {score['aacc']:.1f}" for score in (row["clean"], *row["worst"])]
-        lines.append(f"| `{row['name']}` | " + " | ".join(cells) + " |")
+    lines = [
+        "| trained against | seeds | clean | " + " | ".join(budgets) + " |",
+        "|---|---|---|" + "---|" * len(budgets),
+    ]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        runs = [row for row in rows if row["name"] == name]
+        cells = []
+        for scores in zip(*((run["clean"], *run["worst"]) for run in runs), strict=True):
+            cells.append(" / ".join(f"{mean(score[key] for score in scores):.1f}" for key in ("miou", "aacc")))
+        lines.append(f"| `{name}` | {len(runs)} | " + " | ".join(cells) + " |")
     return lines
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """The training loss of every run, each point the mean over an epoch."""
+    """The training loss of every run of the first seed, each point the mean over an epoch."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
-    for row in rows:
+    for row in (row for row in rows if row["seed"] == rows[0]["seed"]):
         epochs: dict[int, list[float]] = {}
         for epoch, loss in row["loss"]:
             epochs.setdefault(int(epoch - 1e-9) + 1, []).append(loss)
@@ -115,15 +121,15 @@ def main(argv: list[str] | None = None) -> int:
     plan.add_argument("--seed", type=int, default=0)
     report = parts.add_parser("report")
     report.add_argument("out", type=Path, metavar="DIR")
-    report.add_argument("--seed", type=int, default=0)
+    report.add_argument("--seeds", type=int, nargs="+", default=[0])
     report.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json and .png")
     args = parser.parse_args(argv)
     if args.part == "commands":
         print("\n".join(shlex.join(line) for line in commands(args.data, args.out, args.seed)))
         return 0
-    rows = collect(args.out, args.seed)
+    rows = [row for seed in args.seeds for row in collect(args.out, seed)]
     if not rows:
-        parser.error(f"{args.out} has no evaluation of seed {args.seed}")
+        parser.error(f"{args.out} has no evaluation of seed {', '.join(map(str, args.seeds))}")
     if args.save:
         write_json(FOLDER / f"{args.save}.json", {"train": ROBUST, "evaluate": EVALUATE, "size": SIZE, "rows": rows})
         draw(rows, FOLDER / f"{args.save}.png")

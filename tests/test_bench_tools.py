@@ -359,11 +359,16 @@ def test_the_experiments_commands_are_commands_of_the_package(
 def test_the_experiments_table_has_the_runs_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = {"miou": 50.04, "macc": 60.0, "aacc": 90.0}
     worst = {"eps": 4 / 255, "miou": 40.0, "miou_bound": 39.0, "macc": 50.0, "aacc": 80.0}
-    for folder in ("pgd_0", "eval_pgd_0"):
-        (tmp_path / folder).mkdir()
-    evaluation = {"images": ["a", "b"], "clean": scores, "rows": [worst | {"iou": []}], "worst": [worst]}
-    (tmp_path / "eval_pgd_0" / "evaluation.json").write_text(json.dumps(evaluation))
-    (tmp_path / "pgd_0" / "log.jsonl").write_text('{"epoch": 0.5, "loss": 1.0}\n{"epoch": 1.0, "miou": 50.0}\n')
+    for seed, better in ((0, 0.0), (1, 2.0)):
+        (tmp_path / f"pgd_{seed}").mkdir()
+        (tmp_path / f"eval_pgd_{seed}").mkdir()
+        clean = scores | {"miou": scores["miou"] + better}
+        evaluation = {"images": ["a", "b"], "clean": clean, "rows": [worst | {"iou": []}], "worst": [worst]}
+        (tmp_path / f"eval_pgd_{seed}" / "evaluation.json").write_text(json.dumps(evaluation))
+        log = '{"epoch": 0.5, "loss": 1.0}\n{"epoch": 1.0, "miou": 50.0}\n'
+        (tmp_path / f"pgd_{seed}" / "log.jsonl").write_text(log)
     assert experiment.main(["report", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "| `pgd` | 50.0 / 90.0 | 40.0 / 80.0 |"
+    assert capsys.readouterr().out.splitlines()[-1] == "| `pgd` | 1 | 50.0 / 90.0 | 40.0 / 80.0 |"
+    assert experiment.main(["report", str(tmp_path), "--seeds", "0", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "| `pgd` | 2 | 51.0 / 90.0 | 40.0 / 80.0 |"
     assert experiment.collect(tmp_path, 0)[0]["loss"] == [[0.5, 1.0]]

@@ -387,8 +387,12 @@ def test_gradient_goes_into_a_kept_buffer(layout: torch.memory_format) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
-def test_a_gradient_large_enough_to_be_streamed_past_the_cache_is_the_reference(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_gradient_large_enough_to_be_streamed_past_the_cache_is_the_reference(
+    layout: torch.memory_format, dtype: torch.dtype
+) -> None:
     logits = torch.randn(1, 33, 512, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits = logits.contiguous(memory_format=layout)
     labels = torch.randint(0, 33, (1, 512, 512))
     grad, _, _ = ops.erosion_grad(logits, labels, torch.ones(1))
     torch.testing.assert_close(grad, reference.erosion_grad(logits, labels, torch.ones(1))[0], **GRADIENT[dtype])
@@ -416,16 +420,16 @@ from eroseg_ext import ops, reference
 print(ops.cpu_level())
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)):
     for layout in (torch.contiguous_format, torch.channels_last):
-        logits = (torch.randn(2, 11, 20, 75) * 4).to(dtype).contiguous(memory_format=layout)
-        labels = torch.randint(0, 12, (2, 20, 75))
+        logits = (torch.randn(2, 21, 20, 75) * 4).to(dtype).contiguous(memory_format=layout)
+        labels = torch.randint(0, 22, (2, 20, 75))
         for kind in ("label", "top"):
-            got = ops.erosion_grad(logits, labels, torch.ones(2), ignore_index=11, radius=2, confidence=kind)
-            want = reference.erosion_grad(logits, labels, torch.ones(2), ignore_index=11, radius=2, confidence=kind)
+            got = ops.erosion_grad(logits, labels, torch.ones(2), ignore_index=21, radius=2, confidence=kind)
+            want = reference.erosion_grad(logits, labels, torch.ones(2), ignore_index=21, radius=2, confidence=kind)
             torch.testing.assert_close(got[0], want[0], rtol=tolerance, atol=1e-7)
             torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=2e-6)
         for method in reference.METHODS:
-            got = ops.pixel_grad(logits, labels, method, 0.3, ignore_index=11)
-            want = reference.pixel_grad(logits, labels, method, 0.3, ignore_index=11)
+            got = ops.pixel_grad(logits, labels, method, 0.3, ignore_index=21)
+            want = reference.pixel_grad(logits, labels, method, 0.3, ignore_index=21)
             torch.testing.assert_close(got[0], want[0], rtol=tolerance, atol=1e-6)
 """
 

@@ -6,8 +6,9 @@
 namespace eroseg::cpu::EROSEG_LEVEL {
 namespace {
 
-// Blocks at the right edge and channels_last memory go through a buffer in the type of the logits, so that conversion
-// is by vectors there as well. Its tiles are as many classes as a cache line of channels_last float32 holds.
+// Blocks at the right edge, and channels_last memory with few classes, go through a buffer in the type of the logits,
+// so that conversion is by vectors there as well. Its tiles are as many classes as a cache line of channels_last
+// float32 holds.
 constexpr int64_t kTile = 16;
 
 template <class Type>
@@ -44,6 +45,57 @@ void scatter_block(const float* g, int64_t class_stride, int64_t pixel_stride, i
   }
 }
 
+// Calls f(first) for tiles of kLanes classes that cover all of them; the last overlaps the one before it.
+template <class Call>
+EROSEG_INLINE void for_tiles(int64_t channels, const Call& f) {
+  for (int64_t first = 0; first < channels; first += kLanes) {
+    f(first + kLanes <= channels ? first : channels - kLanes);
+  }
+}
+
+// A whole block of channels_last pixels with at least kLanes classes: squares of pixels and classes are transposed in
+// registers.
+template <class Type>
+void gather_pixels(const typename Type::Element* from, int64_t channels, float* z) {
+  for (int u = 0; u < kUnroll; ++u) {
+    for_tiles(channels, [&](int64_t first) {
+      F square[kLanes];
+      for (int i = 0; i < kLanes; ++i) square[i] = Type::load_vector(from + (u * kLanes + i) * channels + first);
+      transpose(square);
+      for (int c = 0; c < kLanes; ++c) store(z + (first + c) * kBlock + u * kLanes, square[c]);
+    });
+  }
+}
+
+// Copies n elements past the cache, whatever `to` is aligned to.
+template <class Type>
+void stream_copy(const typename Type::Element* from, int64_t n, typename Type::Element* to) {
+  using Vector = typename Type::Vector;
+  const auto misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % sizeof(Vector) / sizeof(*to));
+  const int64_t head = (kLanes - misaligned) % kLanes;
+  int64_t i = 0;
+  for (; i < head && i < n; ++i) to[i] = from[i];
+  for (; i + kLanes <= n; i += kLanes) stream(to + i, load<Vector>(from + i));
+  for (; i < n; ++i) to[i] = from[i];
+}
+
+// Writes weight * dl/dz to such a block, as write_vectors does to planes.
+template <class Type>
+void write_pixels(int64_t channels, const float* e, const I* label, const F* weight, const F* scale,
+                  typename Type::Element* to) {
+  for (int u = 0; u < kUnroll; ++u) {
+    for_tiles(channels, [&](int64_t first) {
+      F square[kLanes];
+      for (int c = 0; c < kLanes; ++c) {
+        const F g = load<F>(e + (first + c) * kBlock + u * kLanes) * scale[u];
+        square[c] = label[u] == static_cast<int32_t>(first + c) ? -weight[u] : g;
+      }
+      transpose(square);
+      for (int i = 0; i < kLanes; ++i) store(to + (u * kLanes + i) * channels + first, Type::pack(square[i]));
+    });
+  }
+}
+
 // What a row of pixels leaves between its reduction and its gradient; arrays of `stride` elements.
 struct Row {
   float* e;                  // [blocks][classes][kBlock]: logits, then exp(z_c - m), 0 at the label
@@ -53,6 +105,7 @@ struct Row {
   float* log_odds;           // L
   float* signed_confidence;  // L, or the top class's; NaN where logits are not finite, +inf on void pixels
   float* norm;               // method_weight's
+  float* staged;             // [kBlock][classes], of all rows: a block's gradient as it lies in channels_last memory
 };
 
 // Which further per-pixel reductions a caller needs.
@@ -66,8 +119,9 @@ class Workspace {
   Workspace(const Shape& shape, int64_t rows, int64_t floats_beside, Scratch& scratch)
       : stride_(workspace_stride(shape.width)),
         row_floats_((shape.classes() + 6) * stride_),
-        base_(scratch.floats(rows * row_floats_ + floats_beside)),
-        beside_(base_ + rows * row_floats_),
+        base_(scratch.floats(rows * row_floats_ + kBlock * shape.classes() + floats_beside)),
+        staged_(base_ + rows * row_floats_),
+        beside_(staged_ + kBlock * shape.classes()),
         classes_(shape.classes()) {}
   int64_t stride() const { return stride_; }
   float* beside() const { return beside_; }
@@ -82,12 +136,14 @@ class Workspace {
     row.log_odds = p + 3 * stride_;
     row.signed_confidence = p + 4 * stride_;
     row.norm = p + 5 * stride_;
+    row.staged = staged_;
     return row;
   }
 
  private:
   int64_t stride_, row_floats_;
   float* base_;
+  float* staged_;
   float* beside_;
   int64_t classes_;
 };
@@ -201,21 +257,27 @@ struct BlockInMemory {
         pixel_stride(input.logits.channels_last ? channels : 1),
         offset(image * channels * input.shape.pixels() + (y * input.shape.width + x) * pixel_stride),
         n(input.shape.width - x < kBlock ? input.shape.width - x : kBlock),
-        vectors(n == kBlock && pixel_stride == 1) {}
+        planes(n == kBlock && pixel_stride == 1),
+        pixels(n == kBlock && class_stride == 1 && channels >= kLanes) {}
   int64_t channels, first_class, class_stride, pixel_stride, offset, n;
-  bool vectors;  // whether every class's pixels can be loaded and stored as vectors
+  bool planes;  // whether every class's pixels can be loaded and stored as vectors
+  bool pixels;  // whether every pixel's classes can
 };
 
 template <class Type>
 void stage_block(const Input& input, const BlockInMemory& block, const int32_t* label, float* z, Maxima& maxima) {
   const int64_t classes = input.shape.classes();
   const auto* from = static_cast<const typename Type::Element*>(input.logits.data) + block.offset;
-  if (block.vectors) {
+  if (block.planes) {
     take_maxima<Type, true>(from, block.class_stride, block.first_class, classes, label, z, maxima);
   } else {
-    if (block.first_class > 0) std::memset(z, 0, kBlock * sizeof(float));
-    gather_block<Type>(from, block.class_stride, block.pixel_stride, block.channels, block.n,
-                       z + block.first_class * kBlock);
+    if (block.pixels) {
+      gather_pixels<Type>(from, block.channels, z);
+    } else {
+      if (block.first_class > 0) std::memset(z, 0, kBlock * sizeof(float));
+      gather_block<Type>(from, block.class_stride, block.pixel_stride, block.channels, block.n,
+                         z + block.first_class * kBlock);
+    }
     take_maxima<Type, false>(nullptr, 0, 0, classes, label, z, maxima);
   }
 }
@@ -330,11 +392,17 @@ void write_block(const Input& input, int64_t image, int64_t y, int64_t x, const 
     scale[u] = weight[u] == 0.0f ? F{} : weight[u] / load<F>(row.sum + x + u * kLanes);
     label[u] = load<I>(row.label + x + u * kLanes);
   }
-  if (block.vectors) {
-    const int64_t bytes = static_cast<int64_t>(sizeof(typename Type::Element));
+  const int64_t bytes = static_cast<int64_t>(sizeof(typename Type::Element));
+  const bool large = input.shape.batch * block.channels * input.shape.pixels() * bytes >= kStreamBytes;
+  if (block.pixels) {
+    auto* staged = reinterpret_cast<typename Type::Element*>(row.staged);
+    write_pixels<Type>(block.channels, e, label, weight, scale, large ? staged : to);
+    if (large) stream_copy<Type>(staged, kBlock * block.channels, to);
+    return;
+  }
+  if (block.planes) {
     const bool aligned =
         (reinterpret_cast<uintptr_t>(to) | (block.class_stride * bytes)) % sizeof(typename Type::Vector) == 0;
-    const bool large = input.shape.batch * block.channels * input.shape.pixels() * bytes >= kStreamBytes;
     (aligned && large ? write_vectors<Type, true> : write_vectors<Type, false>)(block, e, label, weight, scale, to);
     return;
   }

@@ -71,6 +71,44 @@ EROSEG_INLINE void stream(void* to, V v) {
 EROSEG_INLINE F minimum(F a, F b) { return a < b ? a : b; }
 EROSEG_INLINE F maximum(F a, F b) { return a > b ? a : b; }
 
+// a's and b's lanes by number, b's from kLanes on.
+EROSEG_INLINE F shuffle(F a, F b, I numbers) {
+#if defined(__clang__)
+  F result;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    result[lane] = numbers[lane] < kLanes ? a[numbers[lane]] : b[numbers[lane] - kLanes];
+  }
+  return result;
+#else
+  return __builtin_shuffle(a, b, numbers);
+#endif
+}
+
+// Which lanes of rows i and i + kStep exchange places in a transposition: those that differ from i in the bit kStep.
+template <int kStep>
+struct Exchange {
+  constexpr Exchange() {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const bool upper = (lane & kStep) != 0;
+      low[lane] = upper ? kLanes + lane - kStep : lane;
+      high[lane] = upper ? kLanes + lane : lane + kStep;
+    }
+  }
+  int32_t low[kLanes]{}, high[kLanes]{};
+};
+
+template <int kStep = kLanes / 2>
+EROSEG_INLINE void transpose(F (&rows)[kLanes]) {
+  static constexpr Exchange<kStep> kExchange;
+  for (int i = 0; i < kLanes; ++i) {
+    if ((i & kStep) != 0) continue;
+    const F a = rows[i], b = rows[i + kStep];
+    rows[i] = shuffle(a, b, load<I>(kExchange.low));
+    rows[i + kStep] = shuffle(a, b, load<I>(kExchange.high));
+  }
+  if constexpr (kStep > 1) transpose<kStep / 2>(rows);
+}
+
 // Conversions between a type in memory and vectors of float32.
 
 struct Float32 {

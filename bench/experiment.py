@@ -31,9 +31,10 @@ ATTACKS: dict[str, list[str]] = {
     "eroseg": ["--attack", "eroseg"],
     "eroseg_balanced": ["--attack", "eroseg", "--front-loss", "0"],
     "eroseg_plain": ["--attack", "eroseg", "--front-loss", "0", "--attack-options", '{"balance": 0.15}'],
+    "eroseg_half": ["--attack", "eroseg", "--attack-options", '{"balance": 0.5}'],
     "pgd_front": ["--attack", "pgd", "--front-loss", "4"],
 }
-"""Name of a run and what it is trained against; the last three take one part of EroSeg-AT each, or none."""
+"""Name of a run and what it is trained against; the last four take a part of EroSeg-AT each, or none."""
 
 
 def commands(data: Path, out: Path, seed: int) -> list[list[str]]:

@@ -417,6 +417,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 LEVEL_CHECK = """
 import torch
 from eroseg_ext import ops, reference
+torch.manual_seed(0)
 print(ops.cpu_level())
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)):
     for layout in (torch.contiguous_format, torch.channels_last):

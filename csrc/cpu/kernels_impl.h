@@ -148,6 +148,7 @@ void erosion_grad(const ErosionGrad& job, int64_t image, int64_t row_begin, int6
     write_erosion_row(job, image, done, row, q, was, rows);
     std::memcpy(job.log_odds + first, row.signed_confidence, width * sizeof(float));
   }
+  finish_streams();
 }
 
 void pixel_grad(const PixelGrad& job, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch,
@@ -177,6 +178,7 @@ void pixel_grad(const PixelGrad& job, int64_t image, int64_t row_begin, int64_t 
     }
     rows[image * shape.height + y] = counter.total();
   }
+  finish_streams();
 }
 
 void confidence(const ConfidenceMap& job, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch) {

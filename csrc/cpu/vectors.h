@@ -68,6 +68,14 @@ EROSEG_INLINE void stream(void* to, V v) {
 #endif
 }
 
+// Streamed stores may be seen later than stores that follow them: a thread that has streamed calls this before it tells
+// others that it is done.
+EROSEG_INLINE void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 EROSEG_INLINE F minimum(F a, F b) { return a < b ? a : b; }
 EROSEG_INLINE F maximum(F a, F b) { return a > b ? a : b; }
 

@@ -2,7 +2,7 @@
 //
 // A block goes over a band of rows of a strip (strips.h), numbered in the order that it takes them. For each row i,
 // from the one before the band to the one behind it:
-//   1. Wait until its logits have arrived in shared memory, and begin to fetch those of row i + 1 (rows.cuh).
+//   1. Wait until its logits have arrived in shared memory, and begin to fetch those of row i + 1 (staging.cuh).
 //   2. Reduce it over the classes. Count its pixels if it is the block's own, write their log-odds, and put all
 //      confidences, those of the halo too, into shared memory, where the last four rows' stand in a ring.
 //   3. Barrier. Then the 3x3 erosion of row i - 1 is known: its logits, which still stand in shared memory, are turned
@@ -17,7 +17,7 @@
 // confidence, a geodesic erosion, more than 256 classes) takes the general kernel, erosion_grad_general.cu.
 #include "counts.cuh"
 #include "general.cuh"
-#include "rows.cuh"
+#include "rows_launch.cuh"
 
 namespace eroseg::cuda {
 namespace {
@@ -48,8 +48,7 @@ template <class Type, Layout kLayout>
 __global__ void __launch_bounds__(kMostThreads, 2)
     erosion_grad_kernel(const __grid_constant__ ErosionGrad job, const __grid_constant__ Strips strips,
                         const __grid_constant__ Counting counting) {
-  using RowsOf = Rows<Type, kLayout, false>;
-  constexpr int kPixels = RowsOf::kPixels;
+  constexpr int kPixels = Word<Type>::kElements;
   using Several = Floats<kPixels>;
   const Shape& shape = job.input.shape;
   const int height = static_cast<int>(shape.height), width = static_cast<int>(shape.width);
@@ -57,7 +56,9 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   unsigned char* memory = shared_memory();
   const int pitch = ring_pitch(strips, kPixels);
   auto* ring = reinterpret_cast<float*>(memory);
-  RowsOf rows(job.input, job.grad, strips, place, kStages, memory + kRing * pitch * static_cast<int>(sizeof(float)));
+  Staging<Type, kLayout> staging(job.input, job.grad, strips, place, kStages,
+                                 memory + kRing * pitch * static_cast<int>(sizeof(float)));
+  Rows<Type, kLayout, false> rows(job.input, place, staging, strips.groups, staging.end());
 
   const float tau = job.tau[place.image];
   const float per_tau = 1.0f / tau;
@@ -78,11 +79,11 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   Counts counts;
   const int own_rows = place.end - place.begin;
   int before = 0, now = 1, after = 2;  // stages of rows i - 1, i and i + 1
-  rows.fetch(place.row(-1), now);
+  staging.fetch(place.row(-1), now);
 
   for (int i = -1; i <= own_rows; ++i) {
-    rows.arrive();
-    if (i < own_rows) rows.fetch(place.row(i + 1), after);
+    staging.arrive();
+    if (i < own_rows) staging.fetch(place.row(i + 1), after);
     const int y = place.row(i);
     typename Terms<kPixels>::Kept keep[kPixels];
     float gain[kPixels];
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
         for (int v = 0; v < kPixels; ++v) weight[v] = kept_gain[v] == 0.0f ? 0.0f : kept_gain[v] * weight[v];
       }
       rows.put(place.row(i - 1), before, kept, weight, job.targeted);
-      rows.copy_out(place.row(i - 1), before);
+      staging.copy_out(place.row(i - 1), before);
     }
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) kept[v] = keep[v], kept_gain[v] = gain[v];
@@ -198,17 +199,8 @@ cudaError_t launch_erosion_grad(const ErosionGrad& job, const Counting& counting
     const auto kernel = erosion_grad_kernel<Type, decltype(layout)::value>;
     constexpr int kPixels = Word<Type>::kElements;
     constexpr int kOfPixel = kRing * static_cast<int>(sizeof(float));
-    RowsLaunch with;
-    cudaError_t error = launch_of<Type>(job.input, 1, kStages, kOfPixel, 2 * kPixels * kOfPixel, &with);
-    if (error != cudaSuccess) return error;
-    if (with.strips.count == 0) return launch_erosion_grad_general(job, counting, stream);
-    const int64_t shared = std::max(with.shared, counts_bytes(with.threads));
-    int resident = 1;
-    error = resident_blocks(kernel, with.threads, shared, &resident);
-    if (error != cudaSuccess) return error;
-    cut_bands(with.strips, shape.batch, shape.height, 1, resident);
-    return launch(kernel, shape.batch * with.strips.count * with.strips.bands,
-                  dim3(with.strips.slots, with.strips.groups), shared, stream, job, with.strips, counting);
+    const RowsNeeds needs{1, kStages, kOfPixel, 2 * kPixels * kOfPixel};
+    return launch_rows<Type>(kernel, launch_erosion_grad_general, job, needs, counting, stream);
   });
 }
 

@@ -1,10 +1,10 @@
-// pixel_grad: the weighted cross-entropy of the other methods. A pixel's gradient needs that pixel only, so a block
-// goes down its band of rows and loads, reduces and writes one row after the other (rows.cuh). More than 256 classes,
-// and cospgd's sigmoid variant, which needs another pass over the classes, take a kernel with one thread for each
-// pixel.
+// pixel_grad: the weighted cross-entropy of the other methods. A pixel's gradient needs that pixel only: a block goes
+// down its band of rows, reduces each in shared memory and turns it into its gradient there (rows.cuh) while the next
+// one is fetched (staging.cuh). More than 256 classes, and cospgd's sigmoid variant, which needs another pass over the
+// classes, take a kernel with one thread for each pixel.
 #include "counts.cuh"
 #include "general.cuh"
-#include "rows.cuh"
+#include "rows_launch.cuh"
 
 namespace eroseg::cuda {
 namespace {
@@ -34,17 +34,17 @@ template <class Type, Layout kLayout>
 __global__ void __launch_bounds__(kMostThreads, 2)
     pixel_grad_kernel(const __grid_constant__ PixelGrad job, const __grid_constant__ Strips strips,
                       const __grid_constant__ Counting counting) {
-  using RowsOf = Rows<Type, kLayout, true>;
-  constexpr int kPixels = RowsOf::kPixels;
+  constexpr int kPixels = Word<Type>::kElements;
   const Place place = Place::of<Type>(job.input.shape, strips);
   unsigned char* memory = shared_memory();
-  RowsOf rows(job.input, job.grad, strips, place, kStages, memory);
+  Staging<Type, kLayout> staging(job.input, job.grad, strips, place, kStages, memory);
+  Rows<Type, kLayout, true> rows(job.input, place, staging, strips.groups, staging.end());
   const float* class_weight = class_weight_of(job, place.image);
   Counts counts;
-  rows.fetch(place.begin, 0);
+  staging.fetch(place.begin, 0);
   for (int y = place.begin, stage = 0; y < place.end; ++y, stage = 1 - stage) {
-    rows.arrive();
-    if (y + 1 < place.end) rows.fetch(y + 1, 1 - stage);
+    staging.arrive();
+    if (y + 1 < place.end) staging.fetch(y + 1, 1 - stage);
     const Terms<kPixels> terms = rows.reduce(y, stage);
     float weight[kPixels];
 #pragma unroll
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
       if (place.own && place.group == 0) count(counts, valid, terms.right[v], log_odds);
     }
     rows.put(y, stage, terms.kept, weight, job.method.targeted);
-    rows.copy_out(y, stage);
+    staging.copy_out(y, stage);
   }
   add_up(counts, job.input.shape.batch, counting, memory);
 }
@@ -114,17 +114,7 @@ cudaError_t launch_pixel_grad(const PixelGrad& job, const Counting& counting, cu
   return for_rows(job.input, [&](auto type, auto layout) {
     using Type = decltype(type);
     const auto kernel = pixel_grad_kernel<Type, decltype(layout)::value>;
-    RowsLaunch with;
-    cudaError_t error = launch_of<Type>(job.input, 0, kStages, 0, 0, &with);
-    if (error != cudaSuccess) return error;
-    if (with.strips.count == 0) return launch_pixel_grad_general(job, counting, stream);
-    const int64_t shared = std::max(with.shared, counts_bytes(with.threads));
-    int resident = 1;
-    error = resident_blocks(kernel, with.threads, shared, &resident);
-    if (error != cudaSuccess) return error;
-    cut_bands(with.strips, shape.batch, shape.height, 0, resident);
-    return launch(kernel, shape.batch * with.strips.count * with.strips.bands,
-                  dim3(with.strips.slots, with.strips.groups), shared, stream, job, with.strips, counting);
+    return launch_rows<Type>(kernel, launch_pixel_grad_general, job, {0, kStages, 0, 0}, counting, stream);
   });
 }
 

@@ -1,113 +1,20 @@
-// Rows of pixels in shared memory: fetched while the row before is at work, reduced over the classes, and turned into
-// their gradient where they stand, before they are copied out.
+// The arithmetic of a row of pixels in shared memory: reduced over the classes, and turned into its gradient where it
+// stands.
 //
-// Every thread of a block copies pieces of 16 bytes, whichever pixels these belong to; for the arithmetic it has a word
-// of neighbouring pixels (two of float32, four of 16 bits), or a part of their classes where `groups` threads share
-// them. Nothing is kept in registers but a pixel's terms, so the number of classes is no template argument.
+// A thread has a word of neighbouring pixels (two of float32, four of 16 bits), or a part of their classes where
+// `groups` threads share them. Nothing is kept in registers but a pixel's terms, so the number of classes is no
+// template argument.
 //
 // The label's logit gives its place to the lowest finite number, whose exponential is 0: the loops over the classes
 // need not ask which of them is the label.
 //
-// Invariants: all threads of a block call fetch, arrive, reduce, put and copy_out together; a thread beyond the image
-// or the strip takes part with no classes of its own. The order of every sum is fixed.
+// Invariants: all threads of a block call reduce and put together; a thread beyond the image or the strip takes part
+// with no classes of its own. The order of every sum is fixed.
 #pragma once
 
-#include <type_traits>
-
-#include "launchers.h"
-#include "strips.h"
-#include "types.cuh"
+#include "staging.cuh"
 
 namespace eroseg::cuda {
-
-// How logits lie in memory: as planes [C][H][W], or as pixels [H][W][C].
-enum class Layout { kPlanes, kChannelsLast };
-
-// A thread's unit of access to shared memory.
-template <class Type>
-struct alignas(8) Word {
-  // Pixels of a word of planes; classes of a word of a channels_last pixel.
-  static constexpr int kElements = 2 * Type::kPixels;
-  uint32_t halves[2];
-
-  __device__ __forceinline__ void unpack(float (&out)[kElements]) const {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float part[Type::kPixels];
-      Type::unpack(halves[h], part);
-#pragma unroll
-      for (int v = 0; v < Type::kPixels; ++v) out[h * Type::kPixels + v] = part[v];
-    }
-  }
-
-  static __device__ __forceinline__ Word pack(const float (&in)[kElements]) {
-    Word word;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float part[Type::kPixels];
-#pragma unroll
-      for (int v = 0; v < Type::kPixels; ++v) part[v] = in[h * Type::kPixels + v];
-      word.halves[h] = Type::pack(part);
-    }
-    return word;
-  }
-};
-
-constexpr int kBytesOfPiece = 16;  // the largest that an asynchronous copy takes
-
-// What a block works on, and a thread's part of it.
-struct Place {
-  int64_t image;
-  int begin, end;    // own rows
-  bool upward;       // whether the block goes from the last of them to the first
-  int left, width;   // own pixels of the strip
-  int x;             // first pixel of this thread's word
-  int pixels;        // of the word that lie in the image and in the strip or its halo
-  int slot;          // of the thread in the row
-  bool own;          // whether the word belongs to the strip, not to its halo
-  int group;         // of classes
-  int first, count;  // the group's classes; none for a thread without pixels
-
-  // Of two bands that touch, one is gone over upwards and the other downwards: the rows that both of them read are read
-  // at about the same time, and so once from memory.
-  template <class Type>
-  static __device__ __forceinline__ Place of(const Shape& shape, const Strips& strips) {
-    constexpr int kPixels = Word<Type>::kElements;
-    Place place;
-    const int64_t per_image = static_cast<int64_t>(strips.count) * strips.bands;
-    const int within = static_cast<int>(blockIdx.x % per_image);
-    place.image = blockIdx.x / per_image;
-    const int band = within % strips.bands;
-    const int height = static_cast<int>(shape.height), image_width = static_cast<int>(shape.width);
-    place.begin = band * strips.rows;
-    place.end = place.begin + strips.rows < height ? place.begin + strips.rows : height;
-    place.upward = band % 2 != 0;
-    place.left = within / strips.bands * strips.width;
-    place.width = place.left + strips.width < image_width ? strips.width : image_width - place.left;
-
-    // Own words first, then the halo on the left, then the one on the right.
-    place.slot = static_cast<int>(threadIdx.x);
-    const int own_words = strips.width / kPixels, halo_words = strips.halo / kPixels;
-    const int beyond = place.slot - own_words;
-    place.own = beyond < 0;
-    place.x = place.left + place.slot * kPixels;
-    if (beyond >= 0 && beyond < halo_words) place.x = place.left - strips.halo + beyond * kPixels;
-    if (beyond >= halo_words) place.x -= strips.halo;
-    const bool some = beyond < 2 * halo_words && place.x >= 0 && place.x < image_width;
-    place.pixels = !some ? 0 : (image_width - place.x < kPixels ? image_width - place.x : kPixels);
-
-    place.group = static_cast<int>(threadIdx.y);
-    const int classes = static_cast<int>(shape.classes());
-    const int per = (classes + strips.groups - 1) / strips.groups;
-    place.first = place.group * per;
-    const int count = classes - place.first < per ? classes - place.first : per;
-    place.count = place.pixels > 0 && count > 0 ? count : 0;
-    return place;
-  }
-
-  // The row of the image that is number i of the band, which begins with 0; -1 and end - begin are those beyond it.
-  __device__ __forceinline__ int row(int i) const { return upward ? end - 1 - i : begin + i; }
-};
 
 // What is left of a word's pixels after their reduction. Exponentials are relative to 2^scaled: the kernel computes
 // exp(z - m) as 2^(z log2(e) - scaled) with m the largest logit but the label's and scaled = m log2(e), rounded once,
@@ -127,31 +34,11 @@ struct Terms {
   Kept kept[kPixels];
 };
 
-// The shared memory of Rows: `stages` rows of the strip and its halo, then what groups exchange.
-struct RowsMemory {
-  int pitch;  // pixels of a staged row
-  int stage;  // bytes of one
-  int stages;
-  int groups;
-
-  template <class Type>
-  static __host__ __device__ RowsMemory of(const Input& input, const Strips& strips, int stages) {
-    const int unit = kBytesOfPiece / static_cast<int>(sizeof(typename Type::Element));
-    const int pitch = strips.width + (strips.halo > 0 ? 2 * unit : 0);
-    const int bytes = pitch * static_cast<int>(input.shape.channels * sizeof(typename Type::Element));
-    // A channels_last row begins anywhere within 16 bytes.
-    return {pitch, bytes + (input.logits.channels_last ? kBytesOfPiece : 0), stages, strips.groups};
-  }
-
-  // Two numbers for each group, the label's logit and whether it is tied, for each of the slots' pixels.
-  static __host__ __device__ int exchanged_of_pixel(int groups) {
-    return groups == 1 ? 0 : (2 * groups + 2) * static_cast<int>(sizeof(float));
-  }
-
-  __host__ __device__ int64_t bytes(int pixels_of_slots) const {
-    return static_cast<int64_t>(stages) * stage + exchanged_of_pixel(groups) * static_cast<int64_t>(pixels_of_slots);
-  }
-};
+// Shared memory that groups exchange through: two numbers for each of them, the label's logit and whether it is tied,
+// for each pixel.
+__host__ __device__ constexpr int exchanged_of_pixel(int groups) {
+  return groups == 1 ? 0 : (2 * groups + 2) * static_cast<int>(sizeof(float));
+}
 
 template <class Type, Layout kLayout, bool kSquares>
 class Rows {
@@ -159,59 +46,26 @@ class Rows {
   static constexpr int kPixels = Word<Type>::kElements;
   using Element = typename Type::Element;
 
-  // `memory` has RowsMemory's bytes and is aligned to 16 of them; `grad` is like the logits.
-  __device__ __forceinline__ Rows(const Input& input, void* grad, const Strips& strips, const Place& place, int stages,
-                                  unsigned char* memory)
+  // `exchange` has exchanged_of_pixel for the pixels of all slots.
+  __device__ __forceinline__ Rows(const Input& input, const Place& place, const Staging<Type, kLayout>& staging,
+                                  int groups, unsigned char* exchange)
       : input_(input),
         place_(place),
-        layout_(RowsMemory::of<Type>(input, strips, stages)),
-        memory_(memory),
-        exchange_(reinterpret_cast<float*>(memory + stages * layout_.stage)),
-        groups_(strips.groups),
+        staging_(staging),
+        exchange_(reinterpret_cast<float*>(exchange)),
+        groups_(groups),
         channels_(static_cast<int>(input.shape.channels)),
-        first_class_(static_cast<int>(input.shape.classes() - input.shape.channels)),
-        height_(static_cast<int>(input.shape.height)),
-        width_(static_cast<int>(input.shape.width)) {
-    const int halo = strips.halo > 0 ? kUnit : 0;
-    from_ = place.left - halo < 0 ? 0 : place.left - halo;
-    to_ = place.left + place.width + halo < width_ ? place.left + place.width + halo : width_;
-    const int64_t offset = place.image * channels_ * height_ * width_;
-    logits_ = static_cast<const Element*>(input.logits.data) + offset;
-    grad_ = static_cast<Element*>(grad) + offset;
-    const uintptr_t all = reinterpret_cast<uintptr_t>(logits_) | reinterpret_cast<uintptr_t>(grad_) |
-                          static_cast<uintptr_t>(width_ * static_cast<int>(sizeof(Element)));
-    piece_ = all % kBytesOfPiece == 0 ? kBytesOfPiece : (all % 4 == 0 ? 4 : static_cast<int>(sizeof(Element)));
-    const int of_piece = piece_ / static_cast<int>(sizeof(Element));
-    in_ = Share::of((to_ - from_) / of_piece, channels_);
-    out_ = Share::of(place.width / of_piece, channels_);
+        first_class_(static_cast<int>(input.shape.classes() - input.shape.channels)) {
     // The virtual class 0 of binary segmentation has no channel.
     first_channel_ = place.first < first_class_ ? 0 : place.first - first_class_;
     count_ = place.count - (place.count > 0 && place.first < first_class_ ? first_class_ : 0);
   }
 
-  // Begins to fetch row y of the image, if there is one, to stage s.
-  __device__ __forceinline__ void fetch(int y, int s) {
-    if (y >= 0 && y < height_) {
-      if constexpr (kLayout == Layout::kChannelsLast) {
-        const Element* row = logits_ + (y * width_ + from_) * channels_;
-        copy_run<false>(const_cast<Element*>(row), stage(s, y), (to_ - from_) * channels_);
-      } else {
-        copy_planes<false>(const_cast<Element*>(logits_) + y * width_ + from_, stage(s, y), to_ - from_);
-      }
-    }
-  }
-
-  // Waits for what has been fetched.
-  __device__ __forceinline__ void arrive() {
-    wait_for_copies();
-    __syncthreads();
-  }
-
   // Reduces row y, which stands in stage s. Pixels whose logits are not finite are set to 0 there.
   __device__ __forceinline__ Terms<kPixels> reduce(int y, int s) {
     Terms<kPixels> terms;
-    Element* const row = own_part(s, y);
-    const int64_t index = (place_.image * height_ + y) * width_ + place_.x;
+    Element* const row = own_part(y, s);
+    const int64_t index = (place_.image * input_.shape.height + y) * input_.shape.width + place_.x;
     read_labels(input_.labels, first_class_ + channels_, index, place_.pixels, terms.label);
     int channel[kPixels];
     float of_label[kPixels], virtual_logit[kPixels];
@@ -316,7 +170,7 @@ class Rows {
   // Turns row y in stage s into weight * dl/dz, or minus that if is_negative. Weights are not negative; 0 gives zeros.
   __device__ __forceinline__ void put(int y, int s, const typename Terms<kPixels>::Kept (&kept)[kPixels],
                                       const float (&weight)[kPixels], bool is_negative) {
-    Element* const row = own_part(s, y);
+    Element* const row = own_part(y, s);
     float power[kPixels], scale[kPixels];
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
@@ -340,43 +194,18 @@ class Rows {
     }
   }
 
-  // Copies the strip's own pixels of row y from stage s to the gradient, once all threads have put them there.
-  __device__ __forceinline__ void copy_out(int y, int s) {
-    __syncthreads();
-    const int skipped = place_.left - from_;
-    if constexpr (kLayout == Layout::kChannelsLast) {
-      Element* row = grad_ + (y * width_ + place_.left) * channels_;
-      copy_run<true>(row, stage(s, y) + skipped * channels_, place_.width * channels_);
-    } else {
-      copy_planes<true>(grad_ + y * width_ + place_.left, stage(s, y) + skipped, place_.width);
-    }
-  }
-
  private:
-  static constexpr int kUnit = kBytesOfPiece / static_cast<int>(sizeof(Element));
   static constexpr bool kScalesExponent = sizeof(Element) == 2;
   // Beyond this, z log2(e) - scaled would be off by more than it is; 1443, 2^-14 of which is an exponent's last bit,
   // where it has a summand more. And far from the lowest finite number, which must have no exponential left.
   static constexpr float kHuge = kScalesExponent ? 1e3f : 1e6f;
 
-  // Where row y stands in stage s. A channels_last row keeps its offset from 16 bytes, so that both ends are copied in
-  // pieces of 16.
-  __device__ __forceinline__ Element* stage(int s, int y) const {
-    unsigned char* begin = memory_ + s * layout_.stage;
-    if constexpr (kLayout == Layout::kChannelsLast) {
-      begin += reinterpret_cast<uintptr_t>(logits_ + (y * width_ + from_) * channels_) % kBytesOfPiece;
-    }
-    return reinterpret_cast<Element*>(begin);
+  // This thread's pixels and classes of row y in stage s.
+  __device__ __forceinline__ Element* own_part(int y, int s) const {
+    return staging_.at(y, s, place_.x, first_channel_);
   }
 
-  // This thread's pixels and classes there.
-  __device__ __forceinline__ Element* own_part(int s, int y) const {
-    return stage(s, y) + offset_of(place_.x - from_, first_channel_);
-  }
-
-  __device__ __forceinline__ int offset_of(int pixel, int channel) const {
-    return kLayout == Layout::kChannelsLast ? pixel * channels_ + channel : channel * layout_.pitch + pixel;
-  }
+  __device__ __forceinline__ int offset_of(int pixel, int channel) const { return staging_.offset_of(pixel, channel); }
 
   // The label among this thread's channels; -1 if it is another group's or has none, or the pixel is void.
   __device__ __forceinline__ int channel_here(int label) const {
@@ -391,7 +220,7 @@ class Rows {
       Word<Type> high{{Type::kMinusInf, Type::kMinusInf}}, low{{Type::kPlusInf, Type::kPlusInf}};
 #pragma unroll 4
       for (int c = 0; c < count_; ++c) {
-        const Word<Type> word = *reinterpret_cast<const Word<Type>*>(row + c * layout_.pitch);
+        const Word<Type> word = *reinterpret_cast<const Word<Type>*>(row + c * offset_of(0, 1));
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           high.halves[h] = Type::larger(high.halves[h], word.halves[h]);
@@ -428,7 +257,7 @@ class Rows {
     if constexpr (kLayout == Layout::kPlanes) {
 #pragma unroll 4
       for (int c = 0; c < count_; ++c) {
-        auto* at = reinterpret_cast<Word<Type>*>(row + c * layout_.pitch);
+        auto* at = reinterpret_cast<Word<Type>*>(row + c * offset_of(0, 1));
         const Word<Type> word = *at;
         float value[kElements];
         word.unpack(value);
@@ -485,85 +314,6 @@ class Rows {
     }
   }
 
-  // Copies n elements that lie one behind the other, at equal offsets from 16 bytes unless grad and logits differ
-  // there.
-  template <bool kOut>
-  static __device__ __forceinline__ void copy_run(Element* global, Element* staged, int n) {
-    const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(global) / sizeof(Element)) % kUnit;
-    const bool alike = (reinterpret_cast<uintptr_t>(global) - reinterpret_cast<uintptr_t>(staged)) % kBytesOfPiece == 0;
-    const int to_boundary = (kUnit - misaligned) % kUnit;
-    const int head = alike && to_boundary < n ? to_boundary : n;
-    const int tail = head + (n - head) / kUnit * kUnit;
-    const int self = thread_of_block(), all = threads_of_block();
-    const int step = all * kUnit;
-#pragma unroll 4
-    for (int i = head + self * kUnit; i < tail; i += step) copy_piece<kOut, kBytesOfPiece>(global + i, staged + i);
-    for (int i = self; i < head; i += all) copy_piece<kOut, sizeof(Element)>(global + i, staged + i);
-    for (int i = tail + self; i < n; i += all) copy_piece<kOut, sizeof(Element)>(global + i, staged + i);
-  }
-
-  // What a thread copies of a row of planes: it keeps to its column of pieces, and goes down the channels.
-  struct Share {
-    int piece, columns;  // the first piece, and how many are copied at once
-    int first, at_once;  // the same of channels
-    int times;           // how often, 0 for a thread that has nothing to copy
-
-    static __device__ __forceinline__ Share of(int pieces, int channels) {
-      const int self = thread_of_block(), all = threads_of_block();
-      Share share;
-      share.columns = pieces < all ? pieces : all;
-      share.at_once = all / share.columns;
-      share.first = self / share.columns;
-      share.piece = self - share.first * share.columns;
-      share.times = share.first < share.at_once ? (channels - share.first + share.at_once - 1) / share.at_once : 0;
-      return share;
-    }
-  };
-
-  // Copies n pixels of all channels.
-  template <bool kOut>
-  __device__ __forceinline__ void copy_planes(Element* global, Element* staged, int n) const {
-    const Share& share = kOut ? out_ : in_;
-    if (piece_ == kBytesOfPiece) {
-      copy_planes_by<kOut, kBytesOfPiece>(global, staged, n, share);
-    } else if (piece_ == 4) {
-      copy_planes_by<kOut, 4>(global, staged, n, share);
-    } else {
-      copy_planes_by<kOut, sizeof(Element)>(global, staged, n, share);
-    }
-  }
-
-  template <bool kOut, int kBytes>
-  __device__ __forceinline__ void copy_planes_by(Element* global, Element* staged, int n, const Share& share) const {
-    constexpr int kElements = kBytes / static_cast<int>(sizeof(Element));
-    const int64_t plane = static_cast<int64_t>(height_) * width_;
-    const int pieces = n / kElements;
-    for (int piece = share.piece; piece < pieces; piece += share.columns) {
-      Element* at = global + piece * kElements + share.first * plane;
-      Element* there = staged + piece * kElements + share.first * layout_.pitch;
-#pragma unroll 4
-      for (int i = 0; i < share.times; ++i) {
-        copy_piece<kOut, kBytes>(at, there);
-        at += share.at_once * plane;
-        there += share.at_once * layout_.pitch;
-      }
-    }
-  }
-
-  template <bool kOut, int kBytes>
-  static __device__ __forceinline__ void copy_piece(Element* global, Element* staged) {
-    struct alignas(kBytes) Piece {
-      unsigned char bytes[kBytes];
-    };
-    if constexpr (kOut) {
-      *reinterpret_cast<Piece*>(global) = *reinterpret_cast<const Piece*>(staged);
-    } else if constexpr (kBytes >= 4) {
-      copy_async<kBytes>(staged, global);
-    } else {
-      *staged = *global;
-    }
-  }
-
   // Shared memory between groups: [groups] maxima, [groups] sums, the label's logit and whether it is tied, each for
   // every pixel of the row. Of the last two only the label's group knows what to write.
   __device__ __forceinline__ float& shared_value(int part, int v) {
@@ -615,76 +365,10 @@ class Rows {
 
   const Input& input_;
   const Place& place_;
-  const RowsMemory layout_;
-  unsigned char* memory_;
+  const Staging<Type, kLayout>& staging_;
   float* exchange_;
-  int groups_, channels_, first_class_, height_, width_;
-  int from_, to_;  // pixels that are staged
+  int groups_, channels_, first_class_;
   int first_channel_, count_;
-  int piece_;  // bytes that are copied at a time
-  Share in_, out_;
-  const Element* logits_;
-  Element* grad_;
 };
-
-// Threads of a block at most, and blocks that should fit on a multiprocessor: one fetches while others compute.
-constexpr int kMostThreads = 256;
-constexpr int kResidentWanted = 3;
-// A thread's classes, at most: with fewer threads on a pixel's many classes too few would fit a multiprocessor, whose
-// shared memory the logits fill.
-constexpr int kMostPer = 24;
-constexpr int64_t kMostClasses = 256;
-
-// How to launch a kernel over Rows; strips.count is 0 if they do not fit.
-struct RowsLaunch {
-  Strips strips;
-  int threads;
-  int64_t shared;
-};
-
-// Cuts images for rows with `stages` stages and `bytes_of_pixel` of the kernel's own shared memory for every pixel of a
-// row and `bytes` more. Memory is shared out so that kResidentWanted blocks fit on a multiprocessor, or else as a block
-// may have it.
-template <class Type>
-cudaError_t launch_of(const Input& input, int radius, int stages, int bytes_of_pixel, int64_t bytes, RowsLaunch* out) {
-  *out = {};
-  const Shape& shape = input.shape;
-  if (shape.classes() > kMostClasses) return cudaSuccess;
-  constexpr int kPixels = Word<Type>::kElements;
-  // Two groups may share a warp: half of one reads whole words of 128 bytes.
-  const int wanted = static_cast<int>((shape.classes() + kMostPer - 1) / kMostPer);
-  const int groups = wanted == 1 ? 1 : (wanted + 1) / 2 * 2;
-  const int slots_of_step = groups == 1 ? kWarp : kWarp / 2;
-  int64_t of_block = 0, of_processor = 0;
-  const cudaError_t error = shared_memory_limits(&of_block, &of_processor);
-  if (error != cudaSuccess) return error;
-  // Each block has 1 KB that is not its own.
-  const int64_t shares[] = {std::min(of_processor / kResidentWanted - 1024, of_block), of_block};
-  for (const int64_t share : shares) {
-    const int64_t each = stages * shape.channels * static_cast<int64_t>(sizeof(typename Type::Element)) +
-                         bytes_of_pixel + RowsMemory::exchanged_of_pixel(groups);
-    // Slots beyond the strip's pixels exchange, too.
-    const int64_t idle = slots_of_step * kPixels * RowsMemory::exchanged_of_pixel(groups);
-    const int64_t most_pixels = (share - bytes - stages * kBytesOfPiece - idle) / each;
-    const Strips strips =
-        cut_strips(shape.width, {radius, kPixels, 2, slots_of_step, groups, kMostThreads, most_pixels});
-    if (strips.count == 0 || (strips.count > 1 && strips.width < kNarrowestStrip)) continue;
-    const RowsMemory memory = RowsMemory::of<Type>(input, strips, stages);
-    const int64_t shared =
-        memory.bytes(strips.slots * kPixels) + bytes_of_pixel * static_cast<int64_t>(memory.pitch) + bytes;
-    *out = {strips, strips.slots * strips.groups, shared};
-    return cudaSuccess;
-  }
-  return cudaSuccess;
-}
-
-// Calls f(Type{}, layout), the latter as an integral constant.
-template <class F>
-cudaError_t for_rows(const Input& input, const F& f) {
-  return for_type(input.logits.type, [&](auto type) {
-    if (input.logits.channels_last) return f(type, std::integral_constant<Layout, Layout::kChannelsLast>{});
-    return f(type, std::integral_constant<Layout, Layout::kPlanes>{});
-  });
-}
 
 }  // namespace eroseg::cuda

@@ -44,17 +44,40 @@ __device__ __forceinline__ uint32_t as_word(T pair) {
   return word;
 }
 
+// CUDA's types for two numbers of 16 bits.
 #if defined(EROSEG_CUDA_ON_HOST)
-template <class Type, class F>
-uint32_t for_both(uint32_t a, uint32_t b, const F& f) {
-  float first[2], second[2];
-  Type::unpack(a, first);
-  Type::unpack(b, second);
-  return Type::pack({f(first[0], second[0]), f(first[1], second[1])});
-}
+using BFloat16Pair = void;
+using Float16Pair = void;
+#else
+using BFloat16Pair = __nv_bfloat162;
+using Float16Pair = __half2;
 #endif
 
-struct BFloat16 {
+// Float32's larger and smaller for a type of 16 bits.
+template <class Type, class Pair>
+struct PairExtremes {
+#if defined(EROSEG_CUDA_ON_HOST)
+  static uint32_t larger(uint32_t a, uint32_t b) { return of_both(a, b, fmaxf); }
+  static uint32_t smaller(uint32_t a, uint32_t b) { return of_both(a, b, fminf); }
+
+ private:
+  static uint32_t of_both(uint32_t a, uint32_t b, float (*f)(float, float)) {
+    float first[2], second[2];
+    Type::unpack(a, first);
+    Type::unpack(b, second);
+    return Type::pack({f(first[0], second[0]), f(first[1], second[1])});
+  }
+#else
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    return as_word(__hmax2(as_pair<Pair>(a), as_pair<Pair>(b)));
+  }
+  static __device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) {
+    return as_word(__hmin2(as_pair<Pair>(a), as_pair<Pair>(b)));
+  }
+#endif
+};
+
+struct BFloat16 : PairExtremes<BFloat16, BFloat16Pair> {
   using Element = uint16_t;
   static constexpr int kPixels = 2;
   static constexpr uint32_t kPlusInf = 0x7f807f80u, kMinusInf = 0xff80ff80u;
@@ -78,24 +101,9 @@ struct BFloat16 {
     return rounded(in[0]) | rounded(in[1]) << 16;
 #endif
   }
-#if !defined(EROSEG_CUDA_ON_HOST)
-  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
-    return as_word(__hmax2(as_pair<__nv_bfloat162>(a), as_pair<__nv_bfloat162>(b)));
-  }
-  static __device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) {
-    return as_word(__hmin2(as_pair<__nv_bfloat162>(a), as_pair<__nv_bfloat162>(b)));
-  }
-#else
-  static uint32_t larger(uint32_t a, uint32_t b) {
-    return for_both<BFloat16>(a, b, [](float x, float y) { return fmaxf(x, y); });
-  }
-  static uint32_t smaller(uint32_t a, uint32_t b) {
-    return for_both<BFloat16>(a, b, [](float x, float y) { return fminf(x, y); });
-  }
-#endif
 };
 
-struct Float16 {
+struct Float16 : PairExtremes<Float16, Float16Pair> {
   using Element = uint16_t;
   static constexpr int kPixels = 2;
   static constexpr uint32_t kPlusInf = 0x7c007c00u, kMinusInf = 0xfc00fc00u;
@@ -107,7 +115,7 @@ struct Float16 {
     return __half2float(half);
   }
   static __device__ __forceinline__ void unpack(uint32_t word, float (&out)[2]) {
-    const float2 both = __half22float2(as_pair<__half2>(word));
+    const float2 both = __half22float2(as_pair<Float16Pair>(word));
     out[0] = both.x;
     out[1] = both.y;
   }
@@ -131,21 +139,36 @@ struct Float16 {
     return word;
   }
 #endif
-#if !defined(EROSEG_CUDA_ON_HOST)
-  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
-    return as_word(__hmax2(as_pair<__half2>(a), as_pair<__half2>(b)));
+};
+
+// Eight bytes of logits: a thread's unit of access to shared memory.
+template <class Type>
+struct alignas(8) Word {
+  // Pixels of a word of planes; classes of a word of a channels_last pixel.
+  static constexpr int kElements = 2 * Type::kPixels;
+  uint32_t halves[2];
+
+  __device__ __forceinline__ void unpack(float (&out)[kElements]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float part[Type::kPixels];
+      Type::unpack(halves[h], part);
+#pragma unroll
+      for (int v = 0; v < Type::kPixels; ++v) out[h * Type::kPixels + v] = part[v];
+    }
   }
-  static __device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) {
-    return as_word(__hmin2(as_pair<__half2>(a), as_pair<__half2>(b)));
+
+  static __device__ __forceinline__ Word pack(const float (&in)[kElements]) {
+    Word word;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float part[Type::kPixels];
+#pragma unroll
+      for (int v = 0; v < Type::kPixels; ++v) part[v] = in[h * Type::kPixels + v];
+      word.halves[h] = Type::pack(part);
+    }
+    return word;
   }
-#else
-  static uint32_t larger(uint32_t a, uint32_t b) {
-    return for_both<Float16>(a, b, [](float x, float y) { return fmaxf(x, y); });
-  }
-  static uint32_t smaller(uint32_t a, uint32_t b) {
-    return for_both<Float16>(a, b, [](float x, float y) { return fminf(x, y); });
-  }
-#endif
 };
 
 // A label as the kernels know it: -1 if its pixel is void.

@@ -424,8 +424,9 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7), (torch.
         logits = (torch.randn(2, 21, 20, 75) * 4).to(dtype).contiguous(memory_format=layout)
         labels = torch.randint(0, 22, (2, 20, 75))
         for kind in ("label", "top"):
-            got = ops.erosion_grad(logits, labels, torch.ones(2), ignore_index=21, radius=2, confidence=kind)
-            want = reference.erosion_grad(logits, labels, torch.ones(2), ignore_index=21, radius=2, confidence=kind)
+            options = {"ignore_index": 21, "radius": 2, "confidence": kind, "class_weight": torch.rand(2, 21)}
+            got = ops.erosion_grad(logits, labels, torch.ones(2), **options)
+            want = reference.erosion_grad(logits, labels, torch.ones(2), **options)
             torch.testing.assert_close(got[0], want[0], rtol=tolerance, atol=1e-7)
             torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=2e-6)
         for method in reference.METHODS:

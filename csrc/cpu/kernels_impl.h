@@ -66,15 +66,6 @@ struct Pixels {
   I valid, finite, right;
 };
 
-// The weights of the labels' classes; 0 on void pixels.
-EROSEG_INLINE F weight_of(I label, const float* class_weight) {
-  F weight{};
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if (label[lane] >= 0) weight[lane] = class_weight[label[lane]];
-  }
-  return weight;
-}
-
 // `before` is the row's previous log-odds, or its present ones; q has been through the erosion.
 void write_erosion_row(const ErosionGrad& job, int64_t image, int64_t y, const Row& row, const float* q,
                        const float* before, RowStats* rows) {
@@ -89,7 +80,7 @@ void write_erosion_row(const ErosionGrad& job, int64_t image, int64_t y, const R
       const Pixels at(row, i);
       F w = front_weight(job.front, load<F>(q + i), tau);
       if (job.direction == Direction::kCrossEntropy) w *= sigmoid(-load<F>(row.log_odds + i));
-      if (class_weight != nullptr) w *= weight_of(at.label, class_weight);
+      if (class_weight != nullptr) w *= gather(class_weight, at.label, at.valid);
       weight[u] = (at.valid & at.finite) ? (job.targeted ? -w : w) : F{};
 
       const F was = load<F>(before + i);
@@ -170,7 +161,7 @@ void pixel_grad(const PixelGrad& job, int64_t image, int64_t row_begin, int64_t 
         const Pixels at(row, i);
         const I weighty = job.method.targeted ? ~at.right : at.right;
         F w = method_weight(job.method, load<F>(row.log_odds + i), weighty, load<F>(row.norm + i));
-        if (class_weight != nullptr) w *= weight_of(at.label, class_weight);
+        if (class_weight != nullptr) w *= gather(class_weight, at.label, at.valid);
         weight[u] = (at.valid & at.finite) ? (job.method.targeted ? -w : w) : F{};
         counter.add(at.valid, at.right, at.valid, (at.valid & ~at.finite) ? at.now : F{});
       }

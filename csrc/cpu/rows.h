@@ -151,10 +151,12 @@ class Workspace {
 template <class T>
 void read_labels_as(const Labels& labels, int64_t classes, int64_t first, int64_t n, int64_t stride, int32_t* out) {
   const T* from = static_cast<const T*>(labels.data) + first;
+  const int64_t ignore_index = labels.ignore_index;
+  // Without branches, so that it becomes vectors.
   for (int64_t i = 0; i < n; ++i) {
     const int64_t label = static_cast<int64_t>(from[i]);
-    const bool valid = label >= 0 && label < classes && label != labels.ignore_index;
-    out[i] = valid ? static_cast<int32_t>(label) : -1;
+    const bool valid = (label >= 0) & (label < classes) & (label != ignore_index);
+    out[i] = static_cast<int32_t>(label) | -static_cast<int32_t>(!valid);
   }
   for (int64_t i = n; i < stride; ++i) out[i] = -1;
 }

@@ -79,6 +79,21 @@ EROSEG_INLINE void finish_streams() {
 EROSEG_INLINE F minimum(F a, F b) { return a < b ? a : b; }
 EROSEG_INLINE F maximum(F a, F b) { return a > b ? a : b; }
 
+// table[index] in the lanes of the mask, 0 in the others.
+EROSEG_INLINE F gather(const float* table, I index, I mask) {
+#if defined(__x86_64__) && EROSEG_LANES == 16
+  return (F)_mm512_mask_i32gather_ps((__m512)F{}, _mm512_movepi32_mask((__m512i)mask), (__m512i)index, table, 4);
+#elif defined(__x86_64__) && EROSEG_LANES == 8
+  return (F)_mm256_mask_i32gather_ps((__m256)F{}, table, (__m256i)index, (__m256)mask, 4);
+#else
+  F result{};
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (mask[lane]) result[lane] = table[index[lane]];
+  }
+  return result;
+#endif
+}
+
 // a's and b's lanes by number, b's from kLanes on.
 EROSEG_INLINE F shuffle(F a, F b, I numbers) {
 #if defined(__clang__)

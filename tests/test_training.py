@@ -120,6 +120,24 @@ def test_a_checkpoint_gives_the_weights_that_its_run_saved(data: Path, tmp_path:
     assert all(torch.equal(begun[name], model.state_dict()[name]) for name in learned)
 
 
+def test_the_front_loss_reaches_the_update(data: Path, tmp_path: Path) -> None:
+    for name, settings in {"default": {}, "four": {"front_loss": 4.0}, "off": {"front_loss": 0.0}}.items():
+        run(data, tmp_path / name, epochs=1, model=seeded(plain_net), **settings)
+    assert furthest_apart(weights(tmp_path / "default"), weights(tmp_path / "four")) == 0
+    assert furthest_apart(weights(tmp_path / "default"), weights(tmp_path / "off")) > 1e-4
+
+
+@pytest.mark.parametrize("front_loss", [0.0, 4.0])
+def test_classes_that_weigh_nothing_teach_nothing(data: Path, tmp_path: Path, front_loss: float) -> None:
+    """All weight is on a class that no pixel has."""
+    model = plain_net(CLASSES + 1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    class_weights = (0.0,) * CLASSES + (1.0,)
+    settings = {"classes": CLASSES + 1, "class_weights": class_weights, "front_loss": front_loss, "weight_decay": 0.0}
+    run(data, tmp_path, epochs=1, model=model, **settings)
+    assert furthest_apart(before, model.state_dict()) == 0
+
+
 def test_the_callers_random_numbers_and_threads_stay(data: Path, tmp_path: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)

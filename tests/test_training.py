@@ -193,7 +193,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(data: Path, tmp_path
 
 @pytest.mark.parametrize("method", ["eroseg", "pgd", "cospgd"])
 def test_fused_training_equals_reference_training(data: Path, tmp_path: Path, method: str, fused: str) -> None:
-    """Losses of 51 updates in float32, each backend on its own. Worst seen: 0.
+    """Losses of 51 updates in float32, each backend on its own. Worst seen: 5.7e-6, of eroseg.
 
     It holds while no sign is left to rounding: once one pixel steps the other way, the runs part as any two do whose
     weights differ in a last bit. The larger the images, the sooner that is; the next test is not subject to it.

@@ -381,6 +381,13 @@ def test_wrong_options_are_told_in_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_l2_budget_may_be_larger_than_1(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "--data", str(data), "--out", str(tmp_path), "--eps", "8", "--batch-size", "99"]
+    assert cli.main([*arguments, "--attack-options", '{"norm": "l2"}']) == 2
+    # It is the batch that is wrong.
+    assert "wanted at least batch_size = 99" in capsys.readouterr().err
+
+
 def test_weights_that_explode_stop_the_run(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "--data", str(data), "--out", str(tmp_path), "--model", "tiny", "--size", "24x32"]
     arguments += ["--learning-rate", "1e30", "--optimizer", "sgd", "--warmup-epochs", "0", "--batch-size", "4"]

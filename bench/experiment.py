@@ -106,7 +106,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         epochs: dict[int, list[float]] = {}
         for epoch, loss in row["loss"]:
             epochs.setdefault(int(epoch - 1e-9) + 1, []).append(loss)
-        means = [sum(losses) / len(losses) for losses in epochs.values()]
+        means = [mean(losses) for losses in epochs.values()]
         axes.plot(list(epochs), means, label=row["name"], color="black" if row["name"] == "clean" else None)
     axes.set(xlabel="epoch", ylabel="loss on the images trained on", ylim=(0.2, 0.8))
     axes.legend()

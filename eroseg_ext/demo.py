@@ -22,7 +22,7 @@ from eroseg_ext.checks import usable_device
 from eroseg_ext.data import SegmentationFolder
 from eroseg_ext.metrics import miou_and_accuracy
 from eroseg_ext.nets import DEMO_WIDTH, SmallDeepLab
-from eroseg_ext.scenes import generated_scenes
+from eroseg_ext.scenes import IGNORE_INDEX, generated_scenes
 from eroseg_ext.settings import AttackSettings
 
 METHODS = ("pgd", "segpgd", "cospgd", "mce", "mce_bal", "js", "tsallis", "eroseg")
@@ -166,7 +166,7 @@ def load_task(settings: DemoSettings) -> Task:
             scenes.labels[trained:],
             scenes.classes,
             scenes.palette,
-            255,
+            IGNORE_INDEX,
         )
     folder = SegmentationFolder(settings.data, size)
     if len(folder) < 2:

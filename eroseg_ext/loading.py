@@ -17,7 +17,7 @@ BUILT_IN = {"small": FULL_WIDTH, "tiny": DEMO_WIDTH}
 """Widths of :class:`eroseg_ext.nets.SmallDeepLab` by name."""
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 """What DistributedDataParallel, torch.compile and a module that holds the network put before its weights' names."""
-_ENTRIES = ("ema", "model", "state_dict", "updater")
+_ENTRIES = ("ema", "model", "state_dict")
 """Where checkpoints keep the weights; an average over the training is what its end would have saved."""
 
 State = dict[str, Tensor]

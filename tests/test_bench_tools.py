@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 import time
@@ -353,7 +354,7 @@ def test_the_experiments_commands_are_commands_of_the_package(
     for _, *arguments in lines:
         # Understood as far as the files, which are not there.
         assert cli.main(arguments) == 2
-        assert str(tmp_path) in capsys.readouterr().err
+        assert re.search(rf"{tmp_path}/\S+ (is missing|must hold)", capsys.readouterr().err)
 
 
 def test_the_experiments_table_has_the_runs_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from eroseg_ext import evaluate, strong_attack
+from eroseg_ext.data import SegmentationFolder
+from eroseg_ext.datasets import NamedDataset
 from eroseg_ext.evaluation import EvaluationSettings, budget
 from eroseg_ext.settings import METHODS
 
@@ -194,6 +196,23 @@ def test_a_second_call_computes_nothing(net: nn.Module, pairs: Pairs, tmp_path: 
     assert (tmp_path / "results.jsonl").read_bytes() == before
     assert (tmp_path / "evaluation.json").read_bytes() == written
     assert again == first
+
+
+def test_files_read_in_another_way_are_computed_anew(pixelwise: nn.Module, tmp_path: Path) -> None:
+    """At another size, or with another class map: ADE20K's values are one more than its classes."""
+    rng = np.random.default_rng(0)
+    for part, values in (("images", rng.integers(0, 256, (20, 24, 3))), ("labels", rng.integers(1, 4, (20, 24)))):
+        (tmp_path / part).mkdir()
+        Image.fromarray(values.astype(np.uint8)).save(tmp_path / part / "a.png")
+    settings = {**QUICK, "attacks": ["pgd"], "ignore_index": -1}
+    for data in (
+        SegmentationFolder(tmp_path),
+        SegmentationFolder(tmp_path, (10, 12)),
+        NamedDataset("ade20k", tmp_path),
+        NamedDataset("ade20k", tmp_path, size=(10, 12)),
+    ):
+        found, expected = (evaluate(pixelwise, data, out=out, **settings) for out in (tmp_path / "out", None))
+        assert (found.clean, found.rows, found.worst) == (expected.clean, expected.rows, expected.worst)
 
 
 def test_a_further_attack_computes_only_that(net: nn.Module, pairs: Pairs, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def same(left: nn.Module, right: nn.Module) -> bool:
         lambda state: state,
         lambda state: {"model": state, "epoch": 3, "optimizer": {"lr": 0.1}},
         lambda state: {"state_dict": state},
-        lambda state: {"updater": {"model": state, "optimizer": {"state": {0: 1}}, "ema": None}, "model": "tiny"},
+        lambda state: {"model": state, "optimizer": {"state": {0: 1}}, "ema": None, "settings": {"model": "tiny"}},
         lambda state: {"model": {"a": torch.ones(1)}, "ema": {"n_averaged": torch.ones(()), **with_module(state)}},
         with_module,
         lambda state: {"model": {"_orig_mod." + name: value for name, value in state.items()}},

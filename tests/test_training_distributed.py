@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from folders import write_folder
 from training_common import SMALL, furthest_apart, training_process, weights
+
+from eroseg_ext.checks import usable_device
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,15 @@ def test_two_processes_train_as_one(data: Path, tmp_path: Path, settings: dict[s
     assert one["updates"] == two["updates"] == 6 * (13 // common["batch_size"])
     assert one["validation"]["accuracy"] == pytest.approx(two["validation"]["accuracy"], abs=0.05)
     assert two["environment"]["processes"] == 2
+
+
+def test_each_process_takes_its_own_gpu_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)  # there may be no such GPU
+    found = [str(usable_device(name, gpu=1)) for name in ("cuda", "cuda:0", "cpu")]
+    assert found == ["cuda:1", "cuda:0", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert str(usable_device(None, gpu=1)) == "cuda:1"
+    assert str(usable_device(None)) == "cuda"
 
 
 def torchrun(data: Path, out: Path, *more: str) -> subprocess.Popen[str]:

@@ -56,6 +56,18 @@ def test_a_sure_network_far_from_the_front_learns_from_all_pixels_alike() -> Non
     factor = front_factor(logits, labels, 4.0, reference)[0]
     assert factor[22:].max() - factor[22:].min() < 1e-5
     assert factor[:20].min() > 2 * factor[22:].max()
+    # The erosion lends to the sure row beside undecided ones.
+    assert factor[20].min() > 1.5 * factor[22:].max()
+
+
+def test_class_weights_hold_beside_the_front(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, labels = batch
+    leaf = logits.clone().requires_grad_()
+    summed_loss(leaf, labels, torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]), 4.0, reference).backward()
+    assert leaf.grad is not None
+    felt = (leaf.grad != 0).any(1)
+    assert not felt[labels == 2].any()
+    assert felt[(labels != 2) & (labels != VOID)].all()
 
 
 def test_pieces_of_a_batch_add_up(batch: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -114,7 +114,7 @@ class TrainSettings:
     """the loss of a pixel counts 1 + front_loss times where the network is undecided about it, falling to 1 where it is
     sure, over the image's mean; default 4 with ``attack="eroseg"``, else 0"""
     backend: str = "auto"
-    """of the attack: ``fused``, ``reference`` or ``auto``"""
+    """of the attack and the front loss: ``fused``, ``reference`` or ``auto``"""
     mean: tuple[float, ...] | None = None
     """with std: the model is given (image - mean) / std, per channel"""
     std: tuple[float, ...] | None = None

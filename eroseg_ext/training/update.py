@@ -104,7 +104,7 @@ class Updater:
         Args:
             update: its number from 0; random numbers and the learning rate follow from it.
             batch: this process's part.
-            backend: of the attack, if not the settings'.
+            backend: of the attack and the front loss, if not the settings'.
 
         Returns:
             The loss over all processes' parts, a scalar on the device. On the CPU, no step is taken if it is not

@@ -1,0 +1,32 @@
+"""What importing the package does for torch: its functions' first calls are those of one thread."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+CHECK = """
+import torch
+
+first = {}
+
+def noted(name, function):
+    def call(*arguments, **keywords):
+        value = arguments[0]
+        first.setdefault((name, value.dtype), (value.numel(), value.device.type))
+        return function(*arguments, **keywords)
+    return call
+
+for name in ("exp", "log", "sqrt"):
+    setattr(torch, name, noted(name, getattr(torch, name)))
+import eroseg_ext
+
+for name in ("exp", "log", "sqrt"):
+    for dtype in (torch.float32, torch.float64):
+        assert first.get((name, dtype)) == (1, "cpu"), (name, dtype, first)
+"""
+
+
+def test_importing_the_package_makes_the_first_calls_with_one_element() -> None:
+    done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 CHECK = """
 import torch
@@ -27,6 +28,7 @@ for name in ("exp", "log", "sqrt"):
 """
 
 
-def test_importing_the_package_makes_the_first_calls_with_one_element() -> None:
-    done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True)
+def test_importing_the_package_makes_the_first_calls_with_one_element(tmp_path: Path) -> None:
+    # From another folder: python -c would find the sources in this one before the package that is installed.
+    done = subprocess.run([sys.executable, "-c", CHECK], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -27,7 +27,7 @@ from eroseg_ext.training.clock import Clock
 from eroseg_ext.training.distributed import Processes
 from eroseg_ext.training.network import Network
 from eroseg_ext.training.samples import Batches, Reader
-from eroseg_ext.training.validate import validate
+from eroseg_ext.training.validate import examples, validate
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,16 @@ def test_the_weights_are_those_that_were_validated(data: Path, tmp_path: Path) -
     )
     alone = Processes(rank=0, world=1, device=torch.device("cpu"))
     assert validate(TrainSettings(**settings), averaged, CLASSES, read, alone, 0) == summary["validation"]
+
+
+def test_validation_attacks_in_the_norm_of_the_training(data: Path, tmp_path: Path) -> None:
+    settings = TrainSettings(**SMALL | {"eps": 0.5}, data=data, out=tmp_path, attack_options={"norm": "l2"})
+    read = Reader(
+        datasets.find("folder", data, "val"), datasets.class_map("folder", CLASSES, 255), SMALL["size"], False
+    )
+    for example in examples(settings, seeded(plain_net), read, torch.device("cpu")):
+        assert example.adversarial is not None
+        assert 0.1 < (example.adversarial - example.image).norm() <= 0.5 + 1e-5
 
 
 def test_a_module_is_trained_in_place_and_another_folder_starts_from_its_weights(data: Path, tmp_path: Path) -> None:

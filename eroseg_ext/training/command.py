@@ -77,7 +77,7 @@ def settings(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
         checked = TrainSettings(**given)
     except TypeError as error:
         raise ValueError(str(error)) from error
-    if checked.attack_options.get("norm", "linf") == "linf":
+    if checked.norm == "linf":
         options.check_linf(checked.eps)
     return {**given, "progress": progress}
 

@@ -218,7 +218,7 @@ class TrainSettings:
     def attack_settings(self) -> AttackSettings | None:
         """The settings of the attack in training, None without one; raises if ``attack_options`` are not allowed."""
         if self.attack == NO_ATTACK:
-            AttackSettings.create(mean=self.mean, std=self.std)
+            AttackSettings.create(norm=self.norm, mean=self.mean, std=self.std)  # for validation
             return None
         for name in ("method", "eps", "steps", "step_size", "mean", "std", "autocast", "backend", "model_mode"):
             require(name not in self.attack_options, "attack_options", name, "it as a setting of the training")
@@ -245,6 +245,11 @@ class TrainSettings:
             autocast=self.autocast,
             **options,
         )
+
+    @property
+    def norm(self) -> str:
+        """of ``eps``: ``linf``, or what ``attack_options`` say"""
+        return str(self.attack_options.get("norm", "linf"))
 
     @property
     def autocast(self) -> torch.dtype | None:

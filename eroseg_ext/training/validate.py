@@ -97,6 +97,7 @@ def _attacked(settings: TrainSettings, network: Network, images: Tensor, labels:
         images,
         labels,
         eps=settings.eps,
+        norm=settings.norm,
         steps=settings.val_attack_steps,
         ignore_index=VOID,
         backend=settings.backend,

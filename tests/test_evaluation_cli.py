@@ -68,6 +68,25 @@ def test_options_reach_the_evaluation(files: Path, tmp_path: Path) -> None:
     assert {name: settings[name] for name in wanted} == wanted
 
 
+@pytest.mark.parametrize(("options", "ignore_index"), [([], 255), (["--ignore-index", "0"], 0)])
+def test_the_void_label_of_a_folder(tmp_path: Path, options: list[str], ignore_index: int) -> None:
+    write_folder(tmp_path / "data", 1, void=ignore_index)
+    arguments = [
+        "evaluate",
+        "--data",
+        str(tmp_path / "data"),
+        "--model",
+        "tiny",
+        "--classes",
+        "8",
+        "--out",
+        str(tmp_path),
+    ]
+    quick = ["--steps", "1", "--attacks", "pgd", "--sanity", "0", "--size", "32x48", "--device", "cpu"]
+    assert cli.main([*arguments, *quick, *options]) == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["settings"]["ignore_index"] == ignore_index
+
+
 def test_a_network_by_import_path(files: Path, tmp_path: Path) -> None:
     arguments = ["evaluate", "--data", str(files / "data"), "--ignore-index", "9", "--out", str(tmp_path)]
     arguments += ["--model", "eroseg_ext.nets:SmallDeepLab", "--model-args", '{"classes": 8, "width": 8}']

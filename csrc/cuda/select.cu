@@ -88,11 +88,15 @@ __device__ __forceinline__ void descend(Workspace& work, int r, const unsigned* 
   __syncthreads();
 }
 
-// Ranks from the caller.
-struct KthValue {
+// Rows of n scores; valid may be null.
+struct Scores {
   const float* scores;
   const bool* valid;
   int64_t n;
+};
+
+// Ranks from the caller.
+struct KthValue : Scores {
   const int64_t* k;
   int64_t count;
   float* out;
@@ -113,10 +117,7 @@ struct KthValue {
 };
 
 // Ranks by the fractions of an image's valid pixels.
-struct NextTau {
-  const float* scores;
-  const bool* valid;
-  int64_t n;
+struct NextTau : Scores {
   const double* stats;
   TauSettings settings;
   float* tau;
@@ -222,12 +223,13 @@ cudaError_t launch_kth_value(const float* scores, const bool* valid, int64_t bat
     const int64_t results = batch * count;
     return launch(fill_kernel<float>, (results + 255) / 256, dim3(256), 0, stream, out, results, kInf);
   }
-  return launch_select(KthValue{scores, valid, n, k, count, out}, selections_of(batch, count), workspace, stream);
+  return launch_select(KthValue{{scores, valid, n}, k, count, out}, selections_of(batch, count), workspace, stream);
 }
 
 cudaError_t launch_next_tau(const float* log_odds, const double* stats, int64_t batch, int64_t n,
                             const TauSettings& settings, float* tau, void* workspace, cudaStream_t stream) {
-  return launch_select(NextTau{log_odds, nullptr, n, stats, settings, tau}, selections_of(batch, 1), workspace, stream);
+  return launch_select(NextTau{{log_odds, nullptr, n}, stats, settings, tau}, selections_of(batch, 1), workspace,
+                       stream);
 }
 
 }  // namespace eroseg::cuda

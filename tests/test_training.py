@@ -51,6 +51,12 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
         return make()
 
 
+def reader(data: Path) -> Reader:
+    """Reads the validation images of a folder."""
+    to_class = datasets.class_map("folder", CLASSES, 255)
+    return Reader(datasets.find("folder", data, "val"), to_class, SMALL["size"], False)
+
+
 # What a run leaves
 
 
@@ -90,19 +96,13 @@ def test_the_weights_are_those_that_were_validated(data: Path, tmp_path: Path) -
     averaged = dropout_net()
     averaged.load_state_dict(weights(tmp_path))
     assert furthest_apart(model.state_dict(), averaged.state_dict()) > 0
-    read = Reader(
-        datasets.find("folder", data, "val"), datasets.class_map("folder", CLASSES, 255), SMALL["size"], False
-    )
     alone = Processes(rank=0, world=1, device=torch.device("cpu"))
-    assert validate(TrainSettings(**settings), averaged, CLASSES, read, alone, 0) == summary["validation"]
+    assert validate(TrainSettings(**settings), averaged, CLASSES, reader(data), alone, 0) == summary["validation"]
 
 
 def test_validation_attacks_in_the_norm_of_the_training(data: Path, tmp_path: Path) -> None:
     settings = TrainSettings(**SMALL | {"eps": 0.5}, data=data, out=tmp_path, attack_options={"norm": "l2"})
-    read = Reader(
-        datasets.find("folder", data, "val"), datasets.class_map("folder", CLASSES, 255), SMALL["size"], False
-    )
-    for example in examples(settings, seeded(plain_net), read, torch.device("cpu")):
+    for example in examples(settings, seeded(plain_net), reader(data), torch.device("cpu")):
         assert example.adversarial is not None
         assert 0.1 < (example.adversarial - example.image).norm() <= 0.5 + 1e-5
 

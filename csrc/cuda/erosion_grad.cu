@@ -83,12 +83,18 @@ __global__ void __launch_bounds__(kMostThreads, 2)
 
   for (int i = -1; i <= own_rows; ++i) {
     staging.arrive();
-    if (i < own_rows) staging.fetch(place.row(i + 1), after);
+    if (i < own_rows) {
+      staging.fetch(place.row(i + 1), after);
+      rows.prefetch_labels(place.row(i + 1));
+    }
     const int y = place.row(i);
     typename Terms<kPixels>::Kept keep[kPixels];
     float gain[kPixels];
+    float front_before[kPixels], front_now[kPixels];
     Several score;
-    for (int v = 0; v < kPixels; ++v) keep[v] = {-1, 0.0f, 1.0f}, gain[v] = 0.0f, score.at[v] = kInf;
+    for (int v = 0; v < kPixels; ++v) {
+      keep[v] = {-1, 0.0f, 1.0f}, gain[v] = 0.0f, score.at[v] = kInf, front_before[v] = front_now[v] = 0.0f;
+    }
     if (y >= 0 && y < height) {
       const Terms<kPixels> terms = rows.reduce(y, now);
       Several log_odds;
@@ -110,7 +116,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
         for (int v = 0; v < kPixels; ++v) gain[v] *= gain[v] == 0.0f ? 0.0f : sigmoid(-terms.log_odds[v]);
       }
       if (writes && i >= 0 && i < own_rows) {
-        const int64_t index = (place.image * height + y) * width + place.x;
+        const int64_t index = place.index(y);
         if (aligned && place.pixels > 0) {
           *reinterpret_cast<Several*>(job.log_odds + index) = log_odds;
         } else {
@@ -119,22 +125,19 @@ __global__ void __launch_bounds__(kMostThreads, 2)
             if (v < place.pixels) job.log_odds[index + v] = log_odds.at[v];
           }
         }
-        bool is_any_in_front = false, is_any_broken = false;
+        bool is_any_broken = false;
 #pragma unroll
         for (int v = 0; v < kPixels; ++v) {
           counts.valid += terms.label[v] >= 0;
           counts.right += terms.right[v];
           counts.front += score.at[v] <= tau;
-          is_any_in_front = is_any_in_front || score.at[v] <= tau;
           is_any_broken = is_any_broken || log_odds.at[v] != log_odds.at[v];
         }
-        if (is_any_in_front && job.previous != nullptr) {
-          float lost = 0.0f;
+        if (job.previous != nullptr) {
 #pragma unroll
           for (int v = 0; v < kPixels; ++v) {
-            if (score.at[v] <= tau) lost += job.previous[index + v] - log_odds.at[v];
+            if (score.at[v] <= tau) front_before[v] = job.previous[index + v], front_now[v] = log_odds.at[v];
           }
-          counts.movement += job.targeted ? -lost : lost;
         }
         if (is_any_broken) counts.movement += not_a_number();
       }
@@ -178,8 +181,13 @@ __global__ void __launch_bounds__(kMostThreads, 2)
       rows.put(place.row(i - 1), before, kept, weight, job.targeted);
       staging.copy_out(place.row(i - 1), before);
     }
+    float lost = 0.0f;
 #pragma unroll
-    for (int v = 0; v < kPixels; ++v) kept[v] = keep[v], kept_gain[v] = gain[v];
+    for (int v = 0; v < kPixels; ++v) {
+      kept[v] = keep[v], kept_gain[v] = gain[v];
+      lost += front_before[v] - front_now[v];
+    }
+    counts.movement += job.targeted ? -lost : lost;
     const int done = before;
     before = now, now = after, after = done;
   }

@@ -44,7 +44,10 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   staging.fetch(place.begin, 0);
   for (int y = place.begin, stage = 0; y < place.end; ++y, stage = 1 - stage) {
     staging.arrive();
-    if (y + 1 < place.end) staging.fetch(y + 1, 1 - stage);
+    if (y + 1 < place.end) {
+      staging.fetch(y + 1, 1 - stage);
+      rows.prefetch_labels(y + 1);
+    }
     const Terms<kPixels> terms = rows.reduce(y, stage);
     float weight[kPixels];
 #pragma unroll

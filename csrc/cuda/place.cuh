@@ -10,13 +10,15 @@ namespace eroseg::cuda {
 // What a block works on, and a thread's part of it.
 struct Place {
   int64_t image;
-  int begin, end;    // own rows
-  bool upward;       // whether the block goes from the last of them to the first
-  int left, width;   // own pixels of the strip
-  int x;             // first pixel of this thread's word
-  int pixels;        // of the word that lie in the image and in the strip or its halo
-  int slot;          // of the thread in the row
-  bool own;          // whether the word belongs to the strip, not to its halo
+  int begin, end;   // own rows
+  bool upward;      // whether the block goes from the last of them to the first
+  int left, width;  // own pixels of the strip
+  int x;            // first pixel of this thread's word
+  int pixels;       // of the word that lie in the image and in the strip or its halo
+  int slot;         // of the thread in the row
+  bool own;         // whether the word belongs to the strip, not to its halo
+  int64_t in_map;   // the word's place in row 0 of the image, in a map [B, H, W]
+  int image_width;
   int group;         // of classes
   int first, count;  // the group's classes; none for a thread without pixels
 
@@ -31,6 +33,7 @@ struct Place {
     place.image = blockIdx.x / per_image;
     const int band = within % strips.bands;
     const int height = static_cast<int>(shape.height), image_width = static_cast<int>(shape.width);
+    place.image_width = image_width;
     place.begin = band * strips.rows;
     place.end = place.begin + strips.rows < height ? place.begin + strips.rows : height;
     place.upward = band % 2 != 0;
@@ -45,6 +48,7 @@ struct Place {
     place.x = place.left + place.slot * kPixels;
     if (beyond >= 0 && beyond < halo_words) place.x = place.left - strips.halo + beyond * kPixels;
     if (beyond >= halo_words) place.x -= strips.halo;
+    place.in_map = place.image * shape.pixels() + place.x;
     const bool some = beyond < 2 * halo_words && place.x >= 0 && place.x < image_width;
     place.pixels = !some ? 0 : (image_width - place.x < kPixels ? image_width - place.x : kPixels);
 
@@ -56,6 +60,9 @@ struct Place {
     place.count = place.pixels > 0 && count > 0 ? count : 0;
     return place;
   }
+
+  // The word's place in row y of the image, in a map [B, H, W]. Offsets inside an image are of 32 bits.
+  __device__ __forceinline__ int64_t index(int y) const { return in_map + y * image_width; }
 
   // The row of the image that is number i of the band, which begins with 0; -1 and end - begin are those beyond it.
   __device__ __forceinline__ int row(int i) const { return upward ? end - 1 - i : begin + i; }

@@ -71,6 +71,9 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 // Waits for all copies that this thread has begun.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Begins to bring to the L2 what lies at an address in global memory, 32 bytes at least.
+__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
 // The block's shared memory; kernels lay it out themselves.
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];

@@ -61,12 +61,17 @@ class Rows {
     count_ = place.count - (place.count > 0 && place.first < first_class_ ? first_class_ : 0);
   }
 
+  // Begins to bring the labels of row y of the image, if there is one, to the L2: its reduction waits for them.
+  __device__ __forceinline__ void prefetch_labels(int y) const {
+    if (y < 0 || y >= static_cast<int>(input_.shape.height) || place_.pixels == 0 || place_.group > 0) return;
+    with_labels(input_.labels, [&](const auto* data) { prefetch(data + place_.index(y)); });
+  }
+
   // Reduces row y, which stands in stage s. Pixels whose logits are not finite are set to 0 there.
   __device__ __forceinline__ Terms<kPixels> reduce(int y, int s) {
     Terms<kPixels> terms;
     Element* const row = own_part(y, s);
-    const int64_t index = (place_.image * input_.shape.height + y) * input_.shape.width + place_.x;
-    read_labels(input_.labels, first_class_ + channels_, index, place_.pixels, terms.label);
+    read_labels(input_.labels, first_class_ + channels_, place_.index(y), place_.pixels, terms.label);
     int channel[kPixels];
     float of_label[kPixels], virtual_logit[kPixels];
 #pragma unroll
@@ -255,16 +260,7 @@ class Rows {
   __device__ __forceinline__ void transform_or_visit(Element* row, const F& f) const {
     constexpr int kElements = Word<Type>::kElements;
     if constexpr (kLayout == Layout::kPlanes) {
-#pragma unroll 4
-      for (int c = 0; c < count_; ++c) {
-        auto* at = reinterpret_cast<Word<Type>*>(row + c * offset_of(0, 1));
-        const Word<Type> word = *at;
-        float value[kElements];
-        word.unpack(value);
-#pragma unroll
-        for (int v = 0; v < kPixels; ++v) value[v] = f(v, value[v]);
-        if constexpr (kWrite) *at = Word<Type>::pack(value);
-      }
+      over_words<kWrite>(row, count_, offset_of(0, 1), f);
     } else {
       // A pixel's classes begin and end anywhere within a word.
 #pragma unroll
@@ -273,25 +269,47 @@ class Rows {
         const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(at) / sizeof(Element)) % kElements;
         const int to_boundary = (kElements - misaligned) % kElements;
         const int head = to_boundary < count_ ? to_boundary : count_;
-        const int tail = head + (count_ - head) / kElements * kElements;
+        const int words = (count_ - head) / kElements;
         const auto one = [&](int c) {
           const float result = f(v, Type::to_float(at[c]));
           if constexpr (kWrite) at[c] = to_element<Type>(result);
         };
 #pragma unroll 1
         for (int c = 0; c < head; ++c) one(c);
-#pragma unroll 2
-        for (int c = head; c < tail; c += kElements) {
-          const Word<Type> word = *reinterpret_cast<const Word<Type>*>(at + c);
-          float value[kElements];
-          word.unpack(value);
-#pragma unroll
-          for (int i = 0; i < kElements; ++i) value[i] = f(v, value[i]);
-          if constexpr (kWrite) *reinterpret_cast<Word<Type>*>(at + c) = Word<Type>::pack(value);
-        }
+        over_words<kWrite>(at + head, words, kElements, [&](int, float z) { return f(v, z); });
 #pragma unroll 1
-        for (int c = tail; c < count_; ++c) one(c);
+        for (int c = head + words * kElements; c < count_; ++c) one(c);
       }
+    }
+  }
+
+  // Calls f(i, value) for the values of n words that begin `stride` elements apart, i being their place in the word,
+  // and puts the results in their places if kWrite.
+  template <bool kWrite, int kAtOnce = 4, class F>
+  static __device__ __forceinline__ void over_words(Element* at, int n, int stride, const F& f) {
+#pragma unroll 1
+    for (; n >= kAtOnce; n -= kAtOnce, at += kAtOnce * stride) over_some_words<kAtOnce, kWrite>(at, stride, f);
+    if constexpr (kAtOnce > 1) over_words<kWrite, kAtOnce / 2>(at, n, stride, f);
+  }
+
+  // All are read before the first is written: one after the other, each would wait for the one before, since the
+  // compiler cannot know that they are different places.
+  template <int kCount, bool kWrite, class F>
+  static __device__ __forceinline__ void over_some_words(Element* at, int stride, const F& f) {
+    Word<Type> words[kCount];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) words[k] = *reinterpret_cast<const Word<Type>*>(at + k * stride);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      float value[Word<Type>::kElements];
+      words[k].unpack(value);
+#pragma unroll
+      for (int i = 0; i < Word<Type>::kElements; ++i) value[i] = f(i, value[i]);
+      if constexpr (kWrite) words[k] = Word<Type>::pack(value);
+    }
+    if constexpr (kWrite) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) *reinterpret_cast<Word<Type>*>(at + k * stride) = words[k];
     }
   }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "../jobs.h"
 #include "platform.cuh"
@@ -173,27 +174,49 @@ struct alignas(8) Word {
 
 // A label as the kernels know it: -1 if its pixel is void.
 __device__ __forceinline__ int checked_label(int64_t label, int classes, int64_t ignore_index) {
-  return label >= 0 && label < classes && label != ignore_index ? static_cast<int>(label) : -1;
+  const bool is_class = static_cast<uint64_t>(label) < static_cast<uint64_t>(classes);
+  return is_class && label != ignore_index ? static_cast<int>(label) : -1;
 }
 
-// The labels of the first n of some neighbouring pixels; the others are void.
+// Calls f(data) with the labels as what they are in memory.
+template <class F>
+__device__ __forceinline__ void with_labels(const Labels& labels, const F& f) {
+  switch (labels.type) {
+    case LabelType::kInt64:
+      return f(static_cast<const int64_t*>(labels.data));
+    case LabelType::kInt32:
+      return f(static_cast<const int32_t*>(labels.data));
+    default:
+      return f(static_cast<const uint8_t*>(labels.data));
+  }
+}
+
+// The labels of the first n of some neighbouring pixels; the others are void. All are loaded before any is looked at,
+// so that there is one wait for them.
 template <int kPixels>
 __device__ __forceinline__ void read_labels(const Labels& labels, int classes, int64_t index, int n,
                                             int (&out)[kPixels]) {
-  const auto read = [&](const auto* data) {
+  with_labels(labels, [&](const auto* data) {
+    using Label = std::decay_t<decltype(*data)>;
+    constexpr size_t kBytes = kPixels * sizeof(Label);
+    struct alignas(kBytes < 16 ? kBytes : 16) Several {
+      Label at[kPixels];
+    };
+    const Label* from = data + index;
+    Several several{};
+    if (n == kPixels && reinterpret_cast<uintptr_t>(from) % alignof(Several) == 0) {
+      several = *reinterpret_cast<const Several*>(from);
+    } else {
+#pragma unroll
+      for (int v = 0; v < kPixels; ++v) {
+        if (v < n) several.at[v] = from[v];
+      }
+    }
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
-      out[v] = v < n ? checked_label(static_cast<int64_t>(data[index + v]), classes, labels.ignore_index) : -1;
+      out[v] = v < n ? checked_label(static_cast<int64_t>(several.at[v]), classes, labels.ignore_index) : -1;
     }
-  };
-  switch (labels.type) {
-    case LabelType::kInt64:
-      return read(static_cast<const int64_t*>(labels.data));
-    case LabelType::kInt32:
-      return read(static_cast<const int32_t*>(labels.data));
-    default:
-      return read(static_cast<const uint8_t*>(labels.data));
-  }
+  });
 }
 
 __device__ __forceinline__ int read_label(const Labels& labels, int classes, int64_t index) {

@@ -45,7 +45,7 @@ def test_the_host_notices_planted_faults() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("width", [69, 70, 72])
-@pytest.mark.parametrize("classes", [1, 2, 4, 21, 24, 25, 49, 150, 256, 257])
+@pytest.mark.parametrize("classes", [1, 2, 3, 4, 21, 24, 25, 49, 150, 256, 257])
 def test_every_way_to_share_classes_among_threads_and_to_copy_rows(
     classes: int, width: int, layout: torch.memory_format, dtype: torch.dtype
 ) -> None:
@@ -104,6 +104,25 @@ def test_blocks_that_share_a_row_select_as_one(n: int) -> None:
     maps = scores.view(2, 1, n)
     stats = torch.tensor([[n, 0, 5, 1e-3], [n, 0, 5, 3.0]], dtype=torch.float64)
     assert torch.equal(cuda_kernels.next_tau(maps, stats, 4), reference.next_tau(maps, stats, 4))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("classes", [3, 21, 30])
+def test_pixels_do_not_feel_neighbours_that_are_not_finite(
+    classes: int, layout: torch.memory_format, dtype: torch.dtype, value: float
+) -> None:
+    logits, labels, tau, previous = scene(1, classes, 5, 60, dtype)
+    labels[:] = 1
+    logits[:, 0, :, 1::7] = value  # in another place of a word in each row, as the first class of its pixel ...
+    logits[:, -1, :, 4::7] = value  # ... and as the last
+    logits = logits.contiguous(memory_format=layout)
+    got = cuda_kernels.erosion_grad(logits, labels, tau, previous)
+    expected = reference.erosion_grad(logits, labels, tau, previous)
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-7)
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=4e-6, equal_nan=True)
+    assert torch.equal(got[2][:, [0, 2]], expected[2][:, [0, 2]])
 
 
 @pytest.mark.parametrize("classes", [2, 21, 30])

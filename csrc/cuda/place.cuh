@@ -19,8 +19,8 @@ struct Place {
   bool own;         // whether the word belongs to the strip, not to its halo
   int64_t in_map;   // the word's place in row 0 of the image, in a map [B, H, W]
   int image_width;
-  int group;         // of classes
-  int first, count;  // the group's classes; none for a thread without pixels
+  int group;         // of threads with the same pixels
+  int first, count;  // the group's share of as many words as there are classes; none for a thread without pixels
 
   // Of two bands that touch, one is gone over upwards and the other downwards: the rows that both of them read are read
   // at about the same time, and so once from memory.

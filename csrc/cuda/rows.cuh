@@ -1,8 +1,8 @@
 // The arithmetic of a row of pixels in shared memory: reduced over the classes, and turned into its gradient where it
 // stands.
 //
-// A thread has a word of neighbouring pixels (two of float32, four of 16 bits), or a part of their classes where
-// `groups` threads share them. Nothing is kept in registers but a pixel's terms, so the number of classes is no
+// A thread has a word of neighbouring pixels (two of float32, four of 16 bits), or a share of their logits (share.cuh).
+// Nothing is kept in registers but a pixel's terms, so the number of classes is no
 // template argument.
 //
 // The label's logit gives its place to the lowest finite number, whose exponential is 0: the loops over the classes
@@ -12,7 +12,7 @@
 // with no classes of its own. The order of every sum is fixed.
 #pragma once
 
-#include "staging.cuh"
+#include "share.cuh"
 
 namespace eroseg::cuda {
 
@@ -28,7 +28,7 @@ struct Terms {
   float norm[kPixels];  // sum over c != y of (exp(z_c - m) / S)^2
   // What Rows::put needs: exp(z_c - m) / S is factor * 2^(z_c log2(e) - power).
   struct Kept {
-    int channel;  // the label's among this thread's; -1 if it is another group's or has none
+    int channel;  // the label's; -1 if it is of another thread's share or there is none
     float power, factor;
   };
   Kept kept[kPixels];
@@ -54,12 +54,7 @@ class Rows {
         staging_(staging),
         exchange_(reinterpret_cast<float*>(exchange)),
         groups_(groups),
-        channels_(static_cast<int>(input.shape.channels)),
-        first_class_(static_cast<int>(input.shape.classes() - input.shape.channels)) {
-    // The virtual class 0 of binary segmentation has no channel.
-    first_channel_ = place.first < first_class_ ? 0 : place.first - first_class_;
-    count_ = place.count - (place.count > 0 && place.first < first_class_ ? first_class_ : 0);
-  }
+        share_(place, staging, input.shape) {}
 
   // Begins to bring the labels of row y of the image, if there is one, to the L2: its reduction waits for them.
   __device__ __forceinline__ void prefetch_labels(int y) const {
@@ -71,24 +66,24 @@ class Rows {
   __device__ __forceinline__ Terms<kPixels> reduce(int y, int s) {
     Terms<kPixels> terms;
     Element* const row = own_part(y, s);
-    read_labels(input_.labels, first_class_ + channels_, place_.index(y), place_.pixels, terms.label);
+    read_labels(input_.labels, static_cast<int>(input_.shape.classes()), place_.index(y), place_.pixels, terms.label);
     int channel[kPixels];
     float of_label[kPixels], virtual_logit[kPixels];
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
-      channel[v] = channel_here(terms.label[v]);
+      channel[v] = share_.channel_of(v, terms.label[v]);
       of_label[v] = 0.0f;
       if (channel[v] >= 0) {
-        Element& element = row[offset_of(v, channel[v])];
+        Element& element = share_.at(row, v, channel[v]);
         of_label[v] = Type::to_float(element);
         element = Type::kLowestFinite;
       }
-      virtual_logit[v] = first_class_ > 0 && terms.label[v] != 0 ? 0.0f : -kInf;
+      virtual_logit[v] = share_.first_class() > 0 && terms.label[v] != 0 ? 0.0f : -kInf;
     }
 
     float largest[kPixels], lowest[kPixels];
     bool is_tied[kPixels], is_any_tied = false;
-    find_extremes(row, largest, lowest);
+    share_.find_extremes(row, largest, lowest);
     // On ties the lowest class is the arg max.
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
@@ -130,7 +125,7 @@ class Rows {
       if (lowest[v] == -kInf || of_label[v] - of_label[v] != 0.0f) sum[v] = not_a_number();
       squares[v] = kSquares ? sum[v] * sum[v] : 0.0f;
     }
-    for_each(row, [&](int v, float z) {
+    share_.for_each(row, [&](int v, float z) {
       const float e = exp2_approx(fmaf(z, kLog2E, -scaled[v]));
       sum[v] += e;
       if constexpr (kSquares) squares[v] = fmaf(e, e, squares[v]);
@@ -165,8 +160,10 @@ class Rows {
       for (int v = 0; v < kPixels; ++v) {
         if (sum[v] == sum[v]) continue;
         terms.kept[v] = {channel[v], 0.0f, 1.0f};
-#pragma unroll 1
-        for (int c = 0; c < count_; ++c) row[offset_of(v, c)] = to_element<Type>(0.0f);
+        share_.each_channel(v, [&](int c) {
+          share_.at(row, v, c) = to_element<Type>(0.0f);
+          return true;
+        });
       }
     }
     return terms;
@@ -187,14 +184,14 @@ class Rows {
       return kScalesExponent ? e : e * scale[v];
     };
     if (is_negative) {
-      transform(row, [&](int v, float z) { return -magnitude(v, z); });
+      share_.transform(row, [&](int v, float z) { return -magnitude(v, z); });
     } else {
-      transform(row, magnitude);
+      share_.transform(row, magnitude);
     }
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
       if (kept[v].channel >= 0) {
-        row[offset_of(v, kept[v].channel)] = to_element<Type>(is_negative ? weight[v] : -weight[v]);
+        share_.at(row, v, kept[v].channel) = to_element<Type>(is_negative ? weight[v] : -weight[v]);
       }
     }
   }
@@ -205,131 +202,27 @@ class Rows {
   // where it has a summand more. And far from the lowest finite number, which must have no exponential left.
   static constexpr float kHuge = kScalesExponent ? 1e3f : 1e6f;
 
-  // This thread's pixels and classes of row y in stage s.
-  __device__ __forceinline__ Element* own_part(int y, int s) const {
-    return staging_.at(y, s, place_.x, first_channel_);
-  }
+  // Row y in stage s, beginning with this thread's pixels.
+  __device__ __forceinline__ Element* own_part(int y, int s) const { return staging_.at(y, s, place_.x, 0); }
 
-  __device__ __forceinline__ int offset_of(int pixel, int channel) const { return staging_.offset_of(pixel, channel); }
-
-  // The label among this thread's channels; -1 if it is another group's or has none, or the pixel is void.
-  __device__ __forceinline__ int channel_here(int label) const {
-    const int channel = label - first_class_ - first_channel_;
-    return label >= first_class_ && channel >= 0 && channel < count_ ? channel : -1;
-  }
-
-  // The largest and the lowest of this thread's logits for each pixel, whatever NaN there may be among them.
-  __device__ __forceinline__ void find_extremes(const Element* row, float (&largest)[kPixels],
-                                                float (&lowest)[kPixels]) const {
-    if constexpr (kLayout == Layout::kPlanes) {
-      Word<Type> high{{Type::kMinusInf, Type::kMinusInf}}, low{{Type::kPlusInf, Type::kPlusInf}};
-#pragma unroll 4
-      for (int c = 0; c < count_; ++c) {
-        const Word<Type> word = *reinterpret_cast<const Word<Type>*>(row + c * offset_of(0, 1));
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          high.halves[h] = Type::larger(high.halves[h], word.halves[h]);
-          low.halves[h] = Type::smaller(low.halves[h], word.halves[h]);
-        }
-      }
-      high.unpack(largest);
-      low.unpack(lowest);
-    } else {
-#pragma unroll
-      for (int v = 0; v < kPixels; ++v) largest[v] = -kInf, lowest[v] = kInf;
-      for_each(row, [&](int v, float z) {
-        largest[v] = fmaxf(largest[v], z);
-        lowest[v] = fminf(lowest[v], z);
-      });
-    }
-  }
-
-  // Calls f(v, z) for pixel v of the word and its logit z, for all of this thread's classes.
-  template <class F>
-  __device__ __forceinline__ void for_each(const Element* row, const F& f) const {
-    transform_or_visit<false>(const_cast<Element*>(row), [&](int v, float z) { return f(v, z), z; });
-  }
-
-  // Puts f(v, z) in the place of z.
-  template <class F>
-  __device__ __forceinline__ void transform(Element* row, const F& f) const {
-    transform_or_visit<true>(row, f);
-  }
-
-  template <bool kWrite, class F>
-  __device__ __forceinline__ void transform_or_visit(Element* row, const F& f) const {
-    constexpr int kElements = Word<Type>::kElements;
-    if constexpr (kLayout == Layout::kPlanes) {
-      over_words<kWrite>(row, count_, offset_of(0, 1), f);
-    } else {
-      // A pixel's classes begin and end anywhere within a word.
-#pragma unroll
-      for (int v = 0; v < kPixels; ++v) {
-        Element* at = row + v * channels_;
-        const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(at) / sizeof(Element)) % kElements;
-        const int to_boundary = (kElements - misaligned) % kElements;
-        const int head = to_boundary < count_ ? to_boundary : count_;
-        const int words = (count_ - head) / kElements;
-        const auto one = [&](int c) {
-          const float result = f(v, Type::to_float(at[c]));
-          if constexpr (kWrite) at[c] = to_element<Type>(result);
-        };
-#pragma unroll 1
-        for (int c = 0; c < head; ++c) one(c);
-        over_words<kWrite>(at + head, words, kElements, [&](int, float z) { return f(v, z); });
-#pragma unroll 1
-        for (int c = head + words * kElements; c < count_; ++c) one(c);
-      }
-    }
-  }
-
-  // Calls f(i, value) for the values of n words that begin `stride` elements apart, i being their place in the word,
-  // and puts the results in their places if kWrite.
-  template <bool kWrite, int kAtOnce = 4, class F>
-  static __device__ __forceinline__ void over_words(Element* at, int n, int stride, const F& f) {
-#pragma unroll 1
-    for (; n >= kAtOnce; n -= kAtOnce, at += kAtOnce * stride) over_some_words<kAtOnce, kWrite>(at, stride, f);
-    if constexpr (kAtOnce > 1) over_words<kWrite, kAtOnce / 2>(at, n, stride, f);
-  }
-
-  // All are read before the first is written: one after the other, each would wait for the one before, since the
-  // compiler cannot know that they are different places.
-  template <int kCount, bool kWrite, class F>
-  static __device__ __forceinline__ void over_some_words(Element* at, int stride, const F& f) {
-    Word<Type> words[kCount];
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) words[k] = *reinterpret_cast<const Word<Type>*>(at + k * stride);
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      float value[Word<Type>::kElements];
-      words[k].unpack(value);
-#pragma unroll
-      for (int i = 0; i < Word<Type>::kElements; ++i) value[i] = f(i, value[i]);
-      if constexpr (kWrite) words[k] = Word<Type>::pack(value);
-    }
-    if constexpr (kWrite) {
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) *reinterpret_cast<Word<Type>*>(at + k * stride) = words[k];
-    }
-  }
-
-  // Whether a class of this thread's below the label's has its logit, too.
-  __device__ __forceinline__ bool has_below(const Element* row, int v, int channel, float of_label) const {
-#pragma unroll 1
-    for (int c = 0; c < channel; ++c) {
-      if (Type::to_float(row[offset_of(v, c)]) == of_label) return true;
-    }
-    return false;
+  // Whether a class of this thread's share below the label's has its logit, too.
+  __device__ __forceinline__ bool has_below(Element* row, int v, int label_channel, float of_label) const {
+    bool found = false;
+    share_.each_channel(v, [&](int c) {
+      found = c < label_channel && Type::to_float(share_.at(row, v, c)) == of_label;
+      return c < label_channel && !found;
+    });
+    return found;
   }
 
   // Subtracts from pixel v in all classes but the label's. Huge logits differ by 0 or by so much that no exponential is
   // left of the lower one: it does not matter that the difference is rounded.
-  __device__ __forceinline__ void shift(Element* row, int v, int channel, float by) const {
-#pragma unroll 1
-    for (int c = 0; c < count_; ++c) {
-      Element& element = row[offset_of(v, c)];
-      if (c != channel) element = to_element<Type>(Type::to_float(element) - by);
-    }
+  __device__ __forceinline__ void shift(Element* row, int v, int label_channel, float by) const {
+    share_.each_channel(v, [&](int c) {
+      Element& element = share_.at(row, v, c);
+      if (c != label_channel) element = to_element<Type>(Type::to_float(element) - by);
+      return true;
+    });
   }
 
   // Shared memory between groups: [groups] maxima, [groups] sums, the label's logit and whether it is tied, each for
@@ -356,13 +249,12 @@ class Rows {
       is_tied[v] = label[v] >= 0 && shared_value(2 * groups_ + 1, v) != 0.0f;
       largest[v] = -kInf;
     }
-    const int per = (channels_ + groups_ - 1) / groups_;
     for (int group = 0; group < groups_; ++group) {
 #pragma unroll
       for (int v = 0; v < kPixels; ++v) {
         const float of_group = shared_value(group, v);
         largest[v] = fmaxf(largest[v], of_group);
-        is_tied[v] = is_tied[v] || (group * per + per <= label[v] && of_group == of_label[v]);
+        is_tied[v] = is_tied[v] || (share_.is_below(group, groups_, v, label[v]) && of_group == of_label[v]);
       }
     }
   }
@@ -385,8 +277,8 @@ class Rows {
   const Place& place_;
   const Staging<Type, kLayout>& staging_;
   float* exchange_;
-  int groups_, channels_, first_class_;
-  int first_channel_, count_;
+  int groups_;
+  Share<Type, kLayout> share_;
 };
 
 }  // namespace eroseg::cuda

@@ -110,28 +110,42 @@ class Staging {
   static constexpr int kUnit = kBytesOfPiece / static_cast<int>(sizeof(Element));
 
   // Where row y stands in stage s. A channels_last row keeps its offset from 16 bytes, so that both ends are copied in
-  // pieces of 16.
+  // pieces of 16, unless that is not a whole word, which its pixels begin with.
   __device__ __forceinline__ Element* stage(int y, int s) const {
     unsigned char* begin = memory_ + s * layout_.stage;
     if constexpr (kLayout == Layout::kChannelsLast) {
-      begin += reinterpret_cast<uintptr_t>(logits_ + (y * width_ + from_) * channels_) % kBytesOfPiece;
+      const auto offset = reinterpret_cast<uintptr_t>(logits_ + (y * width_ + from_) * channels_) % kBytesOfPiece;
+      begin += offset % sizeof(Word<Type>) == 0 ? offset : 0;
     }
     return reinterpret_cast<Element*>(begin);
   }
 
-  // Copies n elements that lie one behind the other, at equal offsets from 16 bytes unless grad and logits differ
-  // there.
+  // Copies n elements that lie one behind the other, in the largest pieces that are aligned on both sides.
   template <bool kOut>
   static __device__ __forceinline__ void copy_run(Element* global, Element* staged, int n) {
-    const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(global) / sizeof(Element)) % kUnit;
-    const bool alike = (reinterpret_cast<uintptr_t>(global) - reinterpret_cast<uintptr_t>(staged)) % kBytesOfPiece == 0;
-    const int to_boundary = (kUnit - misaligned) % kUnit;
-    const int head = alike && to_boundary < n ? to_boundary : n;
-    const int tail = head + (n - head) / kUnit * kUnit;
+    const auto apart = reinterpret_cast<uintptr_t>(global) - reinterpret_cast<uintptr_t>(staged);
+    if (apart % kBytesOfPiece == 0) {
+      copy_run_by<kOut, kBytesOfPiece>(global, staged, n);
+    } else if (sizeof(Element) == 4 || apart % 4 == 0) {
+      copy_run_by<kOut, 4>(global, staged, n);
+    } else {
+      copy_run_by<kOut, sizeof(Element)>(global, staged, n);
+    }
+  }
+
+  template <bool kOut, int kBytes>
+  static __device__ __forceinline__ void copy_run_by(Element* global, Element* staged, int n) {
+    constexpr int kElements = kBytes / static_cast<int>(sizeof(Element));
+    const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(global) / sizeof(Element)) % kElements;
+    const int to_boundary = (kElements - misaligned) % kElements;
+    const int head = to_boundary < n ? to_boundary : n;
+    const int tail = head + (n - head) / kElements * kElements;
     const int self = thread_of_block(), all = threads_of_block();
-    const int step = all * kUnit;
-#pragma unroll 4
-    for (int i = head + self * kUnit; i < tail; i += step) copy_piece<kOut, kBytesOfPiece>(global + i, staged + i);
+    // A copy of 2 bytes is a load that has to be waited for: more of them at once.
+#pragma unroll kBytes < 4 ? 8 : 4
+    for (int i = head + self * kElements; i < tail; i += all * kElements) {
+      copy_piece<kOut, kBytes>(global + i, staged + i);
+    }
     for (int i = self; i < head; i += all) copy_piece<kOut, sizeof(Element)>(global + i, staged + i);
     for (int i = tail + self; i < n; i += all) copy_piece<kOut, sizeof(Element)>(global + i, staged + i);
   }

@@ -45,7 +45,7 @@ def test_the_host_notices_planted_faults() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("width", [69, 70, 72])
-@pytest.mark.parametrize("classes", [1, 2, 3, 4, 21, 24, 25, 49, 150, 256, 257])
+@pytest.mark.parametrize("classes", [1, 2, 3, 4, 21, 24, 25, 49, 97, 150, 256, 257])
 def test_every_way_to_share_classes_among_threads_and_to_copy_rows(
     classes: int, width: int, layout: torch.memory_format, dtype: torch.dtype
 ) -> None:

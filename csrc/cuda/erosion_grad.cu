@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   auto* ring = reinterpret_cast<float*>(memory);
   Staging<Type, kLayout> staging(job.input, job.grad, strips, place, kStages,
                                  memory + kRing * pitch * static_cast<int>(sizeof(float)));
-  Rows<Type, kLayout, false> rows(job.input, place, staging, strips.groups, staging.end());
+  Rows<Type, kLayout, false> rows(job.input, place, staging, strips.groups);
 
   const float tau = job.tau[place.image];
   const float per_tau = 1.0f / tau;
@@ -181,6 +181,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
       rows.put(place.row(i - 1), before, kept, weight, job.targeted);
       staging.copy_out(place.row(i - 1), before);
     }
+    // Added up here, where nobody has to wait for the log-odds of the step before any more.
     float lost = 0.0f;
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {

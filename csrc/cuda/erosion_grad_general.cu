@@ -130,7 +130,9 @@ __global__ void __launch_bounds__(kThreads, 8)
 
 cudaError_t launch_erosion_grad_general(const ErosionGrad& job, const Counting& counting, cudaStream_t stream) {
   const Shape& shape = job.input.shape;
-  Strips strips = cut_strips(shape.width, {job.radius, 1, 1, kWarp, 1, kThreads, kThreads});
+  // As few threads as possible.
+  Strips strips = cut_strips(shape.width, {job.radius, 1, 1, kWarp, 1, kThreads}, kNarrowestStrip,
+                             [](const Strips& cut) { return static_cast<double>(cut.count * cut.slots); });
   const int64_t pitch = strips.width + 2 * strips.halo + 2;
   const int64_t cells = (job.radius + 1) * kRing * pitch + kClassRing * pitch;
   const int64_t shared = std::max<int64_t>(

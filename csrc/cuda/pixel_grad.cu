@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const Place place = Place::of<Type>(job.input.shape, strips);
   unsigned char* memory = shared_memory();
   Staging<Type, kLayout> staging(job.input, job.grad, strips, place, kStages, memory);
-  Rows<Type, kLayout, true> rows(job.input, place, staging, strips.groups, staging.end());
+  Rows<Type, kLayout, true> rows(job.input, place, staging, strips.groups);
   const float* class_weight = class_weight_of(job, place.image);
   Counts counts;
   staging.fetch(place.begin, 0);

@@ -7,6 +7,12 @@
 
 namespace eroseg::cuda {
 
+// Words that each but the last of the threads of a word of pixels has of the pixels' logits. It is odd where several
+// threads share them, which staging.cuh relies on.
+__host__ __device__ constexpr int words_of_share(int classes, int groups) {
+  return groups == 1 ? classes : (classes + groups - 1) / groups | 1;
+}
+
 // What a block works on, and a thread's part of it.
 struct Place {
   int64_t image;
@@ -19,7 +25,7 @@ struct Place {
   bool own;         // whether the word belongs to the strip, not to its halo
   int64_t in_map;   // the word's place in row 0 of the image, in a map [B, H, W]
   int image_width;
-  int group;         // of threads with the same pixels
+  int group;         // which of the threads with the same pixels, which are neighbours in a warp
   int first, count;  // the group's share of as many words as there are classes; none for a thread without pixels
 
   // Of two bands that touch, one is gone over upwards and the other downwards: the rows that both of them read are read
@@ -41,7 +47,7 @@ struct Place {
     place.width = place.left + strips.width < image_width ? strips.width : image_width - place.left;
 
     // Own words first, then the halo on the left, then the one on the right.
-    place.slot = static_cast<int>(threadIdx.x);
+    place.slot = static_cast<int>(threadIdx.y);
     const int own_words = strips.width / kPixels, halo_words = strips.halo / kPixels;
     const int beyond = place.slot - own_words;
     place.own = beyond < 0;
@@ -52,11 +58,10 @@ struct Place {
     const bool some = beyond < 2 * halo_words && place.x >= 0 && place.x < image_width;
     place.pixels = !some ? 0 : (image_width - place.x < kPixels ? image_width - place.x : kPixels);
 
-    place.group = static_cast<int>(threadIdx.y);
-    const int classes = static_cast<int>(shape.classes());
-    const int per = (classes + strips.groups - 1) / strips.groups;
-    place.first = place.group * per;
-    const int count = classes - place.first < per ? classes - place.first : per;
+    place.group = static_cast<int>(threadIdx.x);
+    const int classes = static_cast<int>(shape.classes()), share = words_of_share(classes, strips.groups);
+    place.first = place.group * share;
+    const int count = classes - place.first < share ? classes - place.first : share;
     place.count = place.pixels > 0 && count > 0 ? count : 0;
     return place;
   }

@@ -20,6 +20,7 @@ namespace eroseg::cuda {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
 
 // 2^x, to 2 units in the last place; 0 below 2^-126.
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -132,7 +133,7 @@ __device__ __forceinline__ int threads_of_block() { return static_cast<int>(bloc
 // The sum over a warp, the same in all its lanes and in the same order every time.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
   return value;
 }
 

@@ -8,8 +8,8 @@
 // The label's logit gives its place to the lowest finite number, whose exponential is 0: the loops over the classes
 // need not ask which of them is the label.
 //
-// Invariants: all threads of a block call reduce and put together; a thread beyond the image or the strip takes part
-// with no classes of its own. The order of every sum is fixed.
+// Invariants: all threads of a warp call reduce together; a thread beyond the image or the strip takes part with no
+// classes of its own. The order of every sum is fixed.
 #pragma once
 
 #include "share.cuh"
@@ -34,27 +34,15 @@ struct Terms {
   Kept kept[kPixels];
 };
 
-// Shared memory that groups exchange through: two numbers for each of them, the label's logit and whether it is tied,
-// for each pixel.
-__host__ __device__ constexpr int exchanged_of_pixel(int groups) {
-  return groups == 1 ? 0 : (2 * groups + 2) * static_cast<int>(sizeof(float));
-}
-
 template <class Type, Layout kLayout, bool kSquares>
 class Rows {
  public:
   static constexpr int kPixels = Word<Type>::kElements;
   using Element = typename Type::Element;
 
-  // `exchange` has exchanged_of_pixel for the pixels of all slots.
   __device__ __forceinline__ Rows(const Input& input, const Place& place, const Staging<Type, kLayout>& staging,
-                                  int groups, unsigned char* exchange)
-      : input_(input),
-        place_(place),
-        staging_(staging),
-        exchange_(reinterpret_cast<float*>(exchange)),
-        groups_(groups),
-        share_(place, staging, input.shape) {}
+                                  int groups)
+      : input_(input), place_(place), staging_(staging), groups_(groups), share_(place, staging, input.shape, groups) {}
 
   // Begins to bring the labels of row y of the image, if there is one, to the L2: its reduction waits for them.
   __device__ __forceinline__ void prefetch_labels(int y) const {
@@ -97,7 +85,7 @@ class Rows {
         is_tied[v] = is_tied[v] && (of_label[v] == virtual_logit[v] || has_below(row, v, channel[v], of_label[v]));
       }
     }
-    if (groups_ > 1) exchange_maxima(terms.label, channel, of_label, is_tied, largest);
+    if (groups_ > 1) merge_maxima(terms.label, channel, of_label, is_tied, largest);
 
     float gap[kPixels], scaled[kPixels], sum[kPixels], squares[kPixels];
     bool is_any_huge = false;
@@ -131,11 +119,8 @@ class Rows {
       if constexpr (kSquares) squares[v] = fmaf(e, e, squares[v]);
     });
     if (groups_ > 1) {
-      exchange_sums(sum);
-      if constexpr (kSquares) {
-        __syncthreads();  // all have read the sums
-        exchange_sums(squares);
-      }
+      merge_sums(sum);
+      if constexpr (kSquares) merge_sums(squares);
     }
 
     bool is_all_finite = true;
@@ -225,58 +210,39 @@ class Rows {
     });
   }
 
-  // Shared memory between groups: [groups] maxima, [groups] sums, the label's logit and whether it is tied, each for
-  // every pixel of the row. Of the last two only the label's group knows what to write.
-  __device__ __forceinline__ float& shared_value(int part, int v) {
-    return exchange_[(part * static_cast<int>(blockDim.x) + place_.slot) * kPixels + v];
-  }
-
-  __device__ __forceinline__ void exchange_maxima(const int (&label)[kPixels], const int (&channel)[kPixels],
-                                                  float (&of_label)[kPixels], bool (&is_tied)[kPixels],
-                                                  float (&largest)[kPixels]) {
+  // Makes of what the threads of a word know of its pixels what is true of them all.
+  __device__ __forceinline__ void merge_maxima(const int (&label)[kPixels], const int (&channel)[kPixels],
+                                               float (&of_label)[kPixels], bool (&is_tied)[kPixels],
+                                               float (&largest)[kPixels]) const {
+    const int first_lane = thread_of_block() % kWarp - place_.group;
+    const unsigned own_lanes = ((1u << groups_) - 1) << first_lane;
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
-      shared_value(place_.group, v) = largest[v];
-      if (channel[v] >= 0) {
-        shared_value(2 * groups_, v) = of_label[v];
-        shared_value(2 * groups_ + 1, v) = is_tied[v] ? 1.0f : 0.0f;
-      }
+      const int group = label[v] < 0 ? place_.group : share_.group_of(v, label[v]);
+      of_label[v] = __shfl_sync(kAllLanes, of_label[v], first_lane + group);
+      if (channel[v] < 0) is_tied[v] = place_.group < group && largest[v] == of_label[v];
+      is_tied[v] = (__ballot_sync(kAllLanes, is_tied[v]) & own_lanes) != 0;
     }
-    __syncthreads();
-#pragma unroll
-    for (int v = 0; v < kPixels; ++v) {
-      of_label[v] = label[v] >= 0 ? shared_value(2 * groups_, v) : 0.0f;
-      is_tied[v] = label[v] >= 0 && shared_value(2 * groups_ + 1, v) != 0.0f;
-      largest[v] = -kInf;
-    }
-    for (int group = 0; group < groups_; ++group) {
-#pragma unroll
-      for (int v = 0; v < kPixels; ++v) {
-        const float of_group = shared_value(group, v);
-        largest[v] = fmaxf(largest[v], of_group);
-        is_tied[v] = is_tied[v] || (share_.is_below(group, groups_, v, label[v]) && of_group == of_label[v]);
-      }
-    }
+    merge(largest, [](float a, float b) { return fmaxf(a, b); });
   }
 
-  // Leaves the sum over the groups in all of them. The barrier before the reading orders the next exchange, too: who
-  // writes maxima or sums again has passed one that all passed after reading these.
-  __device__ __forceinline__ void exchange_sums(float (&sum)[kPixels]) {
+  __device__ __forceinline__ void merge_sums(float (&sum)[kPixels]) const {
+    merge(sum, [](float a, float b) { return a + b; });
+  }
+
+  // f has to be commutative: the result is the same in all threads.
+  template <class F>
+  __device__ __forceinline__ void merge(float (&value)[kPixels], const F& f) const {
+#pragma unroll 1
+    for (int offset = 1; offset < groups_; offset *= 2) {
 #pragma unroll
-    for (int v = 0; v < kPixels; ++v) shared_value(groups_ + place_.group, v) = sum[v];
-    __syncthreads();
-#pragma unroll
-    for (int v = 0; v < kPixels; ++v) sum[v] = 0.0f;
-    for (int group = 0; group < groups_; ++group) {
-#pragma unroll
-      for (int v = 0; v < kPixels; ++v) sum[v] += shared_value(groups_ + group, v);
+      for (int v = 0; v < kPixels; ++v) value[v] = f(value[v], __shfl_xor_sync(kAllLanes, value[v], offset));
     }
   }
 
   const Input& input_;
   const Place& place_;
   const Staging<Type, kLayout>& staging_;
-  float* exchange_;
   int groups_;
   Share<Type, kLayout> share_;
 };

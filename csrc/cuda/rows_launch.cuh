@@ -9,13 +9,23 @@
 
 namespace eroseg::cuda {
 
-// Threads of a block at most, and blocks that should fit on a multiprocessor: one fetches while others compute.
-constexpr int kMostThreads = 256;
-constexpr int kResidentWanted = 3;
-// A thread's classes, at most: with fewer threads on a pixel's many classes too few would fit a multiprocessor, whose
-// shared memory the logits fill.
-constexpr int kMostPer = 24;
+constexpr int kMostThreads = 256;  // of a block
+// A multiprocessor's threads at most, with the 128 registers that the kernels' launch bounds allow them, and the warps
+// that it should have: fewer cannot hide each other's waits.
+constexpr int kMostResident = 512;
+constexpr int kWarpsWanted = 12;
+// A thread's classes, more or less: with fewer threads on a pixel's many classes too few would fit a multiprocessor,
+// whose shared memory the logits fill.
+constexpr int kClassesOfThread = 24;
 constexpr int64_t kMostClasses = 256;
+
+// Threads that share a word of pixels: 1, 2, 4 or 8, so that they are lanes of one warp.
+inline int groups_for(int64_t classes) {
+  const int64_t wanted = (classes + kClassesOfThread - 1) / kClassesOfThread;
+  int groups = 1;
+  while (groups < 8 && 3 * groups <= 2 * wanted) groups *= 2;  // the power of two that is nearest
+  return groups;
+}
 
 // What a kernel needs.
 struct RowsNeeds {
@@ -25,38 +35,33 @@ struct RowsNeeds {
   int64_t bytes;       // and beside them
 };
 
-// Cuts images into strips, with their bytes of shared memory; strips->count is 0 if they do not fit. Memory is shared
-// out so that kResidentWanted blocks fit on a multiprocessor, or else as a block may have it.
+// Cuts images into strips; the count is 0 if they do not fit. Wide strips overlap little and narrow ones leave room for
+// more warps: what counts is how much work those have that a multiprocessor holds at a time.
 template <class Type>
 cudaError_t cut_for_rows(const Input& input, const RowsNeeds& needs, Strips* strips, int64_t* shared) {
   *strips = {};
   const Shape& shape = input.shape;
   if (shape.classes() > kMostClasses) return cudaSuccess;
-  constexpr int kPixels = Word<Type>::kElements;
-  // Two groups may share a warp: half of one reads whole words of 128 bytes.
-  const int wanted = static_cast<int>((shape.classes() + kMostPer - 1) / kMostPer);
-  const int groups = wanted == 1 ? 1 : (wanted + 1) / 2 * 2;
-  const int slots_of_step = groups == 1 ? kWarp : kWarp / 2;
   int64_t of_block = 0, of_processor = 0;
   const cudaError_t error = shared_memory_limits(&of_block, &of_processor);
   if (error != cudaSuccess) return error;
-  // Each block has 1 KB that is not its own.
-  const int64_t shares[] = {std::min(of_processor / kResidentWanted - 1024, of_block), of_block};
-  for (const int64_t share : shares) {
-    const int64_t each = needs.stages * shape.channels * static_cast<int64_t>(sizeof(typename Type::Element)) +
-                         needs.bytes_of_pixel + exchanged_of_pixel(groups);
-    // Slots beyond the strip's pixels exchange, too.
-    const int64_t idle = slots_of_step * kPixels * exchanged_of_pixel(groups);
-    const int64_t most_pixels = (share - needs.bytes - needs.stages * kBytesOfPiece - idle) / each;
-    const Strips cut =
-        cut_strips(shape.width, {needs.radius, kPixels, 2, slots_of_step, groups, kMostThreads, most_pixels});
-    if (cut.count == 0 || (cut.count > 1 && cut.width < kNarrowestStrip)) continue;
+  const auto bytes_of = [&](const Strips& cut) {
     const StagingMemory memory = StagingMemory::of<Type>(input, cut, needs.stages);
-    *strips = cut;
-    *shared = memory.bytes() + exchanged_of_pixel(groups) * static_cast<int64_t>(cut.slots * kPixels) +
-              needs.bytes_of_pixel * static_cast<int64_t>(memory.pitch) + needs.bytes;
-    return cudaSuccess;
-  }
+    return memory.bytes() + needs.bytes_of_pixel * static_cast<int64_t>(memory.pitch) + needs.bytes;
+  };
+  const auto cost = [&](const Strips& cut) {
+    const int64_t bytes = bytes_of(cut), threads = cut.slots * cut.groups;
+    if (bytes > of_block) return -1.0;
+    // Each block has 1 KB that is not its own.
+    const int64_t blocks = std::min(of_processor / (bytes + 1024), kMostResident / threads);
+    // A block alone waits as a whole.
+    const int64_t warps = blocks * threads / kWarp / (blocks == 1 ? 2 : 1);
+    return static_cast<double>(cut.count * cut.slots) / static_cast<double>(std::min<int64_t>(warps, kWarpsWanted));
+  };
+  const int groups = groups_for(shape.classes());
+  *strips = cut_strips(shape.width, {needs.radius, Word<Type>::kElements, 2, kWarp / groups, groups, kMostThreads},
+                       kNarrowestStrip, cost);
+  if (strips->count > 0) *shared = bytes_of(*strips);
   return cudaSuccess;
 }
 
@@ -77,7 +82,7 @@ cudaError_t launch_rows(void (*kernel)(Job, Strips, Counting),
   error = resident_blocks(kernel, threads, shared, &resident);
   if (error != cudaSuccess) return error;
   cut_bands(strips, shape.batch, shape.height, needs.radius, resident);
-  return launch(kernel, shape.batch * strips.count * strips.bands, dim3(strips.slots, strips.groups), shared, stream,
+  return launch(kernel, shape.batch * strips.count * strips.bands, dim3(strips.groups, strips.slots), shared, stream,
                 job, strips, counting);
 }
 

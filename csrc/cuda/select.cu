@@ -72,7 +72,7 @@ __device__ __forceinline__ void descend(Workspace& work, int r, const unsigned* 
   for (int i = 0; i < each; ++i) own += histogram[self * each + i];
   unsigned through = own;  // of the warp's lanes up to this one
   for (int offset = 1; offset < kWarp; offset *= 2) {
-    const unsigned below = __shfl_up_sync(0xffffffffu, through, offset);
+    const unsigned below = __shfl_up_sync(kAllLanes, through, offset);
     if (lane >= offset) through += below;
   }
   if (lane == kWarp - 1) work.of_warp[warp] = through;

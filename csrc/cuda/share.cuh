@@ -16,10 +16,12 @@ class Share {
   static constexpr int kPixels = Word<Type>::kElements;
   using Element = typename Type::Element;
 
-  __device__ __forceinline__ Share(const Place& place, const Staging<Type, kLayout>& staging, const Shape& shape)
+  __device__ __forceinline__ Share(const Place& place, const Staging<Type, kLayout>& staging, const Shape& shape,
+                                   int groups)
       : staging_(staging),
         channels_(static_cast<int>(shape.channels)),
-        first_class_(static_cast<int>(shape.classes() - shape.channels)) {
+        first_class_(static_cast<int>(shape.classes() - shape.channels)),
+        group_of_word_((1 << 16) / words_of_share(channels_, groups) + 1) {
     // The virtual class 0 of binary segmentation has no channel, and so no word.
     begin_ = place.first < first_class_ ? 0 : place.first - first_class_;
     end_ = begin_ + place.count - (place.count > 0 && place.first < first_class_ ? first_class_ : 0);
@@ -53,11 +55,9 @@ class Share {
     }
   }
 
-  // Whether all of a group's channels of pixel v are below the label, if it has any.
-  __device__ __forceinline__ bool is_below(int group, int groups, int v, int label) const {
-    const int per = (channels_ + groups - 1) / groups;
-    return group * per + per <= word_of(v, label);
-  }
+  // Which of the threads with the same pixels has pixel v's label, where several share them. Their classes of a pixel
+  // rise with their number.
+  __device__ __forceinline__ int group_of(int v, int label) const { return word_of(v, label) * group_of_word_ >> 16; }
 
   // Calls f(v, z) for each logit z of pixel v.
   template <class F>
@@ -197,7 +197,8 @@ class Share {
 
   const Staging<Type, kLayout>& staging_;
   int channels_, first_class_;
-  int begin_, end_;  // this thread's words
+  int group_of_word_;  // 2^16 / the words of a share, which with at most 256 of them divides exactly
+  int begin_, end_;    // this thread's words
 };
 
 }  // namespace eroseg::cuda

@@ -20,6 +20,10 @@ enum class Layout { kPlanes, kChannelsLast };
 constexpr int kBytesOfPiece = 16;  // the largest that a thread's asynchronous copy takes
 
 // The shared memory of Staging.
+//
+// Half a warp reads a word each in one go if they are of different banks, of which there are 128 bytes: with 2, 4 or 8
+// threads for a word of pixels, 8, 4 or 2 neighbouring words of as many planes, which are an odd number of planes
+// apart. So planes are padded to 64, 32 or 16 bytes times an odd number.
 struct StagingMemory {
   int pitch;  // pixels of a staged row
   int stage;  // bytes of one
@@ -28,7 +32,11 @@ struct StagingMemory {
   template <class Type>
   static __host__ __device__ StagingMemory of(const Input& input, const Strips& strips, int stages) {
     const int unit = kBytesOfPiece / static_cast<int>(sizeof(typename Type::Element));
-    const int pitch = strips.width + (strips.halo > 0 ? 2 * unit : 0);
+    int units = strips.width / unit + (strips.halo > 0 ? 2 : 0);
+    if (!input.logits.channels_last && strips.groups > 1) {
+      while (units % (16 / strips.groups) != 8 / strips.groups) ++units;
+    }
+    const int pitch = units * unit;
     const int bytes = pitch * static_cast<int>(input.shape.channels * sizeof(typename Type::Element));
     // A channels_last row begins anywhere within 16 bytes.
     return {pitch, bytes + (input.logits.channels_last ? kBytesOfPiece : 0), stages};
@@ -65,9 +73,6 @@ class Staging {
     in_ = Share::of((to_ - from_) / of_piece, channels_);
     out_ = Share::of(own_ / of_piece, channels_);
   }
-
-  // Behind the stages.
-  __device__ __forceinline__ unsigned char* end() const { return memory_ + layout_.bytes(); }
 
   // A channel of a pixel of the image's row y, which stands in stage s.
   __device__ __forceinline__ Element* at(int y, int s, int pixel, int channel) const {

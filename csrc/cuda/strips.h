@@ -1,9 +1,9 @@
 // How an image batch is cut into the blocks of a launch.
 //
 // An image is cut into vertical strips and each strip into bands of rows; a block goes over the rows of one band. A row
-// of a strip is one word of neighbouring pixels for each of `slots` threads; `groups` such sets of threads share the
-// classes. A strip computes `halo` pixels beyond its own on either side, and a band `radius` rows above and below
-// itself, whose gradient others write.
+// of a strip is one word of neighbouring pixels for each of `slots` sets of `groups` threads, which share the classes.
+// A strip computes `halo` pixels beyond its own on either side, and a band `radius` rows above and below itself, whose
+// gradient others write.
 #pragma once
 
 #include <algorithm>
@@ -28,32 +28,35 @@ struct StripLimits {
   int words_of_unit;   // strips begin at whole units
   int slots_of_step;   // slots are a multiple of it
   int groups;
-  int most_threads;     // of a block; one step of slots is allowed in any case
-  int64_t most_pixels;  // of a strip with a unit more on either side
+  int most_threads;  // of a block
 };
 
-// The widths with the fewest threads per row of the image; of equal ones the widest strips, which overlap the least.
-inline Strips cut_strips(int64_t width, const StripLimits& limits) {
+// The cut that costs least, of equal ones the widest strips: cost(strips) is negative for what is not possible. No
+// strip but the last is narrower than `narrowest` pixels. Without a possible cut, the count is 0.
+template <class Cost>
+Strips cut_strips(int64_t width, const StripLimits& limits, int narrowest, const Cost& cost) {
   const auto up = [](int64_t n, int64_t step) { return (n + step - 1) / step; };
   const int64_t unit = limits.pixels_of_word * static_cast<int64_t>(limits.words_of_unit);
   const int64_t total = std::max<int64_t>(up(width, unit), 1);
   Strips best{};
-  int64_t best_threads = 0;
+  double least = 0;
   for (int64_t count = 1; count <= total; ++count) {
-    const int64_t own = up(total, count), strips = up(total, own);
+    const int64_t own = up(total, count);
+    if (count > 1 && own * unit < narrowest) break;
     const int64_t halo = count == 1 ? 0 : up(limits.radius, limits.pixels_of_word);
     const int64_t slots = up(own * limits.words_of_unit + 2 * halo, limits.slots_of_step) * limits.slots_of_step;
-    const int64_t most_slots = std::max(limits.most_threads / limits.groups, limits.slots_of_step);
-    if (slots > most_slots || own * unit + (halo > 0 ? 2 * unit : 0) > limits.most_pixels) continue;
-    if (best_threads == 0 || strips * slots < best_threads) {
-      best_threads = strips * slots;
-      best = {static_cast<int>(strips),
-              static_cast<int>(own * unit),
-              static_cast<int>(halo * limits.pixels_of_word),
-              static_cast<int>(slots),
-              limits.groups,
-              1,
-              1};
+    if (slots * limits.groups > limits.most_threads) continue;
+    const Strips strips{static_cast<int>(up(total, own)),
+                        static_cast<int>(own * unit),
+                        static_cast<int>(halo * limits.pixels_of_word),
+                        static_cast<int>(slots),
+                        limits.groups,
+                        1,
+                        1};
+    const double costs = cost(strips);
+    if (costs >= 0 && (best.count == 0 || costs < least)) {
+      best = strips;
+      least = costs;
     }
     if (slots == limits.slots_of_step) break;  // narrower strips have as many threads, and there are more of them
   }

@@ -2,8 +2,7 @@
 // stands.
 //
 // A thread has a word of neighbouring pixels (two of float32, four of 16 bits), or a share of their logits (share.cuh).
-// Nothing is kept in registers but a pixel's terms, so the number of classes is no
-// template argument.
+// Nothing is kept in registers but a pixel's terms, so the number of classes is no template argument.
 //
 // The label's logit gives its place to the lowest finite number, whose exponential is 0: the loops over the classes
 // need not ask which of them is the label.

@@ -12,7 +12,7 @@ from eroseg_ext import backend, ops, reference
 
 # A number of classes for each way in which the CUDA kernels share them among threads; rows that are copied in pieces of
 # 16 bytes, and of fewer.
-CLASSES = (1, 4, 21, 40, 170, 300)
+CLASSES = (1, 4, 21, 40, 90, 170, 300)
 WIDTHS = (72, 75)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)

@@ -187,7 +187,7 @@ class Rows {
   static constexpr float kHuge = kScalesExponent ? 1e3f : 1e6f;
 
   // Row y in stage s, beginning with this thread's pixels.
-  __device__ __forceinline__ Element* own_part(int y, int s) const { return staging_.at(y, s, place_.x, 0); }
+  __device__ __forceinline__ Element* own_part(int y, int s) const { return staging_.at(y, s, place_.x); }
 
   // Whether a class of this thread's share below the label's has its logit, too.
   __device__ __forceinline__ bool has_below(Element* row, int v, int label_channel, float of_label) const {

@@ -24,9 +24,13 @@ constexpr int kBytesOfPiece = 16;  // the largest that a thread's asynchronous c
 // Half a warp reads a word each in one go if they are of different banks, of which there are 128 bytes: with 2, 4 or 8
 // threads for a word of pixels, 8, 4 or 2 neighbouring words of as many planes, which are an odd number of planes
 // apart. So planes are padded to 64, 32 or 16 bytes times an odd number.
+//
+// In channels_last, neighbouring words of pixels are as many words apart as there are classes: if these are a multiple
+// of 4, 16 bytes are left free behind each word's pixels.
 struct StagingMemory {
   int pitch;  // pixels of a staged row
-  int stage;  // bytes of one
+  int gap;    // elements left free behind each word of pixels
+  int stage;  // bytes of a staged row
   int stages;
 
   template <class Type>
@@ -36,10 +40,12 @@ struct StagingMemory {
     if (!input.logits.channels_last && strips.groups > 1) {
       while (units % (16 / strips.groups) != 8 / strips.groups) ++units;
     }
-    const int pitch = units * unit;
-    const int bytes = pitch * static_cast<int>(input.shape.channels * sizeof(typename Type::Element));
+    const int pitch = units * unit, channels = static_cast<int>(input.shape.channels);
+    const int gap = input.logits.channels_last && channels % 4 == 0 ? unit : 0;
+    const int elements = pitch * channels + pitch / Word<Type>::kElements * gap;
     // A channels_last row begins anywhere within 16 bytes.
-    return {pitch, bytes + (input.logits.channels_last ? kBytesOfPiece : 0), stages};
+    const int offset = input.logits.channels_last ? kBytesOfPiece : 0;
+    return {pitch, gap, elements * static_cast<int>(sizeof(typename Type::Element)) + offset, stages};
   }
 
   __host__ __device__ int64_t bytes() const { return static_cast<int64_t>(stages) * stage; }
@@ -59,7 +65,8 @@ class Staging {
         height_(static_cast<int>(input.shape.height)),
         width_(static_cast<int>(input.shape.width)),
         left_(place.left),
-        own_(place.width) {
+        own_(place.width),
+        run_of_element_(static_cast<unsigned>((1ull << 32) / (kPixels * channels_)) + 1) {
     const int halo = strips.halo > 0 ? kUnit : 0;
     from_ = place.left - halo < 0 ? 0 : place.left - halo;
     to_ = place.left + place.width + halo < width_ ? place.left + place.width + halo : width_;
@@ -70,16 +77,17 @@ class Staging {
                           static_cast<uintptr_t>(width_ * static_cast<int>(sizeof(Element)));
     piece_ = all % kBytesOfPiece == 0 ? kBytesOfPiece : (all % 4 == 0 ? 4 : static_cast<int>(sizeof(Element)));
     const int of_piece = piece_ / static_cast<int>(sizeof(Element));
-    in_ = Share::of((to_ - from_) / of_piece, channels_);
-    out_ = Share::of(own_ / of_piece, channels_);
+    in_ = Part::of((to_ - from_) / of_piece, channels_);
+    out_ = Part::of(own_ / of_piece, channels_);
   }
 
-  // A channel of a pixel of the image's row y, which stands in stage s.
-  __device__ __forceinline__ Element* at(int y, int s, int pixel, int channel) const {
-    return stage(y, s) + offset_of(pixel - from_, channel);
+  // The image's row y in stage s from a pixel on, the first of a word.
+  __device__ __forceinline__ Element* at(int y, int s, int pixel) const {
+    const int gaps = kLayout == Layout::kChannelsLast ? (pixel - from_) / kPixels * layout_.gap : 0;
+    return stage(y, s) + offset_of(pixel - from_, 0) + gaps;
   }
 
-  // From a pixel to another one and from a channel to another one, in elements.
+  // From a pixel to another one of its word and from a channel to another one, in elements.
   __device__ __forceinline__ int offset_of(int pixel, int channel) const {
     return kLayout == Layout::kChannelsLast ? pixel * channels_ + channel : channel * layout_.pitch + pixel;
   }
@@ -89,7 +97,7 @@ class Staging {
     if (y < 0 || y >= height_) return;
     if constexpr (kLayout == Layout::kChannelsLast) {
       const Element* row = logits_ + (y * width_ + from_) * channels_;
-      copy_run<false>(const_cast<Element*>(row), stage(y, s), (to_ - from_) * channels_);
+      copy_pixels<false>(const_cast<Element*>(row), stage(y, s), (to_ - from_) * channels_);
     } else {
       copy_planes<false>(const_cast<Element*>(logits_) + y * width_ + from_, stage(y, s), to_ - from_);
     }
@@ -105,100 +113,127 @@ class Staging {
   __device__ __forceinline__ void copy_out(int y, int s) {
     __syncthreads();
     if constexpr (kLayout == Layout::kChannelsLast) {
-      copy_run<true>(grad_ + (y * width_ + left_) * channels_, at(y, s, left_, 0), own_ * channels_);
+      copy_pixels<true>(grad_ + (y * width_ + left_) * channels_, at(y, s, left_), own_ * channels_);
     } else {
-      copy_planes<true>(grad_ + y * width_ + left_, at(y, s, left_, 0), own_);
+      copy_planes<true>(grad_ + y * width_ + left_, at(y, s, left_), own_);
     }
   }
 
  private:
+  static constexpr int kPixels = Word<Type>::kElements;
   static constexpr int kUnit = kBytesOfPiece / static_cast<int>(sizeof(Element));
 
   // Where row y stands in stage s. A channels_last row keeps its offset from 16 bytes, so that both ends are copied in
-  // pieces of 16, unless that is not a whole word, which its pixels begin with.
+  // pieces of 16, unless that is not a whole word, which its pixels begin with, or there are gaps, which pieces end at.
   __device__ __forceinline__ Element* stage(int y, int s) const {
     unsigned char* begin = memory_ + s * layout_.stage;
     if constexpr (kLayout == Layout::kChannelsLast) {
       const auto offset = reinterpret_cast<uintptr_t>(logits_ + (y * width_ + from_) * channels_) % kBytesOfPiece;
-      begin += offset % sizeof(Word<Type>) == 0 ? offset : 0;
+      begin += offset % sizeof(Word<Type>) == 0 && layout_.gap == 0 ? offset : 0;
     }
     return reinterpret_cast<Element*>(begin);
   }
 
-  // Copies n elements that lie one behind the other, in the largest pieces that are aligned on both sides.
+  // Copies n elements of pixels that lie one behind the other, in the largest pieces that are aligned on both sides.
   template <bool kOut>
-  static __device__ __forceinline__ void copy_run(Element* global, Element* staged, int n) {
+  __device__ __forceinline__ void copy_pixels(Element* global, Element* staged, int n) const {
     const auto apart = reinterpret_cast<uintptr_t>(global) - reinterpret_cast<uintptr_t>(staged);
-    if (apart % kBytesOfPiece == 0) {
-      copy_run_by<kOut, kBytesOfPiece>(global, staged, n);
+    const auto there = [&](int i) { return staged + i; };
+    // As many gaps as words of pixels lie before an element: a division by a multiplication, exact for fewer than 2^32
+    // elements times elements of a word of pixels.
+    const auto with_gaps = [&](int i) {
+      return staged + i + static_cast<int>(static_cast<uint64_t>(i) * run_of_element_ >> 32) * layout_.gap;
+    };
+    if (apart % kBytesOfPiece == 0 && layout_.gap == 0) {
+      copy_pixels_by<kOut, kBytesOfPiece>(global, there, n);
+    } else if (apart % kBytesOfPiece == 0) {
+      copy_pixels_by<kOut, kBytesOfPiece>(global, with_gaps, n);
     } else if (sizeof(Element) == 4 || apart % 4 == 0) {
-      copy_run_by<kOut, 4>(global, staged, n);
-    } else {
-      copy_run_by<kOut, sizeof(Element)>(global, staged, n);
+      copy_pixels_by<kOut, 4>(global, with_gaps, n);
+    } else if constexpr (sizeof(Element) == 2) {
+      copy_pixels_by<kOut, 4, true>(global, with_gaps, n);
     }
   }
 
-  template <bool kOut, int kBytes>
-  static __device__ __forceinline__ void copy_run_by(Element* global, Element* staged, int n) {
+  // staged(i) is where element i stands. With kSplit, pieces are aligned in global memory only.
+  template <bool kOut, int kBytes, bool kSplit = false, class Staged>
+  static __device__ __forceinline__ void copy_pixels_by(Element* global, const Staged& staged, int n) {
     constexpr int kElements = kBytes / static_cast<int>(sizeof(Element));
     const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(global) / sizeof(Element)) % kElements;
     const int to_boundary = (kElements - misaligned) % kElements;
     const int head = to_boundary < n ? to_boundary : n;
     const int tail = head + (n - head) / kElements * kElements;
     const int self = thread_of_block(), all = threads_of_block();
-    // A copy of 2 bytes is a load that has to be waited for: more of them at once.
-#pragma unroll kBytes < 4 ? 8 : 4
+#pragma unroll 4
     for (int i = head + self * kElements; i < tail; i += all * kElements) {
-      copy_piece<kOut, kBytes>(global + i, staged + i);
+      if constexpr (kSplit) {
+        copy_split<kOut>(global + i, staged(i), staged(i + 1));
+      } else {
+        copy_piece<kOut, kBytes>(global + i, staged(i));
+      }
     }
-    for (int i = self; i < head; i += all) copy_piece<kOut, sizeof(Element)>(global + i, staged + i);
-    for (int i = tail + self; i < n; i += all) copy_piece<kOut, sizeof(Element)>(global + i, staged + i);
+#pragma unroll 1
+    for (int i = self; i < head; i += all) copy_piece<kOut, sizeof(Element)>(global + i, staged(i));
+#pragma unroll 1
+    for (int i = tail + self; i < n; i += all) copy_piece<kOut, sizeof(Element)>(global + i, staged(i));
+  }
+
+  // Copies two elements of 16 bits that make 4 aligned bytes in global memory.
+  template <bool kOut>
+  static __device__ __forceinline__ void copy_split(Element* global, Element* first, Element* second) {
+    if constexpr (kOut) {
+      *reinterpret_cast<uint32_t*>(global) = static_cast<uint32_t>(*first) | static_cast<uint32_t>(*second) << 16;
+    } else {
+      const auto both = *reinterpret_cast<const uint32_t*>(global);
+      *first = static_cast<Element>(both);
+      *second = static_cast<Element>(both >> 16);
+    }
   }
 
   // What a thread copies of a row of planes: it keeps to its column of pieces, and goes down the channels.
-  struct Share {
+  struct Part {
     int piece, columns;  // the first piece, and how many are copied at once
     int first, at_once;  // the same of channels
     int times;           // how often, 0 for a thread that has nothing to copy
 
-    static __device__ __forceinline__ Share of(int pieces, int channels) {
+    static __device__ __forceinline__ Part of(int pieces, int channels) {
       const int self = thread_of_block(), all = threads_of_block();
-      Share share;
-      share.columns = pieces < all ? pieces : all;
-      share.at_once = all / share.columns;
-      share.first = self / share.columns;
-      share.piece = self - share.first * share.columns;
-      share.times = share.first < share.at_once ? (channels - share.first + share.at_once - 1) / share.at_once : 0;
-      return share;
+      Part part;
+      part.columns = pieces < all ? pieces : all;
+      part.at_once = all / part.columns;
+      part.first = self / part.columns;
+      part.piece = self - part.first * part.columns;
+      part.times = part.first < part.at_once ? (channels - part.first + part.at_once - 1) / part.at_once : 0;
+      return part;
     }
   };
 
   // Copies n pixels of all channels.
   template <bool kOut>
   __device__ __forceinline__ void copy_planes(Element* global, Element* staged, int n) const {
-    const Share& share = kOut ? out_ : in_;
+    const Part& part = kOut ? out_ : in_;
     if (piece_ == kBytesOfPiece) {
-      copy_planes_by<kOut, kBytesOfPiece>(global, staged, n, share);
+      copy_planes_by<kOut, kBytesOfPiece>(global, staged, n, part);
     } else if (piece_ == 4) {
-      copy_planes_by<kOut, 4>(global, staged, n, share);
+      copy_planes_by<kOut, 4>(global, staged, n, part);
     } else {
-      copy_planes_by<kOut, sizeof(Element)>(global, staged, n, share);
+      copy_planes_by<kOut, sizeof(Element)>(global, staged, n, part);
     }
   }
 
   template <bool kOut, int kBytes>
-  __device__ __forceinline__ void copy_planes_by(Element* global, Element* staged, int n, const Share& share) const {
+  __device__ __forceinline__ void copy_planes_by(Element* global, Element* staged, int n, const Part& part) const {
     constexpr int kElements = kBytes / static_cast<int>(sizeof(Element));
     const int64_t plane = static_cast<int64_t>(height_) * width_;
     const int pieces = n / kElements;
-    for (int piece = share.piece; piece < pieces; piece += share.columns) {
-      Element* at = global + piece * kElements + share.first * plane;
-      Element* there = staged + piece * kElements + share.first * layout_.pitch;
+    for (int piece = part.piece; piece < pieces; piece += part.columns) {
+      Element* at = global + piece * kElements + part.first * plane;
+      Element* there = staged + piece * kElements + part.first * layout_.pitch;
 #pragma unroll 4
-      for (int i = 0; i < share.times; ++i) {
+      for (int i = 0; i < part.times; ++i) {
         copy_piece<kOut, kBytes>(at, there);
-        at += share.at_once * plane;
-        there += share.at_once * layout_.pitch;
+        at += part.at_once * plane;
+        there += part.at_once * layout_.pitch;
       }
     }
   }
@@ -223,7 +258,8 @@ class Staging {
   int left_, own_;  // the strip's own pixels
   int from_, to_;   // those that are staged
   int piece_;       // bytes that are copied at a time
-  Share in_, out_;
+  Part in_, out_;
+  unsigned run_of_element_;  // 2^32 / the elements of a word of pixels
   const Element* logits_;
   Element* grad_;
 };

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eroseg_ext import backend, reference
+from eroseg_ext.ops import CONFIDENCES
 
 if backend.why_not_fused(torch.device("cpu")):
     pytest.skip(str(backend.why_not_fused(torch.device("cpu"))), allow_module_level=True)
@@ -17,6 +18,9 @@ import cuda_kernels
 
 if why_not := cuda_kernels.why_not():
     pytest.skip(why_not, allow_module_level=True)
+
+# What the kernel over rows has variants for.
+OPTIONS: tuple[dict[str, Any], ...] = ({}, {"confidence": "top"}, {"within": "class"})
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -53,17 +57,18 @@ def test_every_way_to_share_classes_among_threads_and_to_copy_rows(
     logits = logits.contiguous(memory_format=layout)
     ignore_index = 255 if classes <= 255 else -1
     tolerance = {"rtol": 1e-5 if dtype == torch.float32 else 2**-7, "atol": 1e-7}
-    got = cuda_kernels.erosion_grad(logits, labels, tau, previous, ignore_index=ignore_index)
-    expected = reference.erosion_grad(logits, labels, tau, previous, ignore_index=ignore_index)
-    torch.testing.assert_close(got[0], expected[0], **tolerance)
-    torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=2e-6 + classes * 2**-25)
+    for options in OPTIONS:
+        got = cuda_kernels.erosion_grad(logits, labels, tau, previous, ignore_index=ignore_index, **options)
+        expected = reference.erosion_grad(logits, labels, tau, previous, ignore_index=ignore_index, **options)
+        torch.testing.assert_close(got[0], expected[0], **tolerance)
+        torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=2e-6 + classes * 2**-25)
     grad, stats = cuda_kernels.pixel_grad(logits, labels, "cospgd", ignore_index=ignore_index)
     expected_grad, expected_stats = reference.pixel_grad(logits, labels, "cospgd", ignore_index=ignore_index)
     torch.testing.assert_close(grad, expected_grad, **tolerance)
     assert torch.equal(stats, expected_stats)
 
 
-@pytest.mark.parametrize("options", [{}, {"radius": 0}, {"radius": 8}, {"radius": 2, "within": "class"}], ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, {"radius": 0}, {"radius": 8}, {"radius": 2, "within": "class"}], ids=str)
 @pytest.mark.parametrize("resident", [1, 7, 1000])
 @pytest.mark.parametrize("width", [255, 256, 257, 600, 1031])
 def test_pixels_do_not_feel_the_borders_of_strips_and_bands(
@@ -118,11 +123,12 @@ def test_pixels_do_not_feel_neighbours_that_are_not_finite(
     logits[:, 0, :, 1::7] = value  # in another place of a word in each row, as the first class of its pixel ...
     logits[:, -1, :, 4::7] = value  # ... and as the last
     logits = logits.contiguous(memory_format=layout)
-    got = cuda_kernels.erosion_grad(logits, labels, tau, previous)
-    expected = reference.erosion_grad(logits, labels, tau, previous)
-    torch.testing.assert_close(got[0], expected[0], rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-7)
-    torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=4e-6, equal_nan=True)
-    assert torch.equal(got[2][:, [0, 2]], expected[2][:, [0, 2]])
+    for confidence in CONFIDENCES:
+        got = cuda_kernels.erosion_grad(logits, labels, tau, previous, confidence=confidence)
+        expected = reference.erosion_grad(logits, labels, tau, previous, confidence=confidence)
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-7)
+        torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=4e-6, equal_nan=True)
+        assert torch.equal(got[2][:, [0, 2]], expected[2][:, [0, 2]])
 
 
 @pytest.mark.parametrize("classes", [2, 21, 30])

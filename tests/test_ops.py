@@ -351,6 +351,12 @@ def test_of_tied_classes_the_lowest_is_predicted(fused: Any, classes: int) -> No
     right = reference.pixel_grad(logits, labels, "pgd")[1][:, 1]
     assert torch.equal(fused.erosion_grad(logits, labels, torch.ones(1))[2][:, 1], right)
     assert torch.equal(fused.pixel_grad(logits, labels, "pgd")[1][:, 1], right)
+    # Which class is predicted decides, too, where a geodesic erosion may go.
+    tau = torch.full((1,), 3.0)
+    got = fused.erosion_grad(logits, labels, tau, within="class", slope=0.1)[0]
+    torch.testing.assert_close(got, reference.erosion_grad(logits, labels, tau, within="class", slope=0.1)[0])
+    top = fused.confidence(logits, labels, confidence="top")
+    torch.testing.assert_close(top, reference.confidence(logits, labels, confidence="top"), rtol=1e-5, atol=4e-6)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -13,8 +13,8 @@
 // i + 1: four different places in the ring. Logits have three stages: when row i + 1 is fetched, row i - 2 has been
 // copied out, before the barrier at which row i arrived.
 //
-// Radius 0 is radius 1 with a cone that rises to infinity. What does not fit here (a larger radius, the top class's
-// confidence, a geodesic erosion, more than 256 classes) takes the general kernel, erosion_grad_general.cu.
+// Radius 0 is radius 1 with a cone that rises to infinity. For a geodesic erosion the predicted classes stand in a ring
+// of their own. A larger radius and more than 256 classes take the general kernel, erosion_grad_general.cu.
 #include "counts.cuh"
 #include "general.cuh"
 #include "rows_launch.cuh"
@@ -30,6 +30,12 @@ __host__ __device__ constexpr int ring_pitch(const Strips& strips, int pixels_of
   return strips.width + 2 * pixels_of_word;
 }
 
+__host__ __device__ inline bool is_geodesic(const ErosionGrad& job) { return job.within == Within::kClass; }
+
+// Jobs that are not plain take a kernel of their own, so that what they need costs the others no registers.
+inline bool is_plain(const ErosionGrad& job) { return !is_geodesic(job) && job.confidence == Confidence::kLabel; }
+__host__ __device__ constexpr int most_threads(bool plain) { return plain ? kMostThreads : 192; }
+
 // pixel_math.h's front_weight of a soft front by the exponential unit: its error grows to 1e-5 only where the weight is
 // below 1e-30.
 __device__ __forceinline__ float soft_front_weight(float q, float per_tau) {
@@ -38,26 +44,79 @@ __device__ __forceinline__ float soft_front_weight(float q, float per_tau) {
   return 4.0f * e * r * r;
 }
 
-// Neighbouring floats in memory, which may be read and written at once where they are aligned.
-template <int kN>
-struct alignas(sizeof(float) * kN) Floats {
-  float at[kN];
+// Neighbours in memory, which may be read and written at once where they are aligned.
+template <class T, int kN>
+struct alignas(sizeof(T) * kN) Several {
+  T at[kN];
 };
 
-template <class Type, Layout kLayout>
-__global__ void __launch_bounds__(kMostThreads, 2)
+// A word of pixels of a row in shared memory, with one more on either side.
+template <class T, int kPixels>
+struct Neighbourhood {
+  T at[kPixels + 2];
+
+  explicit __device__ __forceinline__ Neighbourhood(const T* word) {
+    const auto own = *reinterpret_cast<const Several<T, kPixels>*>(word);
+    at[0] = word[-1];
+#pragma unroll
+    for (int v = 0; v < kPixels; ++v) at[v + 1] = own.at[v];
+    at[kPixels + 1] = word[kPixels];
+  }
+};
+
+// The lowest score among each pixel of a word and its eight neighbours; row(back) is where the word stands in the rows
+// of the last, the present and the next one.
+template <int kPixels, class Row>
+__device__ __forceinline__ void find_lowest(const Row& row, float (&lowest)[kPixels]) {
+  float column[kPixels + 2];
+#pragma unroll
+  for (int i = 0; i < kPixels + 2; ++i) column[i] = kInf;
+#pragma unroll
+  for (int back = 0; back <= 2; ++back) {
+    const Neighbourhood<float, kPixels> scores(row(back));
+#pragma unroll
+    for (int i = 0; i < kPixels + 2; ++i) column[i] = fminf(column[i], scores.at[i]);
+  }
+#pragma unroll
+  for (int v = 0; v < kPixels; ++v) lowest[v] = fminf(column[v], fminf(column[v + 1], column[v + 2]));
+}
+
+// The same among those of the pixel's own class, which stand at class_row(back).
+template <int kPixels, class Row, class ClassRow>
+__device__ __forceinline__ void find_lowest_of_class(const Row& row, const ClassRow& class_row,
+                                                     float (&lowest)[kPixels]) {
+  const Neighbourhood<int, kPixels> own(class_row(1));
+#pragma unroll
+  for (int v = 0; v < kPixels; ++v) lowest[v] = kInf;
+#pragma unroll
+  for (int back = 0; back <= 2; ++back) {
+    const Neighbourhood<float, kPixels> scores(row(back));
+    const Neighbourhood<int, kPixels> classes(class_row(back));
+#pragma unroll
+    for (int v = 0; v < kPixels; ++v) {
+#pragma unroll
+      for (int i = v; i <= v + 2; ++i) {
+        if (classes.at[i] == own.at[v + 1]) lowest[v] = fminf(lowest[v], scores.at[i]);
+      }
+    }
+  }
+}
+
+template <class Type, Layout kLayout, bool kPlain>
+__global__ void __launch_bounds__(most_threads(kPlain), 2)
     erosion_grad_kernel(const __grid_constant__ ErosionGrad job, const __grid_constant__ Strips strips,
                         const __grid_constant__ Counting counting) {
   constexpr int kPixels = Word<Type>::kElements;
-  using Several = Floats<kPixels>;
+  using Scores = Several<float, kPixels>;
   const Shape& shape = job.input.shape;
   const int height = static_cast<int>(shape.height), width = static_cast<int>(shape.width);
   const Place place = Place::of<Type>(shape, strips);
   unsigned char* memory = shared_memory();
   const int pitch = ring_pitch(strips, kPixels);
   auto* ring = reinterpret_cast<float*>(memory);
+  const bool geodesic = !kPlain && is_geodesic(job);
   Staging<Type, kLayout> staging(job.input, job.grad, strips, place, kStages,
-                                 memory + kRing * pitch * static_cast<int>(sizeof(float)));
+                                 memory + (geodesic ? 2 : 1) * kRing * pitch * static_cast<int>(sizeof(float)));
   Rows<Type, kLayout, false> rows(job.input, place, staging, strips.groups);
 
   const float tau = job.tau[place.image];
@@ -66,8 +125,9 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const int position = place.x - place.left + kPixels;
   const bool has_place = position >= 0 && position + kPixels <= pitch;
   const bool writes = place.own && place.group == 0;
-  const bool aligned = width % kPixels == 0 && reinterpret_cast<uintptr_t>(job.log_odds) % sizeof(Several) == 0;
-  const auto confidences = [&](int i) { return ring + (i & (kRing - 1)) * pitch + position; };
+  const bool aligned = width % kPixels == 0 && reinterpret_cast<uintptr_t>(job.log_odds) % sizeof(Scores) == 0;
+  const auto in_ring = [&](int i) { return (i & (kRing - 1)) * pitch + position; };
+  const auto classes_of = [&](float* scores) { return reinterpret_cast<int*>(scores + kRing * pitch); };
 
   for (int i = thread_of_block(); i < kRing * pitch; i += threads_of_block()) ring[i] = kInf;
 
@@ -91,19 +151,25 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     typename Terms<kPixels>::Kept keep[kPixels];
     float gain[kPixels];
     float front_before[kPixels], front_now[kPixels];
-    Several score;
+    Scores score;
     for (int v = 0; v < kPixels; ++v) {
       keep[v] = {-1, 0.0f, 1.0f}, gain[v] = 0.0f, score.at[v] = kInf, front_before[v] = front_now[v] = 0.0f;
     }
     if (y >= 0 && y < height) {
-      const Terms<kPixels> terms = rows.reduce(y, now);
-      Several log_odds;
+      if (geodesic) {
+        Several<int, kPixels> predicted;
+        rows.predict(y, now, predicted.at);
+        // Beyond the image, where nobody puts a class, all confidences are +inf, which nobody needs to be kept from.
+        if (place.group == 0 && has_place) {
+          *reinterpret_cast<Several<int, kPixels>*>(classes_of(ring + in_ring(i))) = predicted;
+        }
+      }
+      Scores log_odds;
+      const Terms<kPixels> terms = rows.reduce(y, now, kPlain ? Confidence::kLabel : job.confidence, log_odds.at);
 #pragma unroll
       for (int v = 0; v < kPixels; ++v) {
-        const bool valid = terms.label[v] >= 0;
-        const bool weighs = valid && terms.log_odds[v] == terms.log_odds[v];
-        log_odds.at[v] = valid ? terms.log_odds[v] : kInf;
-        score.at[v] = weighs ? absolute(terms.log_odds[v]) : kInf;
+        const bool weighs = terms.label[v] >= 0 && log_odds.at[v] == log_odds.at[v];
+        score.at[v] = weighs ? absolute(log_odds.at[v]) : kInf;
         gain[v] = weighs ? 1.0f : 0.0f;
         keep[v] = terms.kept[v];
       }
@@ -118,7 +184,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
       if (writes && i >= 0 && i < own_rows) {
         const int64_t index = place.index(y);
         if (aligned && place.pixels > 0) {
-          *reinterpret_cast<Several*>(job.log_odds + index) = log_odds;
+          *reinterpret_cast<Scores*>(job.log_odds + index) = log_odds;
         } else {
 #pragma unroll
           for (int v = 0; v < kPixels; ++v) {
@@ -142,32 +208,23 @@ __global__ void __launch_bounds__(kMostThreads, 2)
         if (is_any_broken) counts.movement += not_a_number();
       }
     }
-    if (place.group == 0 && has_place) *reinterpret_cast<Several*>(confidences(i)) = score;
+    if (place.group == 0 && has_place) *reinterpret_cast<Scores*>(ring + in_ring(i)) = score;
     __syncthreads();
 
     if (i > 0) {
       float weight[kPixels];
       for (int v = 0; v < kPixels; ++v) weight[v] = 0.0f;
       if (place.own) {
-        // The lowest of each column of three, with those beside the word.
-        float column[kPixels + 2];
-        for (int v = 0; v < kPixels + 2; ++v) column[v] = kInf;
-        Several own;
-#pragma unroll
-        for (int back = 0; back <= 2; ++back) {
-          const float* row = confidences(i - back);
-          const Several word = *reinterpret_cast<const Several*>(row);
-          if (back == 1) own = word;
-          column[0] = fminf(column[0], row[-1]);
-#pragma unroll
-          for (int v = 0; v < kPixels; ++v) column[v + 1] = fminf(column[v + 1], word.at[v]);
-          column[kPixels + 1] = fminf(column[kPixels + 1], row[kPixels]);
+        const auto row = [&](int back) { return ring + in_ring(i - back); };
+        float lowest[kPixels];
+        if (geodesic) {
+          find_lowest_of_class<kPixels>(row, [&](int back) { return classes_of(row(back)); }, lowest);
+        } else {
+          find_lowest<kPixels>(row, lowest);
         }
+        const auto own = *reinterpret_cast<const Scores*>(row(1));
 #pragma unroll
-        for (int v = 0; v < kPixels; ++v) {
-          const float lowest = fminf(column[v], fminf(column[v + 1], column[v + 2]));
-          weight[v] = fminf(own.at[v], lowest + rise);
-        }
+        for (int v = 0; v < kPixels; ++v) weight[v] = fminf(own.at[v], lowest[v] + rise);
         if (job.front == Front::kSoft) {
 #pragma unroll
           for (int v = 0; v < kPixels; ++v) weight[v] = soft_front_weight(weight[v], per_tau);
@@ -200,16 +257,17 @@ __global__ void __launch_bounds__(kMostThreads, 2)
 cudaError_t launch_erosion_grad(const ErosionGrad& job, const Counting& counting, cudaStream_t stream) {
   const Shape& shape = job.input.shape;
   if (shape.pixels() == 0) return count_nothing(shape, counting, stream);
-  if (job.radius > 1 || job.within != Within::kAny || job.confidence != Confidence::kLabel) {
-    return launch_erosion_grad_general(job, counting, stream);
-  }
+  if (job.radius > 1) return launch_erosion_grad_general(job, counting, stream);
   return for_rows(job.input, [&](auto type, auto layout) {
     using Type = decltype(type);
-    const auto kernel = erosion_grad_kernel<Type, decltype(layout)::value>;
+    constexpr Layout kLayout = decltype(layout)::value;
     constexpr int kPixels = Word<Type>::kElements;
-    constexpr int kOfPixel = kRing * static_cast<int>(sizeof(float));
-    const RowsNeeds needs{1, kStages, kOfPixel, 2 * kPixels * kOfPixel};
-    return launch_rows<Type>(kernel, launch_erosion_grad_general, job, needs, counting, stream);
+    const auto kernel =
+        is_plain(job) ? erosion_grad_kernel<Type, kLayout, true> : erosion_grad_kernel<Type, kLayout, false>;
+    const int of_pixel = (is_geodesic(job) ? 2 : 1) * kRing * static_cast<int>(sizeof(float));
+    const RowsNeeds needs{1, kStages, of_pixel, 2 * kPixels * of_pixel, most_threads(is_plain(job))};
+    return launch_rows<Type>(
+        kernel, job, needs, stream, [&] { return launch_erosion_grad_general(job, counting, stream); }, counting);
   });
 }
 

@@ -1,23 +1,8 @@
-// The operations on maps beside the attack's step: confidence, confusion, erode. A thread for each pixel.
+// The operations on maps beside the attack's step: confusion, erode. A thread for each pixel.
 #include "general.cuh"
 
 namespace eroseg::cuda {
 namespace {
-
-template <class Type>
-__global__ void __launch_bounds__(kPixelThreads)
-    confidence_kernel(const __grid_constant__ ConfidenceMap job, int blocks_of_image) {
-  const int64_t image_index = blockIdx.x / blocks_of_image;
-  const int first = static_cast<int>(blockIdx.x % blocks_of_image) * kPixelThreads + static_cast<int>(threadIdx.x);
-  const Image<Type> image(job.input, image_index);
-  const int pixels = static_cast<int>(job.input.shape.pixels());
-  for (int pixel = first; pixel < pixels; pixel += blocks_of_image * kPixelThreads) {
-    const int64_t index = image_index * pixels + pixel;
-    const int label = read_label(job.input.labels, image.classes, index);
-    const PixelTerms terms = reduce_pixel(image, pixel, label);
-    job.out[index] = absolute(signed_confidence(image, pixel, label, terms, job.confidence));
-  }
-}
 
 // Counts of a block in shared memory where the matrix fits there, else in global memory at once.
 constexpr int64_t kMostSharedCells = 64 * 64;
@@ -98,14 +83,6 @@ __global__ void __launch_bounds__(kPixelThreads)
 }
 
 }  // namespace
-
-cudaError_t launch_confidence(const ConfidenceMap& job, cudaStream_t stream) {
-  const int blocks = pixel_blocks(job.input.shape);
-  return for_type(job.input.logits.type, [&](auto type) {
-    return launch(confidence_kernel<decltype(type)>, job.input.shape.batch * blocks, dim3(kPixelThreads), 0, stream,
-                  job, blocks);
-  });
-}
 
 cudaError_t launch_confusion(const Confusion& job, unsigned long long* counts, cudaStream_t stream) {
   const int blocks = pixel_blocks(job.input.shape);

@@ -117,7 +117,9 @@ cudaError_t launch_pixel_grad(const PixelGrad& job, const Counting& counting, cu
   return for_rows(job.input, [&](auto type, auto layout) {
     using Type = decltype(type);
     const auto kernel = pixel_grad_kernel<Type, decltype(layout)::value>;
-    return launch_rows<Type>(kernel, launch_pixel_grad_general, job, {0, kStages, 0, 0}, counting, stream);
+    return launch_rows<Type>(
+        kernel, job, {0, kStages, 0, 0}, stream, [&] { return launch_pixel_grad_general(job, counting, stream); },
+        counting);
   });
 }
 

@@ -49,6 +49,46 @@ class Rows {
     with_labels(input_.labels, [&](const auto* data) { prefetch(data + place_.index(y)); });
   }
 
+  // The arg max of row y's pixels, the lowest class on ties. Not to be called after reduce, which changes the row.
+  __device__ __forceinline__ void predict(int y, int s, int (&predicted)[kPixels]) const {
+    Element* const row = own_part(y, s);
+    const bool has_virtual = share_.first_class() > 0;
+    float largest[kPixels], lowest[kPixels];
+    share_.find_extremes(row, largest, lowest);
+#pragma unroll
+    for (int v = 0; v < kPixels; ++v) largest[v] = fmaxf(largest[v], has_virtual ? 0.0f : -kInf);
+    if (groups_ > 1) merge_largest(largest);
+#pragma unroll
+    for (int v = 0; v < kPixels; ++v) {
+      predicted[v] = has_virtual && largest[v] == 0.0f ? 0 : kBeyondClasses;
+      share_.each_channel(v, [&](int c) {
+        const bool found = Type::to_float(share_.at(row, v, c)) == largest[v];
+        if (found) predicted[v] = min(predicted[v], c + share_.first_class());
+        return !found;
+      });
+    }
+    if (groups_ > 1) merge(predicted, [](int a, int b) { return min(a, b); });
+  }
+
+  // Reduces row y, and finds its signed confidences of the wanted kind: +inf of void pixels, NaN where logits are not
+  // finite.
+  __device__ __forceinline__ Terms<kPixels> reduce(int y, int s, Confidence kind, float (&confidence)[kPixels]) {
+    const bool is_top = kind == Confidence::kTop;
+    if (is_top) find_top_confidences(y, s, confidence);
+    const Terms<kPixels> terms = reduce(y, s);
+#pragma unroll
+    for (int v = 0; v < kPixels; ++v) {
+      const float log_odds = terms.log_odds[v];
+      if (!is_top || log_odds != log_odds) {
+        confidence[v] = log_odds;
+      } else if (!terms.right[v]) {
+        confidence[v] = -confidence[v];
+      }
+      if (terms.label[v] < 0) confidence[v] = kInf;
+    }
+    return terms;
+  }
+
   // Reduces row y, which stands in stage s. Pixels whose logits are not finite are set to 0 there.
   __device__ __forceinline__ Terms<kPixels> reduce(int y, int s) {
     Terms<kPixels> terms;
@@ -186,8 +226,44 @@ class Rows {
   // where it has a summand more. And far from the lowest finite number, which must have no exponential left.
   static constexpr float kHuge = kScalesExponent ? 1e3f : 1e6f;
 
+  static constexpr int kBeyondClasses = std::numeric_limits<int>::max();
+
   // Row y in stage s, beginning with this thread's pixels.
   __device__ __forceinline__ Element* own_part(int y, int s) const { return staging_.at(y, s, place_.x); }
+
+  // Log-odds of the largest logit, plus log(C - 1), not below 0. The sum over the others is relative to the second
+  // largest: the largest, held to 1, is more than it by 1, and to subtract that costs a sum of 2 or more nothing.
+  __device__ __forceinline__ void find_top_confidences(int y, int s, float (&confidence)[kPixels]) const {
+    const Element* const row = own_part(y, s);
+    const float virtual_logit = share_.first_class() > 0 ? 0.0f : -kInf;
+    float largest[kPixels], second[kPixels], sum[kPixels];
+#pragma unroll
+    for (int v = 0; v < kPixels; ++v) largest[v] = virtual_logit, second[v] = -kInf;
+    share_.for_each(row, [&](int v, float z) {
+      second[v] = fmaxf(second[v], fminf(largest[v], z));
+      largest[v] = fmaxf(largest[v], z);
+    });
+#pragma unroll 1
+    for (int offset = 1; offset < groups_; offset *= 2) {
+#pragma unroll
+      for (int v = 0; v < kPixels; ++v) {
+        const float other = __shfl_xor_sync(kAllLanes, largest[v], offset);
+        second[v] = fmaxf(fmaxf(second[v], __shfl_xor_sync(kAllLanes, second[v], offset)), fminf(largest[v], other));
+        largest[v] = fmaxf(largest[v], other);
+      }
+    }
+    const auto relative = [&](int v, float z) { return exp2_approx(fminf((z - second[v]) * kLog2E, 0.0f)); };
+#pragma unroll
+    for (int v = 0; v < kPixels; ++v) sum[v] = share_.first_class() > 0 ? relative(v, virtual_logit) : 0.0f;
+    share_.for_each(row, [&](int v, float z) { sum[v] += relative(v, z); });
+    if (groups_ > 1) merge_sums(sum);
+    const float log_of_others = log2_approx(static_cast<float>(input_.shape.classes() - 1));
+#pragma unroll
+    for (int v = 0; v < kPixels; ++v) {
+      const float log_odds = largest[v] - second[v] - (log2_approx(sum[v] - 1.0f) - log_of_others) * kLn2;
+      confidence[v] = fmaxf(log_odds, 0.0f);
+    }
+  }
 
   // Whether a class of this thread's share below the label's has its logit, too.
   __device__ __forceinline__ bool has_below(Element* row, int v, int label_channel, float of_label) const {
@@ -222,6 +298,10 @@ class Rows {
       if (channel[v] < 0) is_tied[v] = place_.group < group && largest[v] == of_label[v];
       is_tied[v] = (__ballot_sync(kAllLanes, is_tied[v]) & own_lanes) != 0;
     }
+    merge_largest(largest);
+  }
+
+  __device__ __forceinline__ void merge_largest(float (&largest)[kPixels]) const {
     merge(largest, [](float a, float b) { return fmaxf(a, b); });
   }
 
@@ -230,8 +310,8 @@ class Rows {
   }
 
   // f has to be commutative: the result is the same in all threads.
-  template <class F>
-  __device__ __forceinline__ void merge(float (&value)[kPixels], const F& f) const {
+  template <class T, class F>
+  __device__ __forceinline__ void merge(T (&value)[kPixels], const F& f) const {
 #pragma unroll 1
     for (int offset = 1; offset < groups_; offset *= 2) {
 #pragma unroll

@@ -9,10 +9,9 @@
 
 namespace eroseg::cuda {
 
-constexpr int kMostThreads = 256;  // of a block
-// A multiprocessor's threads at most, with the 128 registers that the kernels' launch bounds allow them, and the warps
-// that it should have: fewer cannot hide each other's waits.
-constexpr int kMostResident = 512;
+// A block's threads at most. Launch bounds hold the kernels to registers for two such blocks on a multiprocessor.
+constexpr int kMostThreads = 256;
+// The warps that a multiprocessor should have: fewer cannot hide each other's waits.
 constexpr int kWarpsWanted = 12;
 // A thread's classes, more or less: with fewer threads on a pixel's many classes too few would fit a multiprocessor,
 // whose shared memory the logits fill.
@@ -33,6 +32,7 @@ struct RowsNeeds {
   int stages;          // of rows
   int bytes_of_pixel;  // of the kernel's own shared memory, for every pixel of a row
   int64_t bytes;       // and beside them
+  int most_threads = kMostThreads;
 };
 
 // Cuts images into strips; the count is 0 if they do not fit. Wide strips overlap little and narrow ones leave room for
@@ -53,29 +53,30 @@ cudaError_t cut_for_rows(const Input& input, const RowsNeeds& needs, Strips* str
     const int64_t bytes = bytes_of(cut), threads = cut.slots * cut.groups;
     if (bytes > of_block) return -1.0;
     // Each block has 1 KB that is not its own.
-    const int64_t blocks = std::min(of_processor / (bytes + 1024), kMostResident / threads);
+    const int64_t blocks = std::min(of_processor / (bytes + 1024), 2 * needs.most_threads / threads);
     // A block alone waits as a whole.
     const int64_t warps = blocks * threads / kWarp / (blocks == 1 ? 2 : 1);
     return static_cast<double>(cut.count * cut.slots) / static_cast<double>(std::min<int64_t>(warps, kWarpsWanted));
   };
   const int groups = groups_for(shape.classes());
-  *strips = cut_strips(shape.width, {needs.radius, Word<Type>::kElements, 2, kWarp / groups, groups, kMostThreads},
-                       kNarrowestStrip, cost);
+  *strips =
+      cut_strips(shape.width, {needs.radius, Word<Type>::kElements, 2, kWarp / groups, groups, needs.most_threads},
+                 kNarrowestStrip, cost);
   if (strips->count > 0) *shared = bytes_of(*strips);
   return cudaSuccess;
 }
 
-// Launches a kernel over rows, or, where these do not fit, what `general` launches.
-template <class Type, class Job>
-cudaError_t launch_rows(void (*kernel)(Job, Strips, Counting),
-                        cudaError_t (*general)(const Job&, const Counting&, cudaStream_t), const Job& job,
-                        const RowsNeeds& needs, const Counting& counting, cudaStream_t stream) {
+// Launches a kernel over rows, or, where these do not fit, what general() launches. `more` are further arguments of the
+// kernel.
+template <class Type, class Job, class General, class... More>
+cudaError_t launch_rows(void (*kernel)(Job, Strips, More...), const Job& job, const RowsNeeds& needs,
+                        cudaStream_t stream, const General& general, const More&... more) {
   const Shape& shape = job.input.shape;
   Strips strips;
   int64_t of_rows = 0;
   cudaError_t error = cut_for_rows<Type>(job.input, needs, &strips, &of_rows);
   if (error != cudaSuccess) return error;
-  if (strips.count == 0) return general(job, counting, stream);
+  if (strips.count == 0) return general();
   const int threads = strips.slots * strips.groups;
   const int64_t shared = std::max(of_rows, counts_bytes(threads));
   int resident = 1;
@@ -83,7 +84,7 @@ cudaError_t launch_rows(void (*kernel)(Job, Strips, Counting),
   if (error != cudaSuccess) return error;
   cut_bands(strips, shape.batch, shape.height, needs.radius, resident);
   return launch(kernel, shape.batch * strips.count * strips.bands, dim3(strips.groups, strips.slots), shared, stream,
-                job, strips, counting);
+                job, strips, more...);
 }
 
 // Calls f(Type{}, layout), the latter as an integral constant.

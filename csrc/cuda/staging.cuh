@@ -56,7 +56,8 @@ class Staging {
  public:
   using Element = typename Type::Element;
 
-  // `memory` has StagingMemory's bytes and is aligned to 16 of them; `grad` is like the logits.
+  // `memory` has StagingMemory's bytes and is aligned to 16 of them; `grad` is like the logits, or null if
+  // nothing is copied out.
   __device__ __forceinline__ Staging(const Input& input, void* grad, const Strips& strips, const Place& place,
                                      int stages, unsigned char* memory)
       : layout_(StagingMemory::of<Type>(input, strips, stages)),

@@ -96,6 +96,7 @@ def compile_kernels(toolkit: Path, target: Path) -> list[str]:
         # Registers that spill, and arrays in local memory, are what makes such kernels slow: no kernel may have them.
         flags += ["-Werror=all-warnings", "--ptxas-options=--warn-on-spills,--warn-on-local-memory-usage,-Werror"]
     flags += code_of(CUDA_ARCHITECTURES)
+    flags.append("--threads=2")  # architectures at a time: the largest file alone would take as long as all the others
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     target.mkdir(parents=True, exist_ok=True)
 

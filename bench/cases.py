@@ -41,6 +41,12 @@ KERNEL_SHAPES: dict[str, Shape] = {
     "ADE20K": (4, 150, 512, 512),
 }
 """Of ``python -m bench.kernels``; with ``--quick`` a batch of one, a tenth as high and wide."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "progressive": {"confidence": "top", "front": "hard", "direction": "ce"},
+    "geodesic": {"within": "class"},
+    "radius 3": {"radius": 3},
+}
+"""Of ``erosion_grad``, which have kernels of their own on a GPU: as ``preset="progressive"`` has it, and others."""
 SECONDS = {"quick": 0.2, "default": 1.0, "full": 2.0}
 """Time for the samples of one figure."""
 COMPILE_SECONDS = 120.0
@@ -65,7 +71,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     layout: str = "NCHW"
     method: str | None = None
-    """for pixel_grad"""
+    """of ``pixel_grad``; of ``erosion_grad``, one of ``VARIANTS``"""
 
     @property
     def name(self) -> str:
@@ -133,7 +139,9 @@ def kernel_cases(quick: bool) -> list[Case]:
     shapes = KERNEL_SHAPES
     if quick:
         shapes = {data: (1, classes, h // 10, w // 10) for data, (_, classes, h, w) in shapes.items()}
-    return gradient_cases(shapes) + other_cases(shapes)
+    voc = shapes["PASCAL VOC"]
+    variants = [Case("erosion_grad", "PASCAL VOC", voc, torch.bfloat16, method=variant) for variant in VARIANTS]
+    return gradient_cases(shapes) + other_cases(shapes) + variants
 
 
 @dataclass(frozen=True)
@@ -175,7 +183,8 @@ def call_of(case: Case, ops: Any, inputs: Scene) -> Call:
     if case.op == "erosion_grad":
         out = torch.empty_like(logits)
         weight = reference.class_balance(labels, max(logits.shape[1], 2)) ** AttackSettings().balance
-        return lambda: ops.erosion_grad(logits, labels, tau, previous, class_weight=weight, out=out)
+        variant = VARIANTS.get(case.method or "", {})
+        return lambda: ops.erosion_grad(logits, labels, tau, previous, class_weight=weight, out=out, **variant)
     if case.op == "pixel_grad":
         out = torch.empty_like(logits)
         return lambda: ops.pixel_grad(logits, labels, case.method, 0.5, out=out)

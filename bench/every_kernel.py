@@ -31,7 +31,8 @@ def main(device: torch.device) -> None:
         _, log_odds, stats = ops.erosion_grad(logits, labels, tau, class_weight=weight)
         ops.next_tau(log_odds, stats, 5)
         ops.erosion_grad(logits, labels, tau, log_odds, radius=0, direction="ce")
-        ops.erosion_grad(logits, labels, tau, log_odds, radius=3, confidence="top", within="class")
+        for radius in (1, 3):
+            ops.erosion_grad(logits, labels, tau, log_odds, radius=radius, confidence="top", within="class")
         for method in ("pgd", "cospgd", "cospgd_sigmoid"):
             ops.pixel_grad(logits, labels, method)
         ops.confidence(logits, labels, confidence="top")

@@ -84,9 +84,12 @@ class Run:
 
 def compile_order(cases: list[Case]) -> list[Case]:
     """torch.compile takes long: half precision before float32, NCHW before channels_last, gradients before the rest."""
-    return sorted(
-        cases, key=lambda case: (case.op != "erosion_grad", case.layout != "NCHW", case.dtype != torch.bfloat16)
-    )
+
+    def order(case: Case) -> tuple[bool, ...]:
+        is_other = case.op != "erosion_grad" or case.method is not None
+        return is_other, case.layout != "NCHW", case.dtype != torch.bfloat16
+
+    return sorted(cases, key=order)
 
 
 def short_table(device: Device) -> list[str]:

@@ -272,9 +272,8 @@ def erode(scores: Tensor, valid: Tensor | None, radius: int, cone: Tensor, predi
     module = start()
     classes = None if predicted is None else predicted.to(torch.int32)
     held = [Guarded(tensor) for tensor in (scores, valid, classes, cone)]
-    out, spare = unwritten(*scores.shape), unwritten(*scores.shape)
-    module.erode(*scores.shape, radius, *(guarded.address for guarded in held), out.address, spare.address)
-    spare.result()
+    out = unwritten(*scores.shape)
+    module.erode(*scores.shape, radius, *(guarded.address for guarded in held), out.address)
     return out.result()
 
 

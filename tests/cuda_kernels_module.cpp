@@ -85,7 +85,12 @@ PYBIND11_MODULE(cuda_kernels_module, m) {
                           at<void>(grad),
                           at<float>(log_odds)};
     Summing summing(input.shape, stats);
-    check(cuda::launch_erosion_grad(job, summing.counting(), nullptr));
+    const int64_t bytes = cuda::bytes_of_passes(job);
+    std::vector<unsigned char> workspace(bytes + 64, 0xff);
+    check(cuda::launch_erosion_grad(job, summing.counting(), workspace.data(), nullptr));
+    if (std::any_of(workspace.begin() + bytes, workspace.end(), [](unsigned char byte) { return byte != 0xff; })) {
+      throw std::logic_error("a kernel wrote beyond its workspace");
+    }
   });
   m.def("pixel_grad", [](const Input& input, uintptr_t class_weight, uintptr_t grad, uintptr_t stats, int method,
                          bool targeted, float lambda, float q_minus_one) {
@@ -113,9 +118,9 @@ PYBIND11_MODULE(cuda_kernels_module, m) {
                                 {steps_left, reach, front_min, front_max}, at<float>(tau), workspace.data(), nullptr));
   });
   m.def("erode", [](int64_t batch, int64_t height, int64_t width, int radius, uintptr_t scores, uintptr_t valid,
-                    uintptr_t predicted, uintptr_t rise, uintptr_t out, uintptr_t spare) {
-    check(cuda::launch_erode({height, width, radius}, batch, at<float>(scores), at<bool>(valid), at<int32_t>(predicted),
-                             at<float>(rise), at<float>(out), at<float>(spare), nullptr));
+                    uintptr_t predicted, uintptr_t rise, uintptr_t out) {
+    check(cuda::launch_erode({height, width, radius}, batch, at<float>(scores), false, at<bool>(valid),
+                             at<int32_t>(predicted), at<float>(rise), 1.0f, at<float>(out), nullptr));
   });
   m.def("step",
         [](bool l2, uintptr_t x_adv, uintptr_t x, uintptr_t grad, uintptr_t mask, int64_t batch, int64_t channels,

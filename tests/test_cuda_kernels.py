@@ -19,8 +19,8 @@ import cuda_kernels
 if why_not := cuda_kernels.why_not():
     pytest.skip(why_not, allow_module_level=True)
 
-# What the kernel over rows has variants for.
-OPTIONS: tuple[dict[str, Any], ...] = ({}, {"confidence": "top"}, {"within": "class"})
+# What erosion_grad has other kernels for.
+OPTIONS: tuple[dict[str, Any], ...] = ({}, {"confidence": "top"}, {"within": "class"}, {"radius": 2})
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -68,7 +68,7 @@ def test_every_way_to_share_classes_among_threads_and_to_copy_rows(
     assert torch.equal(stats, expected_stats)
 
 
-@pytest.mark.parametrize("options", [*OPTIONS, {"radius": 0}, {"radius": 8}, {"radius": 2, "within": "class"}], ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, {"radius": 0}, {"radius": 8, "within": "class"}], ids=str)
 @pytest.mark.parametrize("resident", [1, 7, 1000])
 @pytest.mark.parametrize("width", [255, 256, 257, 600, 1031])
 def test_pixels_do_not_feel_the_borders_of_strips_and_bands(

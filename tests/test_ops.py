@@ -293,7 +293,9 @@ def test_next_tau_is_the_reference(
 
 @PROPERTIES
 @given(
-    shape=st.tuples(st.integers(0, 2), st.integers(0, 20), st.sampled_from([0, 1, 5, 64, 70])),
+    shape=st.tuples(
+        st.integers(0, 2), st.one_of(st.integers(0, 20), st.just(75)), st.sampled_from([0, 1, 5, 64, 70, 140])
+    ),
     radius=st.integers(0, 8),
     seed=st.integers(0, 1000),
     masked=st.booleans(),
@@ -361,23 +363,26 @@ def test_of_tied_classes_the_lowest_is_predicted(fused: Any, classes: int) -> No
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
-@pytest.mark.parametrize("channel", [2, 3, 49])
+@pytest.mark.parametrize(("classes", "channel"), [(50, 2), (50, 3), (50, 49), (300, 2), (300, 299)])
 def test_logits_that_are_not_finite_are_told_in_the_stats(
-    fused: Any, channel: int, dtype: torch.dtype, value: float
+    fused: Any, classes: int, channel: int, dtype: torch.dtype, value: float
 ) -> None:
-    logits = torch.randn(3, 50, 6, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits = torch.randn(3, classes, 6, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
     labels = torch.full((3, 6, 70), 2)
-    labels[2, 4, 66] = 255
+    labels[2, 4, 66] = -1
     logits[1:, channel, 4, 66] = value  # image 1 at a valid pixel, image 2 at a void one
     tau = torch.ones(3)
-    for got, expected in (
-        (fused.erosion_grad(logits, labels, tau), reference.erosion_grad(logits, labels, tau)),
-        (fused.pixel_grad(logits, labels, "pgd"), reference.pixel_grad(logits, labels, "pgd")),
-    ):
-        torch.testing.assert_close(got[0], expected[0], **GRADIENT[dtype])
-        assert got[-1][:, 3].isnan().tolist() == expected[-1][:, 3].isnan().tolist() == [False, True, False]
-        assert (got[0][1, :, 4, 66] == 0).all()
-    assert fused.erosion_grad(logits, labels, tau)[1].isnan().nonzero().tolist() == [[1, 4, 66]]
+    for radius in (1, 2):
+        got, expected = (who.erosion_grad(logits, labels, tau, radius=radius) for who in (fused, reference))
+        assert_nan_is_of_one_image(got, expected)
+        assert got[1].isnan().nonzero().tolist() == [[1, 4, 66]]
+    assert_nan_is_of_one_image(fused.pixel_grad(logits, labels, "pgd"), reference.pixel_grad(logits, labels, "pgd"))
+
+
+def assert_nan_is_of_one_image(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    torch.testing.assert_close(got[0], expected[0], **GRADIENT[got[0].dtype])
+    assert got[-1][:, 3].isnan().tolist() == expected[-1][:, 3].isnan().tolist() == [False, True, False]
+    assert (got[0][1, :, 4, 66] == 0).all()
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

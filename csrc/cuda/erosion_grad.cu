@@ -14,9 +14,9 @@
 // copied out, before the barrier at which row i arrived.
 //
 // Radius 0 is radius 1 with a cone that rises to infinity. For a geodesic erosion the predicted classes stand in a ring
-// of their own. A larger radius and more than 256 classes take the general kernel, erosion_grad_general.cu.
+// of their own. A larger radius and more than 256 classes take several passes, erosion_grad_passes.cu.
 #include "counts.cuh"
-#include "general.cuh"
+#include "passes.cuh"
 #include "rows_launch.cuh"
 
 namespace eroseg::cuda {
@@ -254,10 +254,11 @@ __global__ void __launch_bounds__(most_threads(kPlain), 2)
 
 }  // namespace
 
-cudaError_t launch_erosion_grad(const ErosionGrad& job, const Counting& counting, cudaStream_t stream) {
+cudaError_t launch_erosion_grad(const ErosionGrad& job, const Counting& counting, void* workspace,
+                                cudaStream_t stream) {
   const Shape& shape = job.input.shape;
   if (shape.pixels() == 0) return count_nothing(shape, counting, stream);
-  if (job.radius > 1) return launch_erosion_grad_general(job, counting, stream);
+  if (!is_one_pass(job)) return launch_erosion_grad_passes(job, counting, workspace, stream);
   return for_rows(job.input, [&](auto type, auto layout) {
     using Type = decltype(type);
     constexpr Layout kLayout = decltype(layout)::value;
@@ -266,8 +267,7 @@ cudaError_t launch_erosion_grad(const ErosionGrad& job, const Counting& counting
         is_plain(job) ? erosion_grad_kernel<Type, kLayout, true> : erosion_grad_kernel<Type, kLayout, false>;
     const int of_pixel = (is_geodesic(job) ? 2 : 1) * kRing * static_cast<int>(sizeof(float));
     const RowsNeeds needs{1, kStages, of_pixel, 2 * kPixels * of_pixel, most_threads(is_plain(job))};
-    return launch_rows<Type>(
-        kernel, job, needs, stream, [&] { return launch_erosion_grad_general(job, counting, stream); }, counting);
+    return launch_rows<Type>(kernel, job, needs, stream, counting);
   });
 }
 

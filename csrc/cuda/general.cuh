@@ -108,6 +108,4 @@ inline int pixel_blocks(const Shape& shape) {
   return static_cast<int>(std::min<int64_t>((shape.pixels() + kPixelThreads - 1) / kPixelThreads, 256));
 }
 
-cudaError_t launch_erosion_grad_general(const ErosionGrad& job, const Counting& counting, cudaStream_t stream);
-
 }  // namespace eroseg::cuda

@@ -1,4 +1,4 @@
-// The operations on maps beside the attack's step: confusion, erode. A thread for each pixel.
+// The operations on maps: confusion, and erode.
 #include "general.cuh"
 
 namespace eroseg::cuda {
@@ -53,33 +53,65 @@ __global__ void __launch_bounds__(kPixelThreads)
   }
 }
 
-// One 3x3 erosion with outer values `rise`; the first of them reads the scores themselves, where a void or NaN score
-// lends nothing. With `only` set it does no more than that.
-__global__ void __launch_bounds__(kPixelThreads)
-    erode_kernel(const __grid_constant__ Erode job, bool only, const float* scores, const bool* valid,
-                 const int32_t* predicted, const float* rise, float* out) {
-  const int width = static_cast<int>(job.width), height = static_cast<int>(job.height);
-  const int64_t pixels = job.height * job.width;
-  const int64_t blocks_of_image = (pixels + kPixelThreads - 1) / kPixelThreads;
-  const int64_t image = blockIdx.x / blocks_of_image;
-  const int64_t pixel = blockIdx.x % blocks_of_image * kPixelThreads + threadIdx.x;
-  if (pixel >= pixels) return;
-  const int64_t offset = image * pixels;
-  const auto score = [&](int64_t i) {
-    const float value = scores[i];
-    return value == value && (valid == nullptr || valid[i]) ? value : kInf;
-  };
-  const int64_t index = offset + pixel;
-  float lowest = kInf;
-  const int y = static_cast<int>(pixel / width), x = static_cast<int>(pixel % width);
-  for (int dy = -1; dy <= 1 && !only; ++dy) {
-    for (int dx = -1; dx <= 1; ++dx) {
-      if (y + dy < 0 || y + dy >= height || x + dx < 0 || x + dx >= width) continue;
-      const int64_t neighbour = index + dy * width + dx;
-      if (predicted == nullptr || predicted[neighbour] == predicted[index]) lowest = fminf(lowest, score(neighbour));
+// A tile of an image, and the threads that erode it.
+constexpr int kTileWidth = 64, kTileHeight = 32, kTileThreads = 256;
+
+// The erosion of a tile, which stands in shared memory with `radius` pixels more on every side. As often as that, all
+// of it but its outermost pixels is eroded by a 3x3 element whose outer values are the cone's rise; what is still right
+// then is the tile itself. Pixels outside the image begin with +inf: what comes back from there has gone a longer way
+// than inside it, and no class is theirs.
+__global__ void __launch_bounds__(kTileThreads)
+    erode_kernel(const __grid_constant__ Erode job, const float* scores, bool of_absolute, const bool* valid,
+                 const int32_t* predicted, const float* rises, float slope, float* out) {
+  const int height = static_cast<int>(job.height), width = static_cast<int>(job.width), radius = job.radius;
+  const int across = (width + kTileWidth - 1) / kTileWidth, down = (height + kTileHeight - 1) / kTileHeight;
+  const int64_t image = blockIdx.x / (across * down), offset = image * height * width;
+  const int tile = static_cast<int>(blockIdx.x % (across * down));
+  const int top = tile / across * kTileHeight - radius, left = tile % across * kTileWidth - radius;
+  const int pitch = kTileWidth + 2 * radius, rows = kTileHeight + 2 * radius;
+  const float rise = slope * rises[image];
+  auto* now = reinterpret_cast<float*>(shared_memory());
+  float* next = now + rows * pitch;
+  auto* classes = reinterpret_cast<int32_t*>(next + rows * pitch);
+
+  // Calls f(cell, place in the image, or -1 outside it) for this thread's cells `margin` or more from the border.
+  const auto each = [&](int margin, const auto& f) {
+    const int self = static_cast<int>(threadIdx.x);
+    for (int y = margin + self / kWarp; y < rows - margin; y += kTileThreads / kWarp) {
+      for (int x = margin + self % kWarp; x < pitch - margin; x += kWarp) {
+        const bool inside = top + y >= 0 && top + y < height && left + x >= 0 && left + x < width;
+        f(y * pitch + x, inside ? offset + (top + y) * width + left + x : -1);
+      }
     }
+  };
+  each(0, [&](int cell, int64_t index) {
+    const float score = index >= 0 && (valid == nullptr || valid[index]) ? scores[index] : kInf;
+    now[cell] = score != score ? kInf : (of_absolute ? absolute(score) : score);
+    if (predicted != nullptr) classes[cell] = index >= 0 ? predicted[index] : -1;
+  });
+  __syncthreads();
+  for (int margin = 1; margin <= radius; ++margin) {
+    each(margin, [&](int cell, int64_t) {
+      float lowest = kInf;
+#pragma unroll
+      for (int dy = -1; dy <= 1; ++dy) {
+#pragma unroll
+        for (int dx = -1; dx <= 1; ++dx) {
+          const int neighbour = cell + dy * pitch + dx;
+          const bool lends = predicted == nullptr || classes[neighbour] == classes[cell];
+          if (lends) lowest = fminf(lowest, now[neighbour]);
+        }
+      }
+      next[cell] = fminf(now[cell], lowest + rise);
+    });
+    __syncthreads();
+    float* const last = now;
+    now = next;
+    next = last;
   }
-  out[index] = fminf(score(index), lowest + rise[image]);
+  each(radius, [&](int cell, int64_t index) {
+    if (index >= 0) out[index] = now[cell];
+  });
 }
 
 }  // namespace
@@ -94,20 +126,14 @@ cudaError_t launch_confusion(const Confusion& job, unsigned long long* counts, c
   });
 }
 
-cudaError_t launch_erode(const Erode& job, int64_t batch, const float* scores, const bool* valid,
-                         const int32_t* predicted, const float* rise, float* out, float* spare, cudaStream_t stream) {
-  const int64_t blocks = batch * ((job.height * job.width + kPixelThreads - 1) / kPixelThreads);
-  const int passes = job.radius > 1 ? job.radius : 1;
-  const float* from = scores;
-  for (int pass = 0; pass < passes; ++pass) {
-    // Whoever writes last writes to `out`.
-    float* to = (passes - pass) % 2 == 1 ? out : spare;
-    const cudaError_t error = launch(erode_kernel, blocks, dim3(kPixelThreads), 0, stream, job, job.radius == 0, from,
-                                     pass == 0 ? valid : nullptr, predicted, rise, to);
-    if (error != cudaSuccess) return error;
-    from = to;
-  }
-  return cudaSuccess;
+cudaError_t launch_erode(const Erode& job, int64_t batch, const float* scores, bool of_absolute, const bool* valid,
+                         const int32_t* predicted, const float* rise, float slope, float* out, cudaStream_t stream) {
+  const int64_t across = (job.width + kTileWidth - 1) / kTileWidth;
+  const int64_t down = (job.height + kTileHeight - 1) / kTileHeight;
+  const int64_t cells = (kTileWidth + 2 * job.radius) * static_cast<int64_t>(kTileHeight + 2 * job.radius);
+  const int64_t maps = predicted == nullptr ? 2 : 3;
+  return launch(erode_kernel, batch * across * down, dim3(kTileThreads), maps * cells * 4, stream, job, scores,
+                of_absolute, valid, predicted, rise, slope, out);
 }
 
 }  // namespace eroseg::cuda

@@ -114,7 +114,8 @@ std::tuple<Tensor, Tensor> erosion_grad(const Tensor& logits, const Tensor& labe
   Tensor log_odds = torch::stable::new_empty(logits, {shape.batch, shape.height, shape.width}, ScalarType::Float);
   job.log_odds = static_cast<float*>(log_odds.mutable_data_ptr());
   const Counted counted(logits, shape, on);
-  launched(launch_erosion_grad(job, counted.counting(), on.stream()), kOp);
+  Tensor workspace = torch::stable::new_empty(logits, {bytes_of_passes(job)}, ScalarType::Byte);
+  launched(launch_erosion_grad(job, counted.counting(), workspace.mutable_data_ptr(), on.stream()), kOp);
   return {log_odds, counted.stats};
 }
 
@@ -191,15 +192,11 @@ Tensor erode(const Tensor& scores, const MaybeTensor& valid, int64_t radius, con
   check_device(valid, on, kOp, "valid");
   check_device(cone, on, kOp, "cone");
   check_device(predicted, on, kOp, "predicted");
-  const std::vector<int64_t> map{scores.size(0), job.height, job.width};
-  Tensor out = torch::stable::new_empty(scores, map);
-  if (job.height * job.width == 0) return out;
-  const bool spares = radius > 1;
-  Tensor spare = spares ? torch::stable::new_empty(scores, map) : out;
-  launched(launch_erode(job, map[0], static_cast<const float*>(scores.const_data_ptr()), data_or_null<bool>(valid),
-                        data_or_null<int32_t>(predicted), static_cast<const float*>(cone.const_data_ptr()),
-                        static_cast<float*>(out.mutable_data_ptr()), static_cast<float*>(spare.mutable_data_ptr()),
-                        on.stream()),
+  Tensor out = torch::stable::new_empty(scores, {scores.size(0), job.height, job.width});
+  launched(launch_erode(job, scores.size(0), static_cast<const float*>(scores.const_data_ptr()), false,
+                        data_or_null<bool>(valid), data_or_null<int32_t>(predicted),
+                        static_cast<const float*>(cone.const_data_ptr()), 1.0f,
+                        static_cast<float*>(out.mutable_data_ptr()), on.stream()),
            kOp);
   return out;
 }

@@ -113,13 +113,13 @@ cudaError_t launch_pixel_grad_general(const PixelGrad& job, const Counting& coun
 cudaError_t launch_pixel_grad(const PixelGrad& job, const Counting& counting, cudaStream_t stream) {
   const Shape& shape = job.input.shape;
   if (shape.pixels() == 0) return count_nothing(shape, counting, stream);
-  if (job.method.method == Method::kCosPgdSigmoid) return launch_pixel_grad_general(job, counting, stream);
+  if (job.method.method == Method::kCosPgdSigmoid || shape.classes() > kMostClasses) {
+    return launch_pixel_grad_general(job, counting, stream);
+  }
   return for_rows(job.input, [&](auto type, auto layout) {
     using Type = decltype(type);
     const auto kernel = pixel_grad_kernel<Type, decltype(layout)::value>;
-    return launch_rows<Type>(
-        kernel, job, {0, kStages, 0, 0}, stream, [&] { return launch_pixel_grad_general(job, counting, stream); },
-        counting);
+    return launch_rows<Type>(kernel, job, {0, kStages, 0, 0}, stream, counting);
   });
 }
 

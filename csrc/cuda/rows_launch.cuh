@@ -16,7 +16,6 @@ constexpr int kWarpsWanted = 12;
 // A thread's classes, more or less: with fewer threads on a pixel's many classes too few would fit a multiprocessor,
 // whose shared memory the logits fill.
 constexpr int kClassesOfThread = 24;
-constexpr int64_t kMostClasses = 256;
 
 // Threads that share a word of pixels: 1, 2, 4 or 8, so that they are lanes of one warp.
 inline int groups_for(int64_t classes) {
@@ -35,13 +34,13 @@ struct RowsNeeds {
   int most_threads = kMostThreads;
 };
 
-// Cuts images into strips; the count is 0 if they do not fit. Wide strips overlap little and narrow ones leave room for
-// more warps: what counts is how much work those have that a multiprocessor holds at a time.
+// Cuts images into strips; the count is 0 if they do not fit into shared memory, of which 99 KB are enough. Wide strips
+// overlap little and narrow ones leave room for more warps: what counts is how much work those have that a
+// multiprocessor holds at a time.
 template <class Type>
 cudaError_t cut_for_rows(const Input& input, const RowsNeeds& needs, Strips* strips, int64_t* shared) {
   *strips = {};
   const Shape& shape = input.shape;
-  if (shape.classes() > kMostClasses) return cudaSuccess;
   int64_t of_block = 0, of_processor = 0;
   const cudaError_t error = shared_memory_limits(&of_block, &of_processor);
   if (error != cudaSuccess) return error;
@@ -66,17 +65,16 @@ cudaError_t cut_for_rows(const Input& input, const RowsNeeds& needs, Strips* str
   return cudaSuccess;
 }
 
-// Launches a kernel over rows, or, where these do not fit, what general() launches. `more` are further arguments of the
-// kernel.
-template <class Type, class Job, class General, class... More>
+// Launches a kernel over rows of at most kMostClasses. `more` are further arguments of the kernel.
+template <class Type, class Job, class... More>
 cudaError_t launch_rows(void (*kernel)(Job, Strips, More...), const Job& job, const RowsNeeds& needs,
-                        cudaStream_t stream, const General& general, const More&... more) {
+                        cudaStream_t stream, const More&... more) {
   const Shape& shape = job.input.shape;
   Strips strips;
   int64_t of_rows = 0;
   cudaError_t error = cut_for_rows<Type>(job.input, needs, &strips, &of_rows);
   if (error != cudaSuccess) return error;
-  if (strips.count == 0) return general();
+  if (strips.count == 0) return cudaErrorInvalidConfiguration;
   const int threads = strips.slots * strips.groups;
   const int64_t shared = std::max(of_rows, counts_bytes(threads));
   int resident = 1;

@@ -5,7 +5,6 @@
 //   3. The gradient, here: every pixel is reduced once more, and weighed by its eroded confidence.
 // So the logits are read twice. Steps 1 and 3 go down bands of rows (rows.cuh); more than 256 classes take a thread for
 // each pixel.
-#include "counts.cuh"
 #include "general.cuh"
 #include "passes.cuh"
 #include "rows_launch.cuh"

@@ -308,7 +308,7 @@ def test_erode_is_the_reference(
     scores = torch.rand(shape, generator=generator) * 10
     scores[torch.rand(shape, generator=generator) < 0.05] = math.nan
     valid = torch.rand(shape, generator=generator) > 0.3 if masked else None
-    predicted = torch.randint(0, 3, shape, generator=generator) if geodesic else None
+    predicted = torch.randint(-1, 2, shape, generator=generator) if geodesic else None
     cone = torch.rand(shape[0], generator=generator)
     assert torch.equal(
         fused.erode(scores, valid, radius, cone, predicted), reference.erode(scores, valid, radius, cone, predicted)

@@ -58,8 +58,7 @@ constexpr int kTileWidth = 64, kTileHeight = 32, kTileThreads = 256;
 
 // The erosion of a tile, which stands in shared memory with `radius` pixels more on every side. As often as that, all
 // of it but its outermost pixels is eroded by a 3x3 element whose outer values are the cone's rise; what is still right
-// then is the tile itself. Pixels outside the image begin with +inf: what comes back from there has gone a longer way
-// than inside it, and no class is theirs.
+// then is the tile itself. Pixels outside the image stay +inf, and so lend nothing, whatever their class is said to be.
 __global__ void __launch_bounds__(kTileThreads)
     erode_kernel(const __grid_constant__ Erode job, const float* scores, bool of_absolute, const bool* valid,
                  const int32_t* predicted, const float* rises, float slope, float* out) {
@@ -91,7 +90,7 @@ __global__ void __launch_bounds__(kTileThreads)
   });
   __syncthreads();
   for (int margin = 1; margin <= radius; ++margin) {
-    each(margin, [&](int cell, int64_t) {
+    each(margin, [&](int cell, int64_t index) {
       float lowest = kInf;
 #pragma unroll
       for (int dy = -1; dy <= 1; ++dy) {
@@ -102,7 +101,7 @@ __global__ void __launch_bounds__(kTileThreads)
           if (lends) lowest = fminf(lowest, now[neighbour]);
         }
       }
-      next[cell] = fminf(now[cell], lowest + rise);
+      next[cell] = index >= 0 ? fminf(now[cell], lowest + rise) : kInf;
     });
     __syncthreads();
     float* const last = now;

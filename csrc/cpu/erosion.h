@@ -48,17 +48,17 @@ void erode_row_within(const float* const (&rows)[3], const int32_t* const (&clas
 }
 
 // The erosion as a pipeline over rows: rows go in from the top, and row y - radius comes out when row y has gone in.
-// Rows outside the image go in as +inf; whatever they receive on the way is no less than what reaches the same pixel
-// inside the image, and the class -1 of their pixels stops a geodesic erosion.
+// Pixels outside the image go in as +inf and stay that, so that no geodesic path leads around a border; their class is
+// nobody's concern.
 class ErosionPipeline {
  public:
-  ErosionPipeline(int radius, bool geodesic, float rise, int64_t stride, float* memory)
-      : radius_(radius), geodesic_(geodesic), rise_(rise), stride_(stride) {
+  ErosionPipeline(int radius, bool geodesic, float rise, int64_t height, int64_t width, int64_t stride, float* memory)
+      : radius_(radius), geodesic_(geodesic), rise_(rise), height_(height), width_(width), stride_(stride) {
     for (int level = 0; level <= radius; ++level) {
       levels_[level] = Ring(memory, stride, 3, kInf);
       memory += Ring::floats(stride, 3);
     }
-    if (geodesic) classes_ = Ring(memory, stride, kClassRows, Bits<float>::from(-1));
+    if (geodesic) classes_ = Ring(memory, stride, kClassRows, 0.0f);
   }
   static int64_t floats(int radius, bool geodesic, int64_t stride) {
     return (radius + 1) * Ring::floats(stride, 3) + (geodesic ? Ring::floats(stride, kClassRows) : 0);
@@ -74,12 +74,14 @@ class ErosionPipeline {
       const int64_t row = y - level;
       const float* const rows[3] = {from.row(row - 1), from.row(row), from.row(row + 1)};
       float* out = levels_[level].row(row);
-      if (geodesic_) {
+      const bool inside = row >= 0 && row < height_;
+      if (inside && geodesic_) {
         const int32_t* const classes[3] = {predicted(row - 1), predicted(row), predicted(row + 1)};
         erode_row_within(rows, classes, rise_, stride_, out);
-      } else {
+      } else if (inside) {
         erode_row(rows, rise_, stride_, out);
       }
+      for (int64_t x = inside ? width_ : 0; x < stride_; ++x) out[x] = kInf;
     }
     return levels_[radius_].row(y - radius_);
   }
@@ -89,7 +91,7 @@ class ErosionPipeline {
   int radius_;
   bool geodesic_;
   float rise_;
-  int64_t stride_;
+  int64_t height_, width_, stride_;
   Ring levels_[kMaxRadius + 1];
   Ring classes_;
 };

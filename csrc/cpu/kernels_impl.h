@@ -104,7 +104,7 @@ void erosion_grad(const ErosionGrad& job, int64_t image, int64_t row_begin, int6
   const int64_t stride = workspace_stride(width);
   const Workspace workspace(shape, slots, ErosionPipeline::floats(radius, geodesic, stride) + stride, scratch);
   float* before = workspace.beside();
-  ErosionPipeline pipeline(radius, geodesic, job.slope * job.tau[image], stride, before + stride);
+  ErosionPipeline pipeline(radius, geodesic, job.slope * job.tau[image], shape.height, width, stride, before + stride);
 
   for (int64_t y = row_begin - radius; y < row_end + radius; ++y) {
     float* scores = pipeline.scores(y);
@@ -116,14 +116,9 @@ void erosion_grad(const ErosionGrad& job, int64_t image, int64_t row_begin, int6
         // Beyond the image's width the row holds labels of -1, which scored +inf.
         store(scores + x, score_of(load<F>(row.signed_confidence + x)));
       }
-      if (geodesic) {
-        int32_t* predicted = pipeline.predicted(y);
-        std::memcpy(predicted, row.predicted, width * sizeof(int32_t));
-        for (int64_t x = width; x < stride; ++x) predicted[x] = -1;
-      }
+      if (geodesic) std::memcpy(pipeline.predicted(y), row.predicted, width * sizeof(int32_t));
     } else {
       for (int64_t x = 0; x < stride; ++x) scores[x] = kInf;
-      if (geodesic) std::memset(pipeline.predicted(y), 0xff, stride * sizeof(int32_t));
     }
     const float* q = pipeline.push(y);
     const int64_t done = y - radius;
@@ -213,11 +208,10 @@ void erode(const Erode& job, const float* scores, const bool* valid, const int32
   const bool geodesic = predicted != nullptr;
   const int64_t stride = workspace_stride(job.width);
   float* memory = scratch.floats(ErosionPipeline::floats(job.radius, geodesic, stride));
-  ErosionPipeline pipeline(job.radius, geodesic, rise, stride, memory);
+  ErosionPipeline pipeline(job.radius, geodesic, rise, job.height, job.width, stride, memory);
   for (int64_t y = 0; y < job.height + job.radius; ++y) {
     float* row = pipeline.scores(y);
     for (int64_t x = 0; x < stride; ++x) row[x] = kInf;
-    if (geodesic) std::memset(pipeline.predicted(y), 0xff, stride * sizeof(int32_t));
     if (y < job.height) {
       const int64_t first = y * job.width;
       for (int64_t x = 0; x < job.width; ++x) {

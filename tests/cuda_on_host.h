@@ -187,11 +187,13 @@ template <class T>
 T __shfl_sync(unsigned, T value, int source) {
   return cuda_on_host::shuffle(value, cuda_on_host::machine().current / 32 * 32 + source);
 }
+
 inline unsigned __ballot_sync(unsigned, bool value) {
   unsigned bits = 0;
   for (int lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(__shfl_sync(~0u, value, lane)) << lane;
   return bits;
 }
+
 template <class T>
 T __shfl_up_sync(unsigned, T value, int delta) {
   const int current = cuda_on_host::machine().current;

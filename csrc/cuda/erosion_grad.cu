@@ -44,12 +44,6 @@ __device__ __forceinline__ float soft_front_weight(float q, float per_tau) {
   return 4.0f * e * r * r;
 }
 
-// Neighbours in memory, which may be read and written at once where they are aligned.
-template <class T, int kN>
-struct alignas(sizeof(T) * kN) Several {
-  T at[kN];
-};
-
 // A word of pixels of a row in shared memory, with one more on either side.
 template <class T, int kPixels>
 struct Neighbourhood {

@@ -12,8 +12,6 @@
 namespace eroseg::cuda {
 namespace {
 
-constexpr int kStages = 2;
-
 struct FrontGrad : ErosionGrad {
   const float* eroded;  // [B, H, W]
 };
@@ -33,15 +31,9 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     front_grad_kernel(const __grid_constant__ FrontGrad job, const __grid_constant__ Strips strips) {
   constexpr int kPixels = Word<Type>::kElements;
   const Place place = Place::of<Type>(job.input.shape, strips);
-  Staging<Type, kLayout> staging(job.input, job.grad, strips, place, kStages, shared_memory());
+  Staging<Type, kLayout> staging(job.input, job.grad, strips, place, kStagesOfSingleRows, shared_memory());
   Rows<Type, kLayout, false> rows(job.input, place, staging, strips.groups);
-  staging.fetch(place.begin, 0);
-  for (int y = place.begin, stage = 0; y < place.end; ++y, stage = 1 - stage) {
-    staging.arrive();
-    if (y + 1 < place.end) {
-      staging.fetch(y + 1, 1 - stage);
-      rows.prefetch_labels(y + 1);
-    }
+  for_each_row(place, staging, rows, [&](int y, int stage) {
     const Terms<kPixels> terms = rows.reduce(y, stage);
     float weight[kPixels];
 #pragma unroll
@@ -50,37 +42,29 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     }
     rows.put(y, stage, terms.kept, weight, job.targeted);
     staging.copy_out(y, stage);
-  }
+  });
 }
 
 template <class Type>
 __global__ void __launch_bounds__(kPixelThreads)
     front_grad_general_kernel(const __grid_constant__ FrontGrad job, int blocks_of_image) {
-  const int64_t image_index = blockIdx.x / blocks_of_image;
-  const int first = static_cast<int>(blockIdx.x % blocks_of_image) * kPixelThreads + static_cast<int>(threadIdx.x);
-  const Image<Type> image(job.input, image_index);
-  const int pixels = static_cast<int>(job.input.shape.pixels());
-  for (int pixel = first; pixel < pixels; pixel += blocks_of_image * kPixelThreads) {
-    const int64_t index = image_index * pixels + pixel;
+  for_each_pixel<Type>(job.input, blocks_of_image, [&](const Image<Type>& image, int pixel, int64_t index) {
     const int label = read_label(job.input.labels, image.classes, index);
     const PixelTerms terms = reduce_pixel(image, pixel, label);
-    const float weight = weight_of(job, image_index, index, label, terms.finite ? terms.log_odds : not_a_number());
+    const float weight = weight_of(job, image.number, index, label, terms.finite ? terms.log_odds : not_a_number());
     image.write(job.grad, pixel, label, terms.largest, terms.sum, job.targeted ? -weight : weight);
-  }
+  });
 }
 
 cudaError_t launch_front_grad(const FrontGrad& job, cudaStream_t stream) {
-  const Shape& shape = job.input.shape;
-  if (shape.classes() > kMostClasses) {
-    const int blocks = pixel_blocks(shape);
+  if (job.input.shape.classes() > kMostClasses) {
     return for_type(job.input.logits.type, [&](auto type) {
-      return launch(front_grad_general_kernel<decltype(type)>, shape.batch * blocks, dim3(kPixelThreads), 0, stream,
-                    job, blocks);
+      return launch_pixels(front_grad_general_kernel<decltype(type)>, job, 0, stream);
     });
   }
   return for_rows(job.input, [&](auto type, auto layout) {
     using Type = decltype(type);
-    return launch_rows<Type>(front_grad_kernel<Type, decltype(layout)::value>, job, {0, kStages, 0, 0}, stream);
+    return launch_rows<Type>(front_grad_kernel<Type, decltype(layout)::value>, job, kSingleRows, stream);
   });
 }
 

@@ -11,7 +11,8 @@ namespace eroseg::cuda {
 template <class Type>
 struct Image {
   __device__ Image(const Input& input, int64_t image)
-      : channels(static_cast<int>(input.shape.channels)),
+      : number(image),
+        channels(static_cast<int>(input.shape.channels)),
         classes(static_cast<int>(input.shape.classes())),
         first_class(classes - channels),
         class_stride(input.logits.channels_last ? 1 : static_cast<int>(input.shape.pixels())),
@@ -35,6 +36,7 @@ struct Image {
     }
   }
 
+  int64_t number;  // in the batch
   int channels, classes, first_class, class_stride, pixel_stride;
   int64_t offset;
   const typename Type::Element* data;
@@ -97,15 +99,32 @@ template <class Type>
 __device__ float signed_confidence(const Image<Type>& image, int pixel, int label, const PixelTerms& terms,
                                    Confidence kind) {
   if (label < 0) return kInf;
-  if (!terms.finite) return Bits<float>::from(0x7fc00000);
+  if (!terms.finite) return not_a_number();
   return kind == Confidence::kTop ? signed_top_confidence(image, pixel, terms) : terms.log_odds;
 }
 
-// Threads for every pixel of the images: blocks of an image, each of which takes every so many-th piece of it.
+// Threads for every pixel of the images: an image has at most 256 blocks, each of which takes every so many-th piece of
+// it.
 constexpr int kPixelThreads = 256;
 
-inline int pixel_blocks(const Shape& shape) {
-  return static_cast<int>(std::min<int64_t>((shape.pixels() + kPixelThreads - 1) / kPixelThreads, 256));
+// Launches a kernel that takes a job, the blocks of an image, and `more`.
+template <class Job, class... More>
+cudaError_t launch_pixels(void (*kernel)(Job, int, More...), const Job& job, int64_t shared, cudaStream_t stream,
+                          const More&... more) {
+  const Shape& shape = job.input.shape;
+  const auto blocks = static_cast<int>(std::min<int64_t>((shape.pixels() + kPixelThreads - 1) / kPixelThreads, 256));
+  return launch(kernel, shape.batch * blocks, dim3(kPixelThreads), shared, stream, job, blocks, more...);
+}
+
+// Calls f(image, pixel, the pixel's place in a map [B, H, W]) for the pixels that are this thread's.
+template <class Type, class F>
+__device__ __forceinline__ void for_each_pixel(const Input& input, int blocks_of_image, const F& f) {
+  const Image<Type> image(input, blockIdx.x / blocks_of_image);
+  const int pixels = static_cast<int>(input.shape.pixels());
+  const int first = static_cast<int>(blockIdx.x % blocks_of_image) * kPixelThreads + static_cast<int>(threadIdx.x);
+  for (int pixel = first; pixel < pixels; pixel += blocks_of_image * kPixelThreads) {
+    f(image, pixel, image.number * pixels + pixel);
+  }
 }
 
 }  // namespace eroseg::cuda

@@ -35,16 +35,11 @@ __global__ void __launch_bounds__(kPixelThreads)
     for (int i = static_cast<int>(threadIdx.x); i < cells; i += kPixelThreads) shared[i] = 0;
     __syncthreads();
   }
-  const int64_t image_index = blockIdx.x / blocks_of_image;
-  const int first = static_cast<int>(blockIdx.x % blocks_of_image) * kPixelThreads + static_cast<int>(threadIdx.x);
-  const Image<Type> image(job.input, image_index);
-  const int pixels = static_cast<int>(job.input.shape.pixels());
-  for (int pixel = first; pixel < pixels; pixel += blocks_of_image * kPixelThreads) {
-    const int64_t index = image_index * pixels + pixel;
+  for_each_pixel<Type>(job.input, blocks_of_image, [&](const Image<Type>& image, int pixel, int64_t index) {
     const int label = read_label(job.input.labels, static_cast<int>(job.classes), index);
     const int64_t predicted = job.prediction == nullptr ? arg_max(image, pixel) : job.prediction[index];
     if (label >= 0) count_cell(label * job.classes + predicted, shared, counts);
-  }
+  });
   if (shared != nullptr) {
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < cells; i += kPixelThreads) {
@@ -116,12 +111,10 @@ __global__ void __launch_bounds__(kTileThreads)
 }  // namespace
 
 cudaError_t launch_confusion(const Confusion& job, unsigned long long* counts, cudaStream_t stream) {
-  const int blocks = pixel_blocks(job.input.shape);
   const int64_t cells = job.classes * job.classes;
   const int64_t shared = cells <= kMostSharedCells ? cells * static_cast<int64_t>(sizeof(unsigned)) : 0;
   return for_type(job.input.logits.type, [&](auto type) {
-    return launch(confusion_kernel<decltype(type)>, job.input.shape.batch * blocks, dim3(kPixelThreads), shared, stream,
-                  job, blocks, counts);
+    return launch_pixels(confusion_kernel<decltype(type)>, job, shared, stream, counts);
   });
 }
 

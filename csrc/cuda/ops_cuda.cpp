@@ -114,8 +114,10 @@ std::tuple<Tensor, Tensor> erosion_grad(const Tensor& logits, const Tensor& labe
   Tensor log_odds = torch::stable::new_empty(logits, {shape.batch, shape.height, shape.width}, ScalarType::Float);
   job.log_odds = static_cast<float*>(log_odds.mutable_data_ptr());
   const Counted counted(logits, shape, on);
-  Tensor workspace = torch::stable::new_empty(logits, {bytes_of_passes(job)}, ScalarType::Byte);
-  launched(launch_erosion_grad(job, counted.counting(), workspace.mutable_data_ptr(), on.stream()), kOp);
+  MaybeTensor workspace;
+  if (!is_one_pass(job)) workspace = torch::stable::new_empty(logits, {bytes_of_passes(job)}, ScalarType::Byte);
+  void* memory = workspace.has_value() ? workspace->mutable_data_ptr() : nullptr;
+  launched(launch_erosion_grad(job, counted.counting(), memory, on.stream()), kOp);
   return {log_odds, counted.stats};
 }
 

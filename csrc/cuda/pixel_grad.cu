@@ -28,8 +28,6 @@ __device__ __forceinline__ void count(Counts& counts, bool valid, bool right, fl
   if (valid && log_odds != log_odds) counts.movement += log_odds;
 }
 
-constexpr int kStages = 2;
-
 template <class Type, Layout kLayout>
 __global__ void __launch_bounds__(kMostThreads, 2)
     pixel_grad_kernel(const __grid_constant__ PixelGrad job, const __grid_constant__ Strips strips,
@@ -37,17 +35,11 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   constexpr int kPixels = Word<Type>::kElements;
   const Place place = Place::of<Type>(job.input.shape, strips);
   unsigned char* memory = shared_memory();
-  Staging<Type, kLayout> staging(job.input, job.grad, strips, place, kStages, memory);
+  Staging<Type, kLayout> staging(job.input, job.grad, strips, place, kStagesOfSingleRows, memory);
   Rows<Type, kLayout, true> rows(job.input, place, staging, strips.groups);
   const float* class_weight = class_weight_of(job, place.image);
   Counts counts;
-  staging.fetch(place.begin, 0);
-  for (int y = place.begin, stage = 0; y < place.end; ++y, stage = 1 - stage) {
-    staging.arrive();
-    if (y + 1 < place.end) {
-      staging.fetch(y + 1, 1 - stage);
-      rows.prefetch_labels(y + 1);
-    }
+  for_each_row(place, staging, rows, [&](int y, int stage) {
     const Terms<kPixels> terms = rows.reduce(y, stage);
     float weight[kPixels];
 #pragma unroll
@@ -62,7 +54,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     }
     rows.put(y, stage, terms.kept, weight, job.method.targeted);
     staging.copy_out(y, stage);
-  }
+  });
   add_up(counts, job.input.shape.batch, counting, memory);
 }
 
@@ -70,14 +62,9 @@ template <class Type>
 __global__ void __launch_bounds__(kPixelThreads)
     pixel_grad_general_kernel(const __grid_constant__ PixelGrad job, int blocks_of_image,
                               const __grid_constant__ Counting counting) {
-  const int64_t image_index = blockIdx.x / blocks_of_image;
-  const int first = static_cast<int>(blockIdx.x % blocks_of_image) * kPixelThreads + static_cast<int>(threadIdx.x);
-  const Image<Type> image(job.input, image_index);
-  const int pixels = static_cast<int>(job.input.shape.pixels());
-  const float* class_weight = class_weight_of(job, image_index);
   Counts counts;
-  for (int pixel = first; pixel < pixels; pixel += blocks_of_image * kPixelThreads) {
-    const int label = read_label(job.input.labels, image.classes, image_index * pixels + pixel);
+  for_each_pixel<Type>(job.input, blocks_of_image, [&](const Image<Type>& image, int pixel, int64_t index) {
+    const int label = read_label(job.input.labels, image.classes, index);
     const PixelTerms terms = reduce_pixel(image, pixel, label);
     const float log_odds = signed_confidence(image, pixel, label, terms, Confidence::kLabel);
     float weight = 0.0f;
@@ -92,19 +79,18 @@ __global__ void __launch_bounds__(kPixelThreads)
         const float of_label = log_sigmoid(terms.of_label);
         for (int c = 0; c < image.classes; ++c) norm += squared_sigmoid_ratio(image.logit(c, pixel), of_label);
       }
-      weight = weight_of(job, class_weight, label, terms.right, log_odds, norm);
+      weight = weight_of(job, class_weight_of(job, image.number), label, terms.right, log_odds, norm);
     }
     count(counts, label >= 0, terms.right, log_odds);
     image.write(job.grad, pixel, label, terms.largest, terms.sum, job.method.targeted ? -weight : weight);
-  }
+  });
   add_up(counts, job.input.shape.batch, counting, shared_memory());
 }
 
 cudaError_t launch_pixel_grad_general(const PixelGrad& job, const Counting& counting, cudaStream_t stream) {
-  const int blocks = pixel_blocks(job.input.shape);
   return for_type(job.input.logits.type, [&](auto type) {
-    return launch(pixel_grad_general_kernel<decltype(type)>, job.input.shape.batch * blocks, dim3(kPixelThreads),
-                  counts_bytes(kPixelThreads), stream, job, blocks, counting);
+    const auto kernel = pixel_grad_general_kernel<decltype(type)>;
+    return launch_pixels(kernel, job, counts_bytes(kPixelThreads), stream, counting);
   });
 }
 
@@ -119,7 +105,7 @@ cudaError_t launch_pixel_grad(const PixelGrad& job, const Counting& counting, cu
   return for_rows(job.input, [&](auto type, auto layout) {
     using Type = decltype(type);
     const auto kernel = pixel_grad_kernel<Type, decltype(layout)::value>;
-    return launch_rows<Type>(kernel, job, {0, kStages, 0, 0}, stream, counting);
+    return launch_rows<Type>(kernel, job, kSingleRows, stream, counting);
   });
 }
 

@@ -326,4 +326,21 @@ class Rows {
   Share<Type, kLayout> share_;
 };
 
+// Where a pixel needs none but itself: goes over the block's rows, and calls f(y, stage) when row y has arrived in that
+// stage and the next row is on its way.
+constexpr int kStagesOfSingleRows = 2;
+
+template <class Staging, class Rows, class F>
+__device__ __forceinline__ void for_each_row(const Place& place, Staging& staging, const Rows& rows, const F& f) {
+  staging.fetch(place.begin, 0);
+  for (int y = place.begin, stage = 0; y < place.end; ++y, stage = 1 - stage) {
+    staging.arrive();
+    if (y + 1 < place.end) {
+      staging.fetch(y + 1, 1 - stage);
+      rows.prefetch_labels(y + 1);
+    }
+    f(y, stage);
+  }
+}
+
 }  // namespace eroseg::cuda

@@ -33,6 +33,7 @@ struct RowsNeeds {
   int64_t bytes;       // and beside them
   int most_threads = kMostThreads;
 };
+constexpr RowsNeeds kSingleRows{0, kStagesOfSingleRows, 0, 0};
 
 // Cuts images into strips; the count is 0 if they do not fit into shared memory, of which 99 KB are enough. Wide strips
 // overlap little and narrow ones leave room for more warps: what counts is how much work those have that a

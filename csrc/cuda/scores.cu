@@ -9,8 +9,6 @@
 namespace eroseg::cuda {
 namespace {
 
-constexpr int kStages = 2;
-
 // Writes what is known of a pixel, and counts it. `confidence` is signed: +inf of a void pixel, NaN where logits are
 // not finite.
 __device__ __forceinline__ void put_score(const ScorePass& job, int64_t image, int64_t index, bool valid, bool right,
@@ -37,17 +35,11 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   constexpr int kPixels = Word<Type>::kElements;
   const Place place = Place::of<Type>(job.input.shape, strips);
   unsigned char* memory = shared_memory();
-  Staging<Type, kLayout> staging(job.input, nullptr, strips, place, kStages, memory);
+  Staging<Type, kLayout> staging(job.input, nullptr, strips, place, kStagesOfSingleRows, memory);
   Rows<Type, kLayout, false> rows(job.input, place, staging, strips.groups);
   const bool writes = place.own && place.group == 0;
   Counts counts;
-  staging.fetch(place.begin, 0);
-  for (int y = place.begin, stage = 0; y < place.end; ++y, stage = 1 - stage) {
-    staging.arrive();
-    if (y + 1 < place.end) {
-      staging.fetch(y + 1, 1 - stage);
-      rows.prefetch_labels(y + 1);
-    }
+  for_each_row(place, staging, rows, [&](int y, int stage) {
     if (job.predicted != nullptr) {
       int predicted[kPixels];
       rows.predict(y, stage, predicted);
@@ -63,7 +55,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
       if (!writes || v >= place.pixels) continue;
       put_score(job, place.image, place.index(y) + v, terms.label[v] >= 0, terms.right[v], confidence[v], counts);
     }
-  }
+  });
   if (job.tau != nullptr) add_up(counts, job.input.shape.batch, counting, memory);
 }
 
@@ -71,36 +63,29 @@ template <class Type>
 __global__ void __launch_bounds__(kPixelThreads)
     scores_general_kernel(const __grid_constant__ ScorePass job, int blocks_of_image,
                           const __grid_constant__ Counting counting) {
-  const int64_t image_index = blockIdx.x / blocks_of_image;
-  const int first = static_cast<int>(blockIdx.x % blocks_of_image) * kPixelThreads + static_cast<int>(threadIdx.x);
-  const Image<Type> image(job.input, image_index);
-  const int pixels = static_cast<int>(job.input.shape.pixels());
   Counts counts;
-  for (int pixel = first; pixel < pixels; pixel += blocks_of_image * kPixelThreads) {
-    const int64_t index = image_index * pixels + pixel;
+  for_each_pixel<Type>(job.input, blocks_of_image, [&](const Image<Type>& image, int pixel, int64_t index) {
     const int label = read_label(job.input.labels, image.classes, index);
     const PixelTerms terms = reduce_pixel(image, pixel, label);
     const float confidence = signed_confidence(image, pixel, label, terms, job.confidence);
     if (job.predicted != nullptr) job.predicted[index] = terms.predicted;
-    put_score(job, image_index, index, label >= 0, terms.right, confidence, counts);
-  }
+    put_score(job, image.number, index, label >= 0, terms.right, confidence, counts);
+  });
   if (job.tau != nullptr) add_up(counts, job.input.shape.batch, counting, shared_memory());
 }
 
 }  // namespace
 
 cudaError_t launch_scores(const ScorePass& job, const Counting& counting, cudaStream_t stream) {
-  const Shape& shape = job.input.shape;
-  if (shape.classes() > kMostClasses) {
-    const int blocks = pixel_blocks(shape);
+  if (job.input.shape.classes() > kMostClasses) {
     return for_type(job.input.logits.type, [&](auto type) {
-      return launch(scores_general_kernel<decltype(type)>, shape.batch * blocks, dim3(kPixelThreads),
-                    counts_bytes(kPixelThreads), stream, job, blocks, counting);
+      const auto kernel = scores_general_kernel<decltype(type)>;
+      return launch_pixels(kernel, job, counts_bytes(kPixelThreads), stream, counting);
     });
   }
   return for_rows(job.input, [&](auto type, auto layout) {
     using Type = decltype(type);
-    return launch_rows<Type>(scores_kernel<Type, decltype(layout)::value>, job, {0, kStages, 0, 0}, stream, counting);
+    return launch_rows<Type>(scores_kernel<Type, decltype(layout)::value>, job, kSingleRows, stream, counting);
   });
 }
 

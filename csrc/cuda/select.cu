@@ -11,6 +11,7 @@
 // Counts are integers, so the order in which threads add does not matter; ties need no rule, since equal keys are equal
 // values.
 #include "counts.cuh"
+#include "types.cuh"
 
 namespace eroseg::cuda {
 namespace {
@@ -40,21 +41,18 @@ struct Workspace {
   int is_last;
 };
 
-struct alignas(16) FourFloats {
-  float value[4];
-};
-
 // Calls f(key) for those of the n scores that are this thread's.
 template <class F>
 __device__ __forceinline__ void for_each_key(const float* scores, const bool* valid, int64_t n, const F& f) {
   const auto key_of = [&](float score) { return static_cast<uint32_t>(Bits<float>::of(score)) & 0x7fffffffu; };
+  using FourFloats = Several<float, 4>;
   const int64_t self = threadIdx.x;
   if (valid == nullptr && reinterpret_cast<uintptr_t>(scores) % sizeof(FourFloats) == 0) {
     const auto* wide = reinterpret_cast<const FourFloats*>(scores);
 #pragma unroll 4
     for (int64_t i = self; i < n / 4; i += kThreads) {
       const FourFloats four = wide[i];
-      for (int j = 0; j < 4; ++j) f(key_of(four.value[j]));
+      for (int j = 0; j < 4; ++j) f(key_of(four.at[j]));
     }
     for (int64_t i = n / 4 * 4 + self; i < n; i += kThreads) f(key_of(scores[i]));
   } else {

@@ -56,8 +56,8 @@ class Staging {
  public:
   using Element = typename Type::Element;
 
-  // `memory` has StagingMemory's bytes and is aligned to 16 of them; `grad` is like the logits, or null if
-  // nothing is copied out.
+  // `memory` has StagingMemory's bytes and is aligned to 16 of them; `grad` is like the logits, or null if nothing
+  // is copied out.
   __device__ __forceinline__ Staging(const Input& input, void* grad, const Strips& strips, const Place& place,
                                      int stages, unsigned char* memory)
       : layout_(StagingMemory::of<Type>(input, strips, stages)),
@@ -73,7 +73,7 @@ class Staging {
     to_ = place.left + place.width + halo < width_ ? place.left + place.width + halo : width_;
     const int64_t offset = place.image * channels_ * height_ * width_;
     logits_ = static_cast<const Element*>(input.logits.data) + offset;
-    grad_ = static_cast<Element*>(grad) + offset;
+    grad_ = grad == nullptr ? nullptr : static_cast<Element*>(grad) + offset;
     const uintptr_t all = reinterpret_cast<uintptr_t>(logits_) | reinterpret_cast<uintptr_t>(grad_) |
                           static_cast<uintptr_t>(width_ * static_cast<int>(sizeof(Element)));
     piece_ = all % kBytesOfPiece == 0 ? kBytesOfPiece : (all % 4 == 0 ? 4 : static_cast<int>(sizeof(Element)));

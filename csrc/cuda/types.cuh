@@ -172,6 +172,13 @@ struct alignas(8) Word {
   }
 };
 
+// Neighbours in memory, which are read and written at once, in pieces of 16 bytes where they are more; they are aligned
+// accordingly.
+template <class T, int kN>
+struct alignas(sizeof(T) * kN < 16 ? sizeof(T) * kN : 16) Several {
+  T at[kN];
+};
+
 // A label as the kernels know it: -1 if its pixel is void.
 __device__ __forceinline__ int checked_label(int64_t label, int classes, int64_t ignore_index) {
   const bool is_class = static_cast<uint64_t>(label) < static_cast<uint64_t>(classes);
@@ -198,14 +205,11 @@ __device__ __forceinline__ void read_labels(const Labels& labels, int classes, i
                                             int (&out)[kPixels]) {
   with_labels(labels, [&](const auto* data) {
     using Label = std::decay_t<decltype(*data)>;
-    constexpr size_t kBytes = kPixels * sizeof(Label);
-    struct alignas(kBytes < 16 ? kBytes : 16) Several {
-      Label at[kPixels];
-    };
+    using LabelsOfWord = Several<Label, kPixels>;
     const Label* from = data + index;
-    Several several{};
-    if (n == kPixels && reinterpret_cast<uintptr_t>(from) % alignof(Several) == 0) {
-      several = *reinterpret_cast<const Several*>(from);
+    LabelsOfWord several{};
+    if (n == kPixels && reinterpret_cast<uintptr_t>(from) % alignof(LabelsOfWord) == 0) {
+      several = *reinterpret_cast<const LabelsOfWord*>(from);
     } else {
 #pragma unroll
       for (int v = 0; v < kPixels; ++v) {

@@ -98,6 +98,11 @@ def test_selection_reads_ties_and_few_distinct_values_right() -> None:
     assert torch.equal(cuda_kernels.kth_value(scores, k), reference.kth_value(scores, k))
 
 
+def test_a_thread_goes_on_to_its_next_pixel_where_an_image_has_more_than_threads() -> None:
+    logits, labels, _, _ = scene(1, 2, 3, 40_000)
+    assert torch.equal(cuda_kernels.confusion(logits, labels, 2), reference.confusion(logits, labels, 2))
+
+
 @pytest.mark.parametrize("n", [16384, 16385, 50_001])
 def test_blocks_that_share_a_row_select_as_one(n: int) -> None:
     scores = torch.rand(2, n, generator=torch.Generator().manual_seed(n)).pow(8)

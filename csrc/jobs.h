@@ -25,6 +25,11 @@ struct Shape {
   EROSEG_INLINE int64_t pixels() const { return height * width; }
 };
 
+// Whether a label or a predicted class is one of the classes 0 to `classes` - 1.
+EROSEG_INLINE bool is_class(int64_t value, int64_t classes) {
+  return static_cast<uint64_t>(value) < static_cast<uint64_t>(classes);
+}
+
 struct Labels {
   const void* data;  // [B, H, W], dense
   LabelType type;

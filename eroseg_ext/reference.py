@@ -479,12 +479,14 @@ def confusion(prediction: Tensor, labels: Tensor, classes: int, *, ignore_index:
         ignore_index: the label of void pixels.
 
     Returns:
-        int64 ``[classes, classes]``: rows are labels, columns predictions.
+        int64 ``[classes, classes]``: rows are labels, columns predictions. Pixels whose label is void, or whose label or
+        predicted class lies outside ``[0, classes)``, are counted nowhere.
     """
     if prediction.dim() == 4:
         prediction = (prediction[:, 0] > 0).long() if prediction.shape[1] == 1 else prediction.argmax(1)
     labels = labels.long()
     valid = (labels != ignore_index) & (labels >= 0) & (labels < classes)
+    valid &= (prediction >= 0) & (prediction < classes)
     cell = torch.where(valid, labels * classes + prediction, classes * classes)
     counts = torch.zeros(classes * classes + 1, dtype=torch.int64, device=labels.device)
     counts.scatter_add_(0, cell.flatten(), torch.ones_like(cell).flatten())

@@ -241,6 +241,17 @@ def test_confusion_is_the_reference(fused: Any, case: Case) -> None:
     assert torch.equal(fused.confusion(predicted, case.labels, classes, ignore_index=case.ignore_index), expected)
 
 
+def test_confusion_leaves_out_predictions_that_are_no_class(fused: Any) -> None:
+    """Void in a prediction is common; what lies outside [0, classes) must not reach memory outside the matrix."""
+    labels = torch.randint(0, 5, (2, 9, 37), generator=torch.Generator().manual_seed(0))
+    predicted = labels.clone()
+    for x, value in enumerate((-1, 5, 255, 10**9, 2**32, -(2**63), 2**63 - 1)):
+        predicted[:, :, x] = value
+    expected = torch.diag(torch.bincount(labels[:, :, 7:].flatten(), minlength=5))
+    assert torch.equal(fused.confusion(predicted, labels, 5), expected)
+    assert torch.equal(reference.confusion(predicted, labels, 5), expected)
+
+
 @PROPERTIES
 @given(
     rows=st.integers(0, 3),

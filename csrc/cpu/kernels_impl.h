@@ -198,7 +198,7 @@ void confusion(const Confusion& job, int64_t image, int64_t row_begin, int64_t r
     }
     for (int64_t x = 0; x < shape.width; ++x) {
       const int64_t predicted = job.prediction == nullptr ? row.predicted[x] : job.prediction[first + x];
-      if (row.label[x] >= 0) ++counts[row.label[x] * job.classes + predicted];
+      if (row.label[x] >= 0 && is_class(predicted, job.classes)) ++counts[row.label[x] * job.classes + predicted];
     }
   }
 }

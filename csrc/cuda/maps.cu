@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kPixelThreads)
   for_each_pixel<Type>(job.input, blocks_of_image, [&](const Image<Type>& image, int pixel, int64_t index) {
     const int label = read_label(job.input.labels, static_cast<int>(job.classes), index);
     const int64_t predicted = job.prediction == nullptr ? arg_max(image, pixel) : job.prediction[index];
-    if (label >= 0) count_cell(label * job.classes + predicted, shared, counts);
+    if (label >= 0 && is_class(predicted, job.classes)) count_cell(label * job.classes + predicted, shared, counts);
   });
   if (shared != nullptr) {
     __syncthreads();

@@ -181,8 +181,7 @@ struct alignas(sizeof(T) * kN < 16 ? sizeof(T) * kN : 16) Several {
 
 // A label as the kernels know it: -1 if its pixel is void.
 __device__ __forceinline__ int checked_label(int64_t label, int classes, int64_t ignore_index) {
-  const bool is_class = static_cast<uint64_t>(label) < static_cast<uint64_t>(classes);
-  return is_class && label != ignore_index ? static_cast<int>(label) : -1;
+  return is_class(label, classes) && label != ignore_index ? static_cast<int>(label) : -1;
 }
 
 // Calls f(data) with the labels as what they are in memory.

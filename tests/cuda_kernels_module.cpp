@@ -58,9 +58,9 @@ void rotate_kernel(Fault fault, int* out) {
 
 PYBIND11_MODULE(cuda_kernels_module, m) {
   py::class_<Input>(m, "Input").def(py::init(&input_of));
-  m.def("set_machine", [](unsigned seed, int resident, int64_t shared_of_processor) {
+  m.def("set_machine", [](unsigned seed, int processors, int64_t shared_of_processor) {
     cuda_on_host::machine().order.seed(seed);
-    cuda_on_host::machine().resident = resident;
+    cuda_on_host::machine().processors = processors;
     cuda_on_host::machine().shared_of_processor = shared_of_processor;
   });
   m.def("rotate", [](int fault) {

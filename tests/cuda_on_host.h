@@ -6,6 +6,7 @@
 // is an error, as are lanes missing from a shuffle.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <random>
 #include <stdexcept>
 #include <utility>
@@ -28,21 +30,41 @@
 
 struct dim3 {
   unsigned x, y, z;
-  dim3(unsigned x_, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+struct alignas(16) double2 {
+  double x, y;
 };
 
 using std::max;
 using std::min;
 
+inline dim3 blockIdx{0}, blockDim{1}, gridDim{1};
+
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
 
 namespace cuda_on_host {
 
 enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
 
+// A context starts a thread on its own stack; from then on it is left and resumed by jumps, which make no system call.
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf where;
+  bool has_started;
   std::vector<char> stack;
   State state;
 };
@@ -52,20 +74,21 @@ struct Fiber {
 struct Copy {
   unsigned char* to;
   const unsigned char* from;
-  int bytes;
+  int bytes, read;  // those that are not read become zeros
 };
 
 struct Machine {
   std::mt19937 order{0};
-  int resident = 6;  // what resident_blocks answers
+  int64_t processors = 1;
   std::vector<Fiber> fibers;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::function<void()> body;
   int current = 0;
   std::vector<unsigned char> shared;
   std::vector<double> exchange;  // a value per thread, for shuffles
   int64_t shared_of_processor = 0;
-  std::vector<std::vector<Copy>> copies;  // that each thread has begun
+  std::map<const void*, int64_t> shared_of_kernel;  // more than 48 KB, where it was asked for
+  std::vector<std::vector<Copy>> copies;            // that each thread has begun
 };
 
 inline Machine& machine() {
@@ -73,7 +96,6 @@ inline Machine& machine() {
   return instance;
 }
 
-inline dim3 block_index{0}, block_dimension{1}, grid_dimension{1};
 constexpr int64_t kCanary = 64;
 constexpr unsigned char kPoison = 0xff;  // floats of these bytes are NaN
 
@@ -81,21 +103,24 @@ inline void yield(State state) {
   Machine& m = machine();
   Fiber& fiber = m.fibers[m.current];
   fiber.state = state;
-  const int self = m.current;
-  swapcontext(&fiber.context, &m.scheduler);
-  m.current = self;
+  if (_setjmp(fiber.where) == 0) _longjmp(m.scheduler, 1);
 }
 
 inline void run_fiber() {
   Machine& m = machine();
   m.body();
   m.fibers[m.current].state = State::kDone;
+  _longjmp(m.scheduler, 1);
 }
 
 inline void resume(int thread) {
   Machine& m = machine();
   m.current = thread;
-  swapcontext(&m.scheduler, &m.fibers[thread].context);
+  if (_setjmp(m.scheduler) != 0) return;
+  Fiber& fiber = m.fibers[thread];
+  if (fiber.has_started) _longjmp(fiber.where, 1);
+  fiber.has_started = true;
+  setcontext(&fiber.start);
 }
 
 // Lets those continue whose barrier is complete; false if there is none, though not all have ended.
@@ -126,11 +151,11 @@ inline void run_block(int threads) {
     Fiber& fiber = m.fibers[i];
     fiber.stack.resize(1 << 16);
     fiber.state = State::kReady;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = &m.scheduler;
-    makecontext(&fiber.context, run_fiber, 0);
+    fiber.has_started = false;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.data();
+    fiber.start.uc_stack.ss_size = fiber.stack.size();
+    makecontext(&fiber.start, run_fiber, 0);
   }
   std::vector<int> order(threads);
   for (int i = 0; i < threads; ++i) order[i] = i;
@@ -148,27 +173,43 @@ inline void run_block(int threads) {
 
 inline dim3 thread_index() {
   const int thread = machine().current;
-  return dim3(thread % block_dimension.x, thread / block_dimension.x);
+  return dim3(thread % blockDim.x, thread / blockDim.x);
 }
 
-template <class T>
-T shuffle(T value, int source) {
+// Calls f(read) when all threads of the warp have given a value; read(i) is that of the block's thread i.
+template <class T, class F>
+auto exchange(T value, const F& f) {
   static_assert(sizeof(T) <= sizeof(double));
   Machine& m = machine();
   std::memcpy(&m.exchange[m.current], &value, sizeof(T));
   yield(State::kAtWarpBarrier);
-  T result;
-  std::memcpy(&result, &m.exchange[source], sizeof(T));
+  const auto result = f([&](int thread) {
+    T other;
+    std::memcpy(&other, &m.exchange[thread], sizeof(T));
+    return other;
+  });
   yield(State::kAtWarpBarrier);
   return result;
+}
+
+template <class T>
+T shuffle(T value, int source) {
+  return exchange(value, [&](const auto& read) { return read(source); });
+}
+
+// The sum of a warp's values, each shifted to the left by its lane times `shift`.
+inline unsigned warp_sum(unsigned value, int shift) {
+  const int first = machine().current / 32 * 32;
+  return exchange(value, [&](const auto& read) {
+    unsigned sum = 0;
+    for (int lane = 0; lane < 32; ++lane) sum += read(first + lane) << lane * shift;
+    return sum;
+  });
 }
 
 }  // namespace cuda_on_host
 
 #define threadIdx cuda_on_host::thread_index()
-#define blockIdx cuda_on_host::block_index
-#define blockDim cuda_on_host::block_dimension
-#define gridDim cuda_on_host::grid_dimension
 
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
   std::memset(memory, value, bytes);
@@ -188,10 +229,10 @@ T __shfl_sync(unsigned, T value, int source) {
   return cuda_on_host::shuffle(value, cuda_on_host::machine().current / 32 * 32 + source);
 }
 
-inline unsigned __ballot_sync(unsigned, bool value) {
-  unsigned bits = 0;
-  for (int lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(__shfl_sync(~0u, value, lane)) << lane;
-  return bits;
+inline unsigned __ballot_sync(unsigned, bool value) { return cuda_on_host::warp_sum(value, 1); }
+
+inline int __reduce_add_sync(unsigned, int value) {
+  return static_cast<int>(cuda_on_host::warp_sum(static_cast<unsigned>(value), 0));
 }
 
 template <class T>
@@ -223,39 +264,65 @@ void copy_async(void* shared, const void* global) {
   }
   auto* to = static_cast<unsigned char*>(shared);
   std::memset(to, kPoison, kBytes);
-  machine().copies[machine().current].push_back({to, static_cast<const unsigned char*>(global), kBytes});
+  machine().copies[machine().current].push_back({to, static_cast<const unsigned char*>(global), kBytes, kBytes});
+}
+
+inline void copy_async_some(void* shared, const void* global, int bytes) {
+  using namespace cuda_on_host;
+  copy_async<16>(shared, global);
+  machine().copies[machine().current].back().read = std::min(bytes, 16);
 }
 
 inline void prefetch(const void*) {}
 
 inline void wait_for_copies() {
   auto& copies = cuda_on_host::machine().copies[cuda_on_host::machine().current];
-  for (const auto& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  for (const auto& copy : copies) {
+    std::memset(copy.to, 0, copy.bytes);
+    std::memcpy(copy.to, copy.from, copy.read);
+  }
   copies.clear();
-}
-
-inline cudaError_t shared_memory_limits(int64_t* of_block, int64_t* of_processor) {
-  *of_processor = cuda_on_host::machine().shared_of_processor;
-  *of_block = *of_processor - 1024;
-  return cudaSuccess;
 }
 
 inline unsigned char* shared_memory() { return cuda_on_host::machine().shared.data(); }
 
+}  // namespace eroseg::cuda
+
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const cuda_on_host::Machine& m = cuda_on_host::machine();
+  const int64_t of_block = m.shared_of_processor - 1024;
+  *value = static_cast<int>(attribute == cudaDevAttrMultiProcessorCount            ? m.processors
+                            : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? of_block
+                                                                                   : m.shared_of_processor);
+  return cudaSuccess;
+}
+
+template <class... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
+  cuda_on_host::machine().shared_of_kernel[reinterpret_cast<const void*>(kernel)] = bytes;
+  return cudaSuccess;
+}
+
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, int64_t shared, cudaStream_t,
-                   const Arguments&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const Arguments&... arguments) {
   using namespace cuda_on_host;
   Machine& m = machine();
-  block_dimension = threads;
-  grid_dimension = dim3(static_cast<unsigned>(blocks));
+  const dim3 threads = blockDim = config->blockDim;
+  gridDim = config->gridDim;
+  const int64_t blocks = gridDim.x, shared = static_cast<int64_t>(config->dynamicSmemBytes);
+  const auto allowed = m.shared_of_kernel.find(reinterpret_cast<const void*>(kernel));
+  if (shared > (allowed == m.shared_of_kernel.end() ? 48 * 1024 : allowed->second)) {
+    return cudaErrorInvalidConfiguration;
+  }
   m.body = [&] { kernel(arguments...); };
   std::vector<int64_t> order(blocks);
   for (int64_t i = 0; i < blocks; ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), m.order);
   for (const int64_t block : order) {
-    block_index = dim3(static_cast<unsigned>(block));
-    if (shared > std::max<int64_t>(m.shared_of_processor - 1024, 48 * 1024)) return cudaErrorInvalidConfiguration;
+    blockIdx = dim3(static_cast<unsigned>(block));
     m.shared.assign(shared + kCanary, kPoison);
     run_block(static_cast<int>(threads.x * threads.y));
     for (int64_t i = shared; i < shared + kCanary; ++i) {
@@ -265,10 +332,3 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, 
   return cudaSuccess;
 }
 
-template <class... Parameters>
-cudaError_t resident_blocks(void (*)(Parameters...), int, int64_t, int* count) {
-  *count = cuda_on_host::machine().resident;
-  return cudaSuccess;
-}
-
-}  // namespace eroseg::cuda

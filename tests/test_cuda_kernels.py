@@ -69,12 +69,12 @@ def test_every_way_to_share_classes_among_threads_and_to_copy_rows(
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"radius": 0}, {"radius": 8, "within": "class"}], ids=str)
-@pytest.mark.parametrize("resident", [1, 7, 1000])
+@pytest.mark.parametrize("processors", [1, 7, 1000])
 @pytest.mark.parametrize("width", [255, 256, 257, 600, 1031])
 def test_pixels_do_not_feel_the_borders_of_strips_and_bands(
-    width: int, resident: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    width: int, processors: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_kernels, "DEVICES", ((resident, 100), (resident, 228)))
+    monkeypatch.setattr(cuda_kernels, "DEVICES", ((processors, 100), (processors, 228)))
     logits, labels, tau, previous = scene(1, 3, 13, width)
     got = cuda_kernels.erosion_grad(logits, labels, tau, previous, **options)
     expected = reference.erosion_grad(logits, labels, tau, previous, **options)
@@ -87,7 +87,7 @@ def test_pixels_do_not_feel_the_borders_of_strips_and_bands(
 def test_results_are_the_same_to_the_last_bit_in_any_order_of_threads() -> None:
     arguments = scene(2, 30, 9, 75)
     runs = [cuda_kernels.erosion_grad(*arguments) for _ in range(3 * len(cuda_kernels.DEVICES))]
-    # Runs with as many resident blocks cut the images alike, and so add up in one order.
+    # Runs on like devices cut the images alike, and so add up in one order.
     for first, other in zip(runs, runs[len(cuda_kernels.DEVICES) :], strict=False):
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 

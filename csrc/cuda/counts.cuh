@@ -21,18 +21,20 @@ constexpr int64_t counts_bytes(int threads) {
 // 1. A block adds up its threads' counts and writes them to its place in partials.
 // 2. It takes a number from the ticket; the block that takes the last one knows all partials to be written, and the
 //    counter wraps to 0 for the next launch.
-// 3. That block adds up the partials of every image: a warp for each of its four sums.
+// 3. That block adds up the partials of every image: as many lanes for each as there are, at most a warp, so that all
+//    images' partials are on their way at once.
 // All threads of the block call it. `memory` has counts_bytes.
 __device__ inline void add_up(const Counts& counts, int64_t batch, const Counting& counting, unsigned char* memory) {
   auto* of_warp = reinterpret_cast<double*>(memory);
   const int self = thread_of_block(), warp = self / kWarp, lane = self % kWarp;
   const int warps = threads_of_block() / kWarp;
-  const double own[kCounts] = {static_cast<double>(counts.valid), static_cast<double>(counts.right),
-                               static_cast<double>(counts.front), counts.movement};
   __syncthreads();  // the memory was something else's before
-  for (int i = 0; i < kCounts; ++i) {
-    const double sum = warp_sum(own[i]);
-    if (lane == 0) of_warp[warp * kCounts + i] = sum;
+  const double sums[kCounts] = {static_cast<double>(__reduce_add_sync(kAllLanes, counts.valid)),
+                                static_cast<double>(__reduce_add_sync(kAllLanes, counts.right)),
+                                static_cast<double>(__reduce_add_sync(kAllLanes, counts.front)),
+                                warp_sum(counts.movement)};
+  if (lane == 0) {
+    for (int i = 0; i < kCounts; ++i) of_warp[warp * kCounts + i] = sums[i];
   }
   __syncthreads();
   if (self < kCounts) {
@@ -48,12 +50,26 @@ __device__ inline void add_up(const Counts& counts, int64_t batch, const Countin
   if (*is_last == 0) return;
   __threadfence();
   const int64_t blocks = gridDim.x / batch;
-  for (int64_t i = warp; i < batch * kCounts; i += warps) {
-    const double* partials = counting.partials + i / kCounts * blocks * kCounts + i % kCounts;
-    double sum = 0;
-    for (int64_t block = lane; block < blocks; block += kWarp) sum += __ldcg(partials + block * kCounts);
-    sum = warp_sum(sum);
-    if (lane == 0) counting.stats[i] = sum;
+  int lanes = kWarp;
+  while (lanes > 1 && threads_of_block() / lanes < batch) lanes /= 2;
+  const int part = self % lanes, images = threads_of_block() / lanes;
+  for (int64_t first = 0; first < batch; first += images) {
+    const int64_t image = first + self / lanes;
+    double sum[kCounts] = {};
+    if (image < batch) {
+      const auto* partials = reinterpret_cast<const double2*>(counting.partials + image * blocks * kCounts);
+#pragma unroll 4
+      for (int64_t block = part; block < blocks; block += lanes) {
+        const double2 low = __ldcg(partials + 2 * block), high = __ldcg(partials + 2 * block + 1);
+        sum[0] += low.x, sum[1] += low.y, sum[2] += high.x, sum[3] += high.y;
+      }
+    }
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
+      for (int i = 0; i < kCounts; ++i) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], offset);
+    }
+    if (image < batch && part == 0) {
+      for (int i = 0; i < kCounts; ++i) counting.stats[image * kCounts + i] = sum[i];
+    }
   }
 }
 

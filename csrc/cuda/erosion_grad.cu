@@ -98,20 +98,20 @@ __device__ __forceinline__ void find_lowest_of_class(const Row& row, const Class
 
 template <class Type, Layout kLayout, bool kPlain>
 __global__ void __launch_bounds__(most_threads(kPlain), 2)
-    erosion_grad_kernel(const __grid_constant__ ErosionGrad job, const __grid_constant__ Strips strips,
+    erosion_grad_kernel(const __grid_constant__ ErosionGrad job, const __grid_constant__ RowsPlan plan,
                         const __grid_constant__ Counting counting) {
   constexpr int kPixels = Word<Type>::kElements;
   using Scores = Several<float, kPixels>;
   const Shape& shape = job.input.shape;
   const int height = static_cast<int>(shape.height), width = static_cast<int>(shape.width);
-  const Place place = Place::of<Type>(shape, strips);
+  const Place place = Place::of<Type>(shape, plan.strips, plan.words_of_share);
   unsigned char* memory = shared_memory();
-  const int pitch = ring_pitch(strips, kPixels);
+  const int pitch = ring_pitch(plan.strips, kPixels);
   auto* ring = reinterpret_cast<float*>(memory);
   const bool geodesic = !kPlain && is_geodesic(job);
-  Staging<Type, kLayout> staging(job.input, job.grad, strips, place, kStages,
+  Staging<Type, kLayout> staging(job.input, job.grad, plan, place,
                                  memory + (geodesic ? 2 : 1) * kRing * pitch * static_cast<int>(sizeof(float)));
-  Rows<Type, kLayout, false> rows(job.input, place, staging, strips.groups);
+  Rows<Type, kLayout, false> rows(job.input, plan, place, staging);
 
   const float tau = job.tau[place.image];
   const float per_tau = 1.0f / tau;
@@ -253,7 +253,7 @@ cudaError_t launch_erosion_grad(const ErosionGrad& job, const Counting& counting
   const Shape& shape = job.input.shape;
   if (shape.pixels() == 0) return count_nothing(shape, counting, stream);
   if (!is_one_pass(job)) return launch_erosion_grad_passes(job, counting, workspace, stream);
-  return for_rows(job.input, [&](auto type, auto layout) {
+  return for_rows(job.input, job.grad, [&](auto type, auto layout) {
     using Type = decltype(type);
     constexpr Layout kLayout = decltype(layout)::value;
     constexpr int kPixels = Word<Type>::kElements;
@@ -261,7 +261,7 @@ cudaError_t launch_erosion_grad(const ErosionGrad& job, const Counting& counting
         is_plain(job) ? erosion_grad_kernel<Type, kLayout, true> : erosion_grad_kernel<Type, kLayout, false>;
     const int of_pixel = (is_geodesic(job) ? 2 : 1) * kRing * static_cast<int>(sizeof(float));
     const RowsNeeds needs{1, kStages, of_pixel, 2 * kPixels * of_pixel, most_threads(is_plain(job))};
-    return launch_rows<Type>(kernel, job, needs, stream, counting);
+    return launch_rows<Type, kLayout>(kernel, job, needs, stream, counting);
   });
 }
 

@@ -28,11 +28,11 @@ __device__ __forceinline__ float weight_of(const FrontGrad& job, int64_t image, 
 
 template <class Type, Layout kLayout>
 __global__ void __launch_bounds__(kMostThreads, 2)
-    front_grad_kernel(const __grid_constant__ FrontGrad job, const __grid_constant__ Strips strips) {
+    front_grad_kernel(const __grid_constant__ FrontGrad job, const __grid_constant__ RowsPlan plan) {
   constexpr int kPixels = Word<Type>::kElements;
-  const Place place = Place::of<Type>(job.input.shape, strips);
-  Staging<Type, kLayout> staging(job.input, job.grad, strips, place, kStagesOfSingleRows, shared_memory());
-  Rows<Type, kLayout, false> rows(job.input, place, staging, strips.groups);
+  const Place place = Place::of<Type>(job.input.shape, plan.strips, plan.words_of_share);
+  Staging<Type, kLayout> staging(job.input, job.grad, plan, place, shared_memory());
+  Rows<Type, kLayout, false> rows(job.input, plan, place, staging);
   for_each_row(place, staging, rows, [&](int y, int stage) {
     const Terms<kPixels> terms = rows.reduce(y, stage);
     float weight[kPixels];
@@ -62,9 +62,9 @@ cudaError_t launch_front_grad(const FrontGrad& job, cudaStream_t stream) {
       return launch_pixels(front_grad_general_kernel<decltype(type)>, job, 0, stream);
     });
   }
-  return for_rows(job.input, [&](auto type, auto layout) {
+  return for_rows(job.input, job.grad, [&](auto type, auto layout) {
     using Type = decltype(type);
-    return launch_rows<Type>(front_grad_kernel<Type, decltype(layout)::value>, job, kSingleRows, stream);
+    return launch_rows<Type, layout.value>(front_grad_kernel<Type, layout.value>, job, kSingleRows, stream);
   });
 }
 

@@ -30,13 +30,13 @@ __device__ __forceinline__ void count(Counts& counts, bool valid, bool right, fl
 
 template <class Type, Layout kLayout>
 __global__ void __launch_bounds__(kMostThreads, 2)
-    pixel_grad_kernel(const __grid_constant__ PixelGrad job, const __grid_constant__ Strips strips,
+    pixel_grad_kernel(const __grid_constant__ PixelGrad job, const __grid_constant__ RowsPlan plan,
                       const __grid_constant__ Counting counting) {
   constexpr int kPixels = Word<Type>::kElements;
-  const Place place = Place::of<Type>(job.input.shape, strips);
+  const Place place = Place::of<Type>(job.input.shape, plan.strips, plan.words_of_share);
   unsigned char* memory = shared_memory();
-  Staging<Type, kLayout> staging(job.input, job.grad, strips, place, kStagesOfSingleRows, memory);
-  Rows<Type, kLayout, true> rows(job.input, place, staging, strips.groups);
+  Staging<Type, kLayout> staging(job.input, job.grad, plan, place, memory);
+  Rows<Type, kLayout, true> rows(job.input, plan, place, staging);
   const float* class_weight = class_weight_of(job, place.image);
   Counts counts;
   for_each_row(place, staging, rows, [&](int y, int stage) {
@@ -102,10 +102,9 @@ cudaError_t launch_pixel_grad(const PixelGrad& job, const Counting& counting, cu
   if (job.method.method == Method::kCosPgdSigmoid || shape.classes() > kMostClasses) {
     return launch_pixel_grad_general(job, counting, stream);
   }
-  return for_rows(job.input, [&](auto type, auto layout) {
+  return for_rows(job.input, job.grad, [&](auto type, auto layout) {
     using Type = decltype(type);
-    const auto kernel = pixel_grad_kernel<Type, decltype(layout)::value>;
-    return launch_rows<Type>(kernel, job, kSingleRows, stream, counting);
+    return launch_rows<Type, layout.value>(pixel_grad_kernel<Type, layout.value>, job, kSingleRows, stream, counting);
   });
 }
 

@@ -7,12 +7,6 @@
 
 namespace eroseg::cuda {
 
-// Words that each but the last of the threads of a word of pixels has of the pixels' logits. It is odd where several
-// threads share them, which staging.cuh relies on.
-__host__ __device__ constexpr int words_of_share(int classes, int groups) {
-  return groups == 1 ? classes : (classes + groups - 1) / groups | 1;
-}
-
 // What a block works on, and a thread's part of it.
 struct Place {
   int64_t image;
@@ -31,19 +25,19 @@ struct Place {
   // Of two bands that touch, one is gone over upwards and the other downwards: the rows that both of them read are read
   // at about the same time, and so once from memory.
   template <class Type>
-  static __device__ __forceinline__ Place of(const Shape& shape, const Strips& strips) {
+  static __device__ __forceinline__ Place of(const Shape& shape, const Strips& strips, int words_of_share) {
     constexpr int kPixels = Word<Type>::kElements;
     Place place;
-    const int64_t per_image = static_cast<int64_t>(strips.count) * strips.bands;
-    const int within = static_cast<int>(blockIdx.x % per_image);
-    place.image = blockIdx.x / per_image;
-    const int band = within % strips.bands;
+    const int block = static_cast<int>(blockIdx.x), image = strips.by_blocks_of_image.quotient(block);
+    const int within = block - image * strips.count * strips.bands;
+    const int strip = strips.by_bands.quotient(within), band = within - strip * strips.bands;
+    place.image = image;
     const int height = static_cast<int>(shape.height), image_width = static_cast<int>(shape.width);
     place.image_width = image_width;
     place.begin = band * strips.rows;
     place.end = place.begin + strips.rows < height ? place.begin + strips.rows : height;
     place.upward = band % 2 != 0;
-    place.left = within / strips.bands * strips.width;
+    place.left = strip * strips.width;
     place.width = place.left + strips.width < image_width ? strips.width : image_width - place.left;
 
     // Own words first, then the halo on the left, then the one on the right.
@@ -59,9 +53,9 @@ struct Place {
     place.pixels = !some ? 0 : (image_width - place.x < kPixels ? image_width - place.x : kPixels);
 
     place.group = static_cast<int>(threadIdx.x);
-    const int classes = static_cast<int>(shape.classes()), share = words_of_share(classes, strips.groups);
-    place.first = place.group * share;
-    const int count = classes - place.first < share ? classes - place.first : share;
+    const int classes = static_cast<int>(shape.classes());
+    place.first = place.group * words_of_share;
+    const int count = classes - place.first < words_of_share ? classes - place.first : words_of_share;
     place.count = place.pixels > 0 && count > 0 ? count : 0;
     return place;
   }

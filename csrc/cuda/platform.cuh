@@ -69,6 +69,13 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   }
 }
 
+// Begins to copy the first so many of 16 bytes; the others become zeros.
+__device__ __forceinline__ void copy_async_some(void* shared, const void* global, int bytes) {
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes < 16 ? bytes : 16)
+               : "memory");
+}
+
 // Waits for all copies that this thread has begun.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -81,50 +88,49 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return memory;
 }
 
-// Launches; more than 48 KB of shared memory have to be asked for.
+#endif
+
+// What the current device has.
+struct DeviceLimits {
+  int64_t processors = 0, shared_of_block = 0, shared_of_processor = 0;  // multiprocessors, bytes of shared memory
+};
+
+inline cudaError_t device_limits(DeviceLimits* limits) {
+  int device = 0, processors = 0, block = 0, processor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const auto ask = [&](int* value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+  };
+  ask(&processors, cudaDevAttrMultiProcessorCount);
+  ask(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(&processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  *limits = {processors, block, processor};
+  return error;
+}
+
+// Launches. How much shared memory a kernel may have belongs to the kernel, which other host threads launch, too: it is
+// always set to all that the device allows, so that none of them takes away what another is about to use.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, int64_t shared, cudaStream_t stream,
                    const Arguments&... arguments) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
   if (shared > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    DeviceLimits limits;
+    cudaError_t error = device_limits(&limits);
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(limits.shared_of_block));
+    }
     if (error != cudaSuccess) return error;
   }
-  kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared), stream>>>(arguments...);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = threads;
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
-
-// Bytes of shared memory that a block and a multiprocessor of the current device have at most.
-inline cudaError_t shared_memory_limits(int64_t* of_block, int64_t* of_processor) {
-  int device = 0, block = 0, processor = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  }
-  *of_block = block;
-  *of_processor = processor;
-  return error;
-}
-
-// How many blocks of the kernel the current device holds at a time.
-template <class... Parameters>
-cudaError_t resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shared, int* count) {
-  int device = 0, processors = 0, each = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess && shared > 48 * 1024) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  }
-  if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, static_cast<size_t>(shared));
-  }
-  *count = processors * (each > 0 ? each : 1);
-  return error;
-}
-#endif
 
 __device__ __forceinline__ int thread_of_block() { return static_cast<int>(threadIdx.x + threadIdx.y * blockDim.x); }
 

@@ -39,9 +39,13 @@ class Rows {
   static constexpr int kPixels = Word<Type>::kElements;
   using Element = typename Type::Element;
 
-  __device__ __forceinline__ Rows(const Input& input, const Place& place, const Staging<Type, kLayout>& staging,
-                                  int groups)
-      : input_(input), place_(place), staging_(staging), groups_(groups), share_(place, staging, input.shape, groups) {}
+  __device__ __forceinline__ Rows(const Input& input, const RowsPlan& plan, const Place& place,
+                                  const Staging<Type, kLayout>& staging)
+      : input_(input),
+        place_(place),
+        staging_(staging),
+        groups_(plan.strips.groups),
+        share_(place, staging, input.shape, plan.by_words_of_share) {}
 
   // Begins to bring the labels of row y of the image, if there is one, to the L2: its reduction waits for them.
   __device__ __forceinline__ void prefetch_labels(int y) const {
@@ -322,7 +326,7 @@ class Rows {
   const Input& input_;
   const Place& place_;
   const Staging<Type, kLayout>& staging_;
-  int groups_;
+  const int groups_;
   Share<Type, kLayout> share_;
 };
 

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <map>
+#include <mutex>
 #include <type_traits>
 
 #include "counts.cuh"
@@ -11,19 +14,6 @@ namespace eroseg::cuda {
 
 // A block's threads at most. Launch bounds hold the kernels to registers for two such blocks on a multiprocessor.
 constexpr int kMostThreads = 256;
-// The warps that a multiprocessor should have: fewer cannot hide each other's waits.
-constexpr int kWarpsWanted = 12;
-// A thread's classes, more or less: with fewer threads on a pixel's many classes too few would fit a multiprocessor,
-// whose shared memory the logits fill.
-constexpr int kClassesOfThread = 24;
-
-// Threads that share a word of pixels: 1, 2, 4 or 8, so that they are lanes of one warp.
-inline int groups_for(int64_t classes) {
-  const int64_t wanted = (classes + kClassesOfThread - 1) / kClassesOfThread;
-  int groups = 1;
-  while (groups < 8 && 3 * groups <= 2 * wanted) groups *= 2;  // the power of two that is nearest
-  return groups;
-}
 
 // What a kernel needs.
 struct RowsNeeds {
@@ -35,62 +25,100 @@ struct RowsNeeds {
 };
 constexpr RowsNeeds kSingleRows{0, kStagesOfSingleRows, 0, 0};
 
-// Cuts images into strips; the count is 0 if they do not fit into shared memory, of which 99 KB are enough. Wide strips
-// overlap little and narrow ones leave room for more warps: what counts is how much work those have that a
-// multiprocessor holds at a time.
-template <class Type>
-cudaError_t cut_for_rows(const Input& input, const RowsNeeds& needs, Strips* strips, int64_t* shared) {
-  *strips = {};
+// Cycles in which some warps of a multiprocessor, whose threads have so many words each, reduce a row and make its
+// gradient: one warp alone waits for most of that, and many of them have to share four schedulers. Counted in the
+// disassembly of erosion_grad for 9.0 (bench/NOTES.md); not measured.
+inline double cycles_of_row(int64_t warps, int words_of_share) {
+  const double alone = 1700 + 170.0 * words_of_share, instructions = 500 + 65.0 * words_of_share;
+  return std::max(alone, static_cast<double>(warps) * instructions / 4);
+}
+
+// The bytes of shared memory that a block of the plan has.
+inline int64_t shared_bytes(const RowsPlan& plan, const RowsNeeds& needs) {
+  const int64_t own = needs.bytes_of_pixel * static_cast<int64_t>(plan.strips.width) + needs.bytes;
+  return std::max(plan.memory.bytes() + own, counts_bytes(plan.strips.threads()));
+}
+
+// The fastest plan by that count, with a time of 0 if images do not fit into shared memory, of which 99 KB are enough.
+// Wide strips overlap little, narrow ones leave room for more warps; more threads for a pixel's classes are idle less
+// where there are few pixels, and repeat more of what is done once for each thread.
+struct TimedPlan {
+  RowsPlan plan;
+  int64_t shared = 0;
+  double time = 0;
+};
+
+template <class Type, Layout kLayout>
+TimedPlan fastest_plan(const Input& input, const RowsNeeds& needs, const DeviceLimits& device) {
+  constexpr int kPixels = Word<Type>::kElements;
   const Shape& shape = input.shape;
-  int64_t of_block = 0, of_processor = 0;
-  const cudaError_t error = shared_memory_limits(&of_block, &of_processor);
-  if (error != cudaSuccess) return error;
-  const auto bytes_of = [&](const Strips& cut) {
-    const StagingMemory memory = StagingMemory::of<Type>(input, cut, needs.stages);
-    return memory.bytes() + needs.bytes_of_pixel * static_cast<int64_t>(memory.pitch) + needs.bytes;
-  };
-  const auto cost = [&](const Strips& cut) {
-    const int64_t bytes = bytes_of(cut), threads = cut.slots * cut.groups;
-    if (bytes > of_block) return -1.0;
-    // Each block has 1 KB that is not its own.
-    const int64_t blocks = std::min(of_processor / (bytes + 1024), 2 * needs.most_threads / threads);
-    // A block alone waits as a whole.
-    const int64_t warps = blocks * threads / kWarp / (blocks == 1 ? 2 : 1);
-    return static_cast<double>(cut.count * cut.slots) / static_cast<double>(std::min<int64_t>(warps, kWarpsWanted));
-  };
-  const int groups = groups_for(shape.classes());
-  *strips =
-      cut_strips(shape.width, {needs.radius, Word<Type>::kElements, 2, kWarp / groups, groups, needs.most_threads},
-                 kNarrowestStrip, cost);
-  if (strips->count > 0) *shared = bytes_of(*strips);
-  return cudaSuccess;
+  TimedPlan best;
+  for (int groups = 1; groups <= 8 && (groups == 1 || groups <= shape.channels); groups *= 2) {
+    RowsPlan plan;
+    const int classes = static_cast<int>(shape.classes());
+    plan.words_of_share = groups == 1 ? classes : ((classes + groups - 1) / groups | 1);
+    plan.by_words_of_share = Divisor::of(plan.words_of_share);
+    const StripLimits limits{needs.radius, kPixels, 2, kWarp / groups, groups, needs.most_threads, kNarrowestStrip};
+    for_each_cut(shape.width, limits, [&](const Strips& strips) {
+      plan.strips = strips;
+      plan.memory = StagingMemory::of<Type, kLayout>(input, strips, plan.words_of_share, needs.stages);
+      const int64_t threads = strips.threads();
+      const int64_t shared = shared_bytes(plan, needs);
+      if (shared > device.shared_of_block) return;
+      // Each block has 1 KB that is not its own.
+      const int64_t resident = std::min(device.shared_of_processor / (shared + 1024), 2 * needs.most_threads / threads);
+      const double time = cut_bands(plan.strips, shape.batch, shape.height, needs.radius, device.processors, resident,
+                                    [&](int64_t blocks) {
+                                      return cycles_of_row(blocks * threads / kWarp, plan.words_of_share);
+                                    });
+      if (best.time == 0 || time < best.time) best = {plan, shared, time};
+    });
+  }
+  return best;
+}
+
+// The same, found once for every kind of launch: it takes longer than many a kernel.
+template <class Type, Layout kLayout>
+TimedPlan known_plan(const Input& input, const RowsNeeds& needs, const DeviceLimits& device) {
+  using Key = std::array<int64_t, 12>;
+  static std::mutex mutex;
+  static std::map<Key, TimedPlan> plans;
+  constexpr size_t kMostPlans = 1000;
+  const Shape& shape = input.shape;
+  const Key key{shape.batch,          shape.channels, shape.height,           shape.width,
+                needs.radius,         needs.stages,   needs.bytes_of_pixel,   needs.bytes,
+                needs.most_threads,   device.processors, device.shared_of_block, device.shared_of_processor};
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (plans.size() >= kMostPlans) plans.clear();
+  const auto [found, is_new] = plans.try_emplace(key);
+  if (is_new) found->second = fastest_plan<Type, kLayout>(input, needs, device);
+  return found->second;
 }
 
 // Launches a kernel over rows of at most kMostClasses. `more` are further arguments of the kernel.
-template <class Type, class Job, class... More>
-cudaError_t launch_rows(void (*kernel)(Job, Strips, More...), const Job& job, const RowsNeeds& needs,
+template <class Type, Layout kLayout, class Job, class... More>
+cudaError_t launch_rows(void (*kernel)(Job, RowsPlan, More...), const Job& job, const RowsNeeds& needs,
                         cudaStream_t stream, const More&... more) {
-  const Shape& shape = job.input.shape;
-  Strips strips;
-  int64_t of_rows = 0;
-  cudaError_t error = cut_for_rows<Type>(job.input, needs, &strips, &of_rows);
+  DeviceLimits device;
+  const cudaError_t error = device_limits(&device);
   if (error != cudaSuccess) return error;
-  if (strips.count == 0) return cudaErrorInvalidConfiguration;
-  const int threads = strips.slots * strips.groups;
-  const int64_t shared = std::max(of_rows, counts_bytes(threads));
-  int resident = 1;
-  error = resident_blocks(kernel, threads, shared, &resident);
-  if (error != cudaSuccess) return error;
-  cut_bands(strips, shape.batch, shape.height, needs.radius, resident);
-  return launch(kernel, shape.batch * strips.count * strips.bands, dim3(strips.groups, strips.slots), shared, stream,
-                job, strips, more...);
+  const TimedPlan known = known_plan<Type, kLayout>(job.input, needs, device);
+  if (known.time == 0) return cudaErrorInvalidConfiguration;
+  const Strips& strips = known.plan.strips;
+  return launch(kernel, job.input.shape.batch * strips.blocks_of_image(), dim3(strips.groups, strips.slots),
+                known.shared, stream, job, known.plan, more...);
 }
 
-// Calls f(Type{}, layout), the latter as an integral constant.
+// Calls f(Type{}, layout), the latter as an integral constant. `grad` may be null.
 template <class F>
-cudaError_t for_rows(const Input& input, const F& f) {
+cudaError_t for_rows(const Input& input, const void* grad, const F& f) {
   return for_type(input.logits.type, [&](auto type) {
     if (input.logits.channels_last) return f(type, std::integral_constant<Layout, Layout::kChannelsLast>{});
+    const int64_t row = input.shape.width * static_cast<int64_t>(sizeof(typename decltype(type)::Element));
+    const uintptr_t tensors = reinterpret_cast<uintptr_t>(input.logits.data) | reinterpret_cast<uintptr_t>(grad);
+    if ((tensors | static_cast<uintptr_t>(row)) % kBytesOfPiece != 0) {
+      return f(type, std::integral_constant<Layout, Layout::kUnalignedPlanes>{});
+    }
     return f(type, std::integral_constant<Layout, Layout::kPlanes>{});
   });
 }

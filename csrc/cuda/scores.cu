@@ -30,13 +30,13 @@ __device__ __forceinline__ void put_score(const ScorePass& job, int64_t image, i
 
 template <class Type, Layout kLayout>
 __global__ void __launch_bounds__(kMostThreads, 2)
-    scores_kernel(const __grid_constant__ ScorePass job, const __grid_constant__ Strips strips,
+    scores_kernel(const __grid_constant__ ScorePass job, const __grid_constant__ RowsPlan plan,
                   const __grid_constant__ Counting counting) {
   constexpr int kPixels = Word<Type>::kElements;
-  const Place place = Place::of<Type>(job.input.shape, strips);
+  const Place place = Place::of<Type>(job.input.shape, plan.strips, plan.words_of_share);
   unsigned char* memory = shared_memory();
-  Staging<Type, kLayout> staging(job.input, nullptr, strips, place, kStagesOfSingleRows, memory);
-  Rows<Type, kLayout, false> rows(job.input, place, staging, strips.groups);
+  Staging<Type, kLayout> staging(job.input, nullptr, plan, place, memory);
+  Rows<Type, kLayout, false> rows(job.input, plan, place, staging);
   const bool writes = place.own && place.group == 0;
   Counts counts;
   for_each_row(place, staging, rows, [&](int y, int stage) {
@@ -83,9 +83,9 @@ cudaError_t launch_scores(const ScorePass& job, const Counting& counting, cudaSt
       return launch_pixels(kernel, job, counts_bytes(kPixelThreads), stream, counting);
     });
   }
-  return for_rows(job.input, [&](auto type, auto layout) {
+  return for_rows(job.input, nullptr, [&](auto type, auto layout) {
     using Type = decltype(type);
-    return launch_rows<Type>(scores_kernel<Type, decltype(layout)::value>, job, kSingleRows, stream, counting);
+    return launch_rows<Type, layout.value>(scores_kernel<Type, layout.value>, job, kSingleRows, stream, counting);
   });
 }
 

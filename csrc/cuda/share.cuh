@@ -17,11 +17,11 @@ class Share {
   using Element = typename Type::Element;
 
   __device__ __forceinline__ Share(const Place& place, const Staging<Type, kLayout>& staging, const Shape& shape,
-                                   int groups)
+                                   Divisor by_words_of_share)
       : staging_(staging),
         channels_(static_cast<int>(shape.channels)),
         first_class_(static_cast<int>(shape.classes() - shape.channels)),
-        group_of_word_((1 << 16) / words_of_share(channels_, groups) + 1) {
+        by_words_of_share_(by_words_of_share) {
     // The virtual class 0 of binary segmentation has no channel, and so no word.
     begin_ = place.first < first_class_ ? 0 : place.first - first_class_;
     end_ = begin_ + place.count - (place.count > 0 && place.first < first_class_ ? first_class_ : 0);
@@ -57,7 +57,9 @@ class Share {
 
   // Which of the threads with the same pixels has pixel v's label, where several share them. Their classes of a pixel
   // rise with their number.
-  __device__ __forceinline__ int group_of(int v, int label) const { return word_of(v, label) * group_of_word_ >> 16; }
+  __device__ __forceinline__ int group_of(int v, int label) const {
+    return by_words_of_share_.quotient(word_of(v, label));
+  }
 
   // Calls f(v, z) for each logit z of pixel v.
   template <class F>
@@ -74,9 +76,9 @@ class Share {
   // The largest and the lowest logit of each pixel, whatever NaN there may be among them.
   __device__ __forceinline__ void find_extremes(const Element* row, float (&largest)[kPixels],
                                                 float (&lowest)[kPixels]) const {
-    Extremes words[kLayout == Layout::kPlanes ? 1 : kPixels];
+    Extremes words[kLayout != Layout::kChannelsLast ? 1 : kPixels];
     float value[kPixels];
-    if constexpr (kLayout == Layout::kPlanes) {
+    if constexpr (kLayout != Layout::kChannelsLast) {
       over_planes<false>(const_cast<Element*>(row), [&](const Word<Type>& word) { words[0].take(word); });
       words[0].high.unpack(largest);
       words[0].low.unpack(lowest);
@@ -121,14 +123,16 @@ class Share {
     }
   };
 
+  static constexpr bool kIsAligned = kLayout != Layout::kUnalignedPlanes;
+
   // Which of the pixels' words has a channel of pixel v.
   __device__ __forceinline__ int word_of(int v, int channel) const {
-    return kLayout == Layout::kPlanes ? channel : (v * channels_ + channel) / kPixels;
+    return kLayout != Layout::kChannelsLast ? channel : (v * channels_ + channel) / kPixels;
   }
 
   template <bool kWrite, class F>
   __device__ __forceinline__ void over_values(Element* row, const F& f) const {
-    if constexpr (kLayout == Layout::kPlanes) {
+    if constexpr (kLayout != Layout::kChannelsLast) {
       over_planes<kWrite>(row, [&](Word<Type>& word) { change<kWrite>(word, f); });
     } else {
       over_pixels<kWrite>(
@@ -166,7 +170,7 @@ class Share {
       over_words<kWrite>(row + first * kPixels, min(last, end_) - first, kPixels,
                          [&](Word<Type>& word) { f(v, word); });
       if (v + 1 < kPixels && end % kPixels > 0 && begin_ <= last && last < end_) {
-        over_words_at_once<1, kWrite>(row + last * kPixels, 0,
+        over_words_at_once<1, kWrite>(row + last * kPixels, 0, {false},
                                       [&](Word<Type>& word) { shared(v, end % kPixels, word); });
       }
     }
@@ -175,30 +179,47 @@ class Share {
   // Calls f(word) for n words that begin `stride` elements apart, and puts them back if kWrite.
   template <bool kWrite, int kAtOnce = 4, class F>
   static __device__ __forceinline__ void over_words(Element* at, int n, int stride, const F& f) {
+    // The same for every kAtOnce-th word: its distance is a multiple of 4 bytes, unless there is only one.
+    bool odd[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) odd[k] = !kIsAligned && Word<Type>::is_odd(at + k * stride);
 #pragma unroll 1
-    for (; n >= kAtOnce; n -= kAtOnce, at += kAtOnce * stride) over_words_at_once<kAtOnce, kWrite>(at, stride, f);
+    for (; n >= kAtOnce; n -= kAtOnce, at += kAtOnce * stride) over_words_at_once<kAtOnce, kWrite>(at, stride, odd, f);
     if constexpr (kAtOnce > 1) over_words<kWrite, kAtOnce / 2>(at, n, stride, f);
   }
 
   // All are read before the first is written: one after the other, each would wait for the one before, since the
   // compiler cannot know that they are different places.
   template <int kCount, bool kWrite, class F>
-  static __device__ __forceinline__ void over_words_at_once(Element* at, int stride, const F& f) {
+  static __device__ __forceinline__ void over_words_at_once(Element* at, int stride, const bool (&odd)[kCount],
+                                                            const F& f) {
     Word<Type> words[kCount];
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) words[k] = *reinterpret_cast<const Word<Type>*>(at + k * stride);
+    for (int k = 0; k < kCount; ++k) {
+      if constexpr (kIsAligned) {
+        words[k] = *reinterpret_cast<const Word<Type>*>(at + k * stride);
+      } else {
+        words[k] = Word<Type>::load(at + k * stride, odd[k]);
+      }
+    }
 #pragma unroll
     for (int k = 0; k < kCount; ++k) f(words[k]);
     if constexpr (kWrite) {
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) *reinterpret_cast<Word<Type>*>(at + k * stride) = words[k];
+      for (int k = 0; k < kCount; ++k) {
+        if constexpr (kIsAligned) {
+          *reinterpret_cast<Word<Type>*>(at + k * stride) = words[k];
+        } else {
+          words[k].store(at + k * stride, odd[k]);
+        }
+      }
     }
   }
 
   const Staging<Type, kLayout>& staging_;
   int channels_, first_class_;
-  int group_of_word_;  // 2^16 / the words of a share, which with at most 256 of them divides exactly
-  int begin_, end_;    // this thread's words
+  Divisor by_words_of_share_;
+  int begin_, end_;  // this thread's words
 };
 
 }  // namespace eroseg::cuda

@@ -1,7 +1,7 @@
 // Rows of logits in shared memory: fetched there while another row is at work, and copied out as their gradient.
 //
-// Every thread of a block copies pieces of 16 bytes, or of fewer where rows are not aligned, whichever pixels these
-// belong to. A stage holds one row of the block's strip and its halo.
+// Every thread of a block copies pieces of 16 bytes, whichever pixels these belong to. A stage holds one row of the
+// block's strip and its halo.
 //
 // Invariants: all threads of a block call fetch, arrive and copy_out together. arrive has a barrier: a stage that is
 // fetched after it has been used by nobody since.
@@ -14,41 +14,84 @@
 
 namespace eroseg::cuda {
 
-// How logits lie in memory: as planes [C][H][W], or as pixels [H][W][C].
-enum class Layout { kPlanes, kChannelsLast };
+// How logits lie in memory: as planes [C][H][W], all of whose rows begin at a multiple of 16 bytes or not, or as pixels
+// [H][W][C].
+enum class Layout { kPlanes, kUnalignedPlanes, kChannelsLast };
 
 constexpr int kBytesOfPiece = 16;  // the largest that a thread's asynchronous copy takes
 
-// The shared memory of Staging.
-//
-// Half a warp reads a word each in one go if they are of different banks, of which there are 128 bytes: with 2, 4 or 8
-// threads for a word of pixels, 8, 4 or 2 neighbouring words of as many planes, which are an odd number of planes
-// apart. So planes are padded to 64, 32 or 16 bytes times an odd number.
-//
-// In channels_last, neighbouring words of pixels are as many words apart as there are classes: if these are a multiple
-// of 4, 16 bytes are left free behind each word's pixels.
+// The shared memory of Staging, and what the host computes for its copies.
 struct StagingMemory {
-  int pitch;  // pixels of a staged row
-  int gap;    // elements left free behind each word of pixels
-  int stage;  // bytes of a staged row
-  int stages;
+  int pitch = 0;    // pixels of a staged row of a plane
+  int gap = 0;      // elements left free behind each word of channels_last pixels
+  int stage = 0;    // bytes of a staged row
+  int stages = 0;
+  int columns = 0;  // pieces of a plane's row that the block copies at once
+  Divisor by_columns;
+  uint32_t run_of_element = 0;  // 2^32 / the elements of a word of channels_last pixels
 
-  template <class Type>
-  static __host__ __device__ StagingMemory of(const Input& input, const Strips& strips, int stages) {
-    const int unit = kBytesOfPiece / static_cast<int>(sizeof(typename Type::Element));
-    int units = strips.width / unit + (strips.halo > 0 ? 2 : 0);
-    if (!input.logits.channels_last && strips.groups > 1) {
-      while (units % (16 / strips.groups) != 8 / strips.groups) ++units;
+  int64_t bytes() const { return static_cast<int64_t>(stages) * stage; }
+
+  // `words_of_share` are the words of a thread's share (share.cuh).
+  template <class Type, Layout kLayout>
+  static StagingMemory of(const Input& input, const Strips& strips, int words_of_share, int stages) {
+    constexpr int kElement = sizeof(typename Type::Element), kUnit = kBytesOfPiece / kElement;
+    const int channels = static_cast<int>(input.shape.channels);
+    const int pixels = strips.width + (strips.halo > 0 ? 2 * kUnit : 0);
+    StagingMemory memory;
+    memory.stages = stages;
+    int elements;
+    if constexpr (kLayout == Layout::kChannelsLast) {
+      memory.gap = channels % 4 == 0 ? kUnit : 0;
+      // A row begins anywhere within 16 bytes.
+      elements = pixels * channels + pixels / Word<Type>::kElements * memory.gap + kUnit;
+      memory.run_of_element = static_cast<uint32_t>((uint64_t{1} << 32) / (Word<Type>::kElements * channels)) + 1;
+    } else {
+      memory.pitch = pitch_of_planes<kLayout>(input.shape.pixels(), pixels, kElement, words_of_share, strips.groups);
+      // Unaligned, the first row begins anywhere within 16 bytes.
+      elements = memory.pitch * channels + (kLayout == Layout::kUnalignedPlanes ? kUnit : 0);
+      memory.columns = std::min(pixels / kUnit + (kLayout == Layout::kUnalignedPlanes ? 1 : 0), strips.threads());
+      memory.by_columns = Divisor::of(memory.columns);
     }
-    const int pitch = units * unit, channels = static_cast<int>(input.shape.channels);
-    const int gap = input.logits.channels_last && channels % 4 == 0 ? unit : 0;
-    const int elements = pitch * channels + pitch / Word<Type>::kElements * gap;
-    // A channels_last row begins anywhere within 16 bytes.
-    const int offset = input.logits.channels_last ? kBytesOfPiece : 0;
-    return {pitch, gap, elements * static_cast<int>(sizeof(typename Type::Element)) + offset, stages};
+    memory.stage = (elements + kUnit - 1) / kUnit * kBytesOfPiece;
+    return memory;
   }
 
-  __host__ __device__ int64_t bytes() const { return static_cast<int64_t>(stages) * stage; }
+ private:
+  // Half a warp reads a word each in one go if they are of different banks, of which there are 128 bytes: with 2, 4 or 8
+  // threads for a word of pixels, 8, 4 or 2 neighbouring words of as many planes, which are a thread's share of planes
+  // apart. So that distance should be 64, 32 or 16 bytes times an odd number, which it can be, up to what is left of 16
+  // bytes, since a share is an odd number of planes.
+  //
+  // Unaligned planes keep their distance modulo 16 bytes: all rows then lie in a stage as in memory, modulo 16 bytes.
+  template <Layout kLayout>
+  static int pitch_of_planes(int64_t plane, int pixels, int element, int words_of_share, int groups) {
+    const int unit = kBytesOfPiece / element;
+    int pitch = pixels;
+    if constexpr (kLayout == Layout::kUnalignedPlanes) {
+      pitch += unit - 1;  // or the pieces of one row would reach into the next
+      while (pitch % unit != plane % unit) ++pitch;
+    }
+    const auto off = [&](int candidate) {
+      const int wanted = 128 / groups, period = 2 * wanted;
+      const int distance = words_of_share * candidate * element % period;
+      return std::abs(distance - wanted);
+    };
+    int best = pitch;
+    for (int candidate = pitch; groups > 1 && candidate < pitch + 8 * unit; candidate += unit) {
+      if (off(candidate) < off(best)) best = candidate;
+    }
+    return best;
+  }
+};
+
+// How a launch of a kernel over rows is laid out: its blocks, their shared memory, and the words of pixels' logits that
+// each but the last of the threads of a word of pixels has (share.cuh). Where several threads share them, this is odd.
+struct RowsPlan {
+  Strips strips;
+  StagingMemory memory;
+  int words_of_share = 0;
+  Divisor by_words_of_share;
 };
 
 template <class Type, Layout kLayout>
@@ -58,28 +101,31 @@ class Staging {
 
   // `memory` has StagingMemory's bytes and is aligned to 16 of them; `grad` is like the logits, or null if nothing
   // is copied out.
-  __device__ __forceinline__ Staging(const Input& input, void* grad, const Strips& strips, const Place& place,
-                                     int stages, unsigned char* memory)
-      : layout_(StagingMemory::of<Type>(input, strips, stages)),
+  __device__ __forceinline__ Staging(const Input& input, void* grad, const RowsPlan& plan, const Place& place,
+                                     unsigned char* memory)
+      : layout_(plan.memory),
         memory_(memory),
         channels_(static_cast<int>(input.shape.channels)),
         height_(static_cast<int>(input.shape.height)),
         width_(static_cast<int>(input.shape.width)),
         left_(place.left),
-        own_(place.width),
-        run_of_element_(static_cast<unsigned>((1ull << 32) / (kPixels * channels_)) + 1) {
-    const int halo = strips.halo > 0 ? kUnit : 0;
+        own_(place.width) {
+    const int halo = plan.strips.halo > 0 ? kUnit : 0;
     from_ = place.left - halo < 0 ? 0 : place.left - halo;
     to_ = place.left + place.width + halo < width_ ? place.left + place.width + halo : width_;
     const int64_t offset = place.image * channels_ * height_ * width_;
     logits_ = static_cast<const Element*>(input.logits.data) + offset;
     grad_ = grad == nullptr ? nullptr : static_cast<Element*>(grad) + offset;
-    const uintptr_t all = reinterpret_cast<uintptr_t>(logits_) | reinterpret_cast<uintptr_t>(grad_) |
-                          static_cast<uintptr_t>(width_ * static_cast<int>(sizeof(Element)));
-    piece_ = all % kBytesOfPiece == 0 ? kBytesOfPiece : (all % 4 == 0 ? 4 : static_cast<int>(sizeof(Element)));
-    const int of_piece = piece_ / static_cast<int>(sizeof(Element));
-    in_ = Part::of((to_ - from_) / of_piece, channels_);
-    out_ = Part::of(own_ / of_piece, channels_);
+    if constexpr (kLayout != Layout::kChannelsLast) {
+      const int self = thread_of_block(), channel = layout_.by_columns.quotient(self);
+      piece_ = self - channel * layout_.columns;
+      at_once_ = layout_.by_columns.quotient(threads_of_block());
+      first_channel_ = channel < at_once_ ? channel : channels_;
+      // Whole pieces are copied from where the tensors begin at one; a caller's own may begin elsewhere.
+      const uintptr_t tensors =
+          reinterpret_cast<uintptr_t>(input.logits.data) | reinterpret_cast<uintptr_t>(grad);
+      by_pieces_ = kLayout == Layout::kPlanes || tensors % kBytesOfPiece == 0;
+    }
   }
 
   // The image's row y in stage s from a pixel on, the first of a word.
@@ -124,15 +170,21 @@ class Staging {
   static constexpr int kPixels = Word<Type>::kElements;
   static constexpr int kUnit = kBytesOfPiece / static_cast<int>(sizeof(Element));
 
-  // Where row y stands in stage s. A channels_last row keeps its offset from 16 bytes, so that both ends are copied in
-  // pieces of 16, unless that is not a whole word, which its pixels begin with, or there are gaps, which pieces end at.
+  static __device__ __forceinline__ int misalignment(const Element* at) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(at) % kBytesOfPiece) / static_cast<int>(sizeof(Element));
+  }
+
+  // Where row y stands in stage s. Rows of unaligned planes keep their offset from 16 bytes. A channels_last row does, so
+  // that both ends are copied in pieces of 16, unless that is not a whole word, which its pixels begin with, or there
+  // are gaps, which pieces end at.
   __device__ __forceinline__ Element* stage(int y, int s) const {
-    unsigned char* begin = memory_ + s * layout_.stage;
+    auto* begin = reinterpret_cast<Element*>(memory_ + s * layout_.stage);
+    if constexpr (kLayout == Layout::kUnalignedPlanes) begin += misalignment(logits_ + y * width_ + from_);
     if constexpr (kLayout == Layout::kChannelsLast) {
-      const auto offset = reinterpret_cast<uintptr_t>(logits_ + (y * width_ + from_) * channels_) % kBytesOfPiece;
-      begin += offset % sizeof(Word<Type>) == 0 && layout_.gap == 0 ? offset : 0;
+      const int offset = misalignment(logits_ + (y * width_ + from_) * channels_);
+      begin += offset % kPixels == 0 && layout_.gap == 0 ? offset : 0;
     }
-    return reinterpret_cast<Element*>(begin);
+    return begin;
   }
 
   // Copies n elements of pixels that lie one behind the other, in the largest pieces that are aligned on both sides.
@@ -143,7 +195,7 @@ class Staging {
     // As many gaps as words of pixels lie before an element: a division by a multiplication, exact for fewer than 2^32
     // elements times elements of a word of pixels.
     const auto with_gaps = [&](int i) {
-      return staged + i + static_cast<int>(static_cast<uint64_t>(i) * run_of_element_ >> 32) * layout_.gap;
+      return staged + i + static_cast<int>(static_cast<uint64_t>(i) * layout_.run_of_element >> 32) * layout_.gap;
     };
     if (apart % kBytesOfPiece == 0 && layout_.gap == 0) {
       copy_pixels_by<kOut, kBytesOfPiece>(global, there, n);
@@ -191,50 +243,56 @@ class Staging {
     }
   }
 
-  // What a thread copies of a row of planes: it keeps to its column of pieces, and goes down the channels.
-  struct Part {
-    int piece, columns;  // the first piece, and how many are copied at once
-    int first, at_once;  // the same of channels
-    int times;           // how often, 0 for a thread that has nothing to copy
-
-    static __device__ __forceinline__ Part of(int pieces, int channels) {
-      const int self = thread_of_block(), all = threads_of_block();
-      Part part;
-      part.columns = pieces < all ? pieces : all;
-      part.at_once = all / part.columns;
-      part.first = self / part.columns;
-      part.piece = self - part.first * part.columns;
-      part.times = part.first < part.at_once ? (channels - part.first + part.at_once - 1) / part.at_once : 0;
-      return part;
-    }
-  };
-
-  // Copies n pixels of all channels.
+  // Copies n pixels of all channels. A thread keeps to its column of pieces and goes down the channels.
   template <bool kOut>
   __device__ __forceinline__ void copy_planes(Element* global, Element* staged, int n) const {
-    const Part& part = kOut ? out_ : in_;
-    if (piece_ == kBytesOfPiece) {
-      copy_planes_by<kOut, kBytesOfPiece>(global, staged, n, part);
-    } else if (piece_ == 4) {
-      copy_planes_by<kOut, 4>(global, staged, n, part);
-    } else {
-      copy_planes_by<kOut, sizeof(Element)>(global, staged, n, part);
+    const int plane = height_ * width_;
+    if (kLayout == Layout::kUnalignedPlanes && !by_pieces_) {
+      copy_elements<kOut>(global, staged, n, plane);
+      return;
+    }
+    for (int piece = piece_; piece * kUnit < n + (kLayout == Layout::kPlanes ? 0 : kUnit - 1); piece += layout_.columns) {
+#pragma unroll 4
+      for (int channel = first_channel_; channel < channels_; channel += at_once_) {
+        Element* const row = global + static_cast<int64_t>(channel) * plane;
+        Element* const staged_row = staged + channel * layout_.pitch;
+        if constexpr (kLayout == Layout::kPlanes) {
+          copy_piece<kOut, kBytesOfPiece>(row + piece * kUnit, staged_row + piece * kUnit);
+        } else {
+          const int begin = piece * kUnit - misalignment(row);
+          if constexpr (kOut) {
+            if (begin >= 0 && begin + kUnit <= n) copy_piece<true, kBytesOfPiece>(row + begin, staged_row + begin);
+          } else if (begin < n) {
+            // The piece may begin before the row, in memory of the tensor, but is not read beyond its end.
+            copy_async_some(staged_row + begin, row + begin, (n - begin) * static_cast<int>(sizeof(Element)));
+          }
+        }
+      }
+    }
+    if constexpr (kOut && kLayout == Layout::kUnalignedPlanes) copy_edges(global, staged, n, plane);
+  }
+
+  // Copies to the gradient what of each row is no whole piece: others write the rest of such pieces.
+  __device__ __forceinline__ void copy_edges(Element* global, Element* staged, int n, int plane) const {
+    for (int i = thread_of_block(); i < channels_ * 2 * kUnit; i += threads_of_block()) {
+      const int channel = i / (2 * kUnit), k = i % (2 * kUnit);
+      Element* const row = global + static_cast<int64_t>(channel) * plane;
+      const int before = misalignment(row), head = min((kUnit - before) % kUnit, n);
+      const int tail = max(n - (before + n) % kUnit, head);
+      const int at = k < kUnit ? k : tail + k - kUnit;
+      if (at < (k < kUnit ? head : n)) row[at] = staged[channel * layout_.pitch + at];
     }
   }
 
-  template <bool kOut, int kBytes>
-  __device__ __forceinline__ void copy_planes_by(Element* global, Element* staged, int n, const Part& part) const {
-    constexpr int kElements = kBytes / static_cast<int>(sizeof(Element));
-    const int64_t plane = static_cast<int64_t>(height_) * width_;
-    const int pieces = n / kElements;
-    for (int piece = part.piece; piece < pieces; piece += part.columns) {
-      Element* at = global + piece * kElements + part.first * plane;
-      Element* there = staged + piece * kElements + part.first * layout_.pitch;
-#pragma unroll 4
-      for (int i = 0; i < part.times; ++i) {
-        copy_piece<kOut, kBytes>(at, there);
-        at += part.at_once * plane;
-        there += part.at_once * layout_.pitch;
+  // For tensors that begin anywhere.
+  template <bool kOut>
+  __device__ __forceinline__ void copy_elements(Element* global, Element* staged, int n, int plane) const {
+#pragma unroll 1
+    for (int channel = 0; channel < channels_; ++channel) {
+#pragma unroll 1
+      for (int i = thread_of_block(); i < n; i += threads_of_block()) {
+        copy_piece<kOut, sizeof(Element)>(global + static_cast<int64_t>(channel) * plane + i,
+                                          staged + channel * layout_.pitch + i);
       }
     }
   }
@@ -253,14 +311,13 @@ class Staging {
     }
   }
 
-  const StagingMemory layout_;
+  const StagingMemory& layout_;
   unsigned char* memory_;
   int channels_, height_, width_;
   int left_, own_;  // the strip's own pixels
   int from_, to_;   // those that are staged
-  int piece_;       // bytes that are copied at a time
-  Part in_, out_;
-  unsigned run_of_element_;  // 2^32 / the elements of a word of pixels
+  int piece_ = 0, first_channel_ = 0, at_once_ = 0;  // what the thread copies of planes
+  bool by_pieces_ = true;
   const Element* logits_;
   Element* grad_;
 };

@@ -9,16 +9,39 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../pixel_math.h"
+
 namespace eroseg::cuda {
 
+// Division by a number that the host knows, as a multiplication and a shift: exact for dividends from 0 to 2^31 - 1.
+struct Divisor {
+  uint32_t factor = 0;
+  int shift = 31;
+
+  static Divisor of(int64_t divisor) {
+    int bits = 0;
+    while ((int64_t{1} << bits) < divisor) ++bits;
+    const uint64_t power = uint64_t{1} << (31 + bits);
+    return {static_cast<uint32_t>((power + divisor - 1) / divisor), 31 + bits};
+  }
+
+  EROSEG_INLINE int quotient(int dividend) const {
+    return static_cast<int>(static_cast<uint64_t>(dividend) * factor >> shift);
+  }
+};
+
 struct Strips {
-  int count;   // strips of an image; 0 if no cut is allowed
-  int width;   // own pixels of a strip, whole units
-  int halo;    // pixels beyond them on either side, whole words; 0 if there is one strip only
-  int slots;   // threads that share a row
-  int groups;  // threads that share a pixel's classes
-  int bands;   // of a strip
-  int rows;    // own rows of a band
+  int count = 0;   // strips of an image
+  int width = 0;   // own pixels of a strip, whole units
+  int halo = 0;    // pixels beyond them on either side, whole words; 0 if there is one strip only
+  int slots = 0;   // threads that share a row
+  int groups = 0;  // threads that share a pixel's classes
+  int bands = 0;   // of a strip
+  int rows = 0;    // own rows of a band
+  Divisor by_blocks_of_image, by_bands;
+
+  int threads() const { return slots * groups; }
+  int64_t blocks_of_image() const { return static_cast<int64_t>(count) * bands; }
 };
 
 // What a cut has to keep to.
@@ -29,54 +52,61 @@ struct StripLimits {
   int slots_of_step;   // slots are a multiple of it
   int groups;
   int most_threads;  // of a block
+  int narrowest;     // pixels of a strip other than the last
 };
 
-// The cut that costs least, of equal ones the widest strips: cost(strips) is negative for what is not possible. No
-// strip but the last is narrower than `narrowest` pixels. Without a possible cut, the count is 0.
-template <class Cost>
-Strips cut_strips(int64_t width, const StripLimits& limits, int narrowest, const Cost& cost) {
+// Calls f(strips) for every way to cut rows into strips, from wide to narrow ones. Bands are left to cut_bands.
+template <class F>
+void for_each_cut(int64_t width, const StripLimits& limits, const F& f) {
   const auto up = [](int64_t n, int64_t step) { return (n + step - 1) / step; };
   const int64_t unit = limits.pixels_of_word * static_cast<int64_t>(limits.words_of_unit);
   const int64_t total = std::max<int64_t>(up(width, unit), 1);
-  Strips best{};
-  double least = 0;
+  int64_t last_own = 0;
   for (int64_t count = 1; count <= total; ++count) {
     const int64_t own = up(total, count);
-    if (count > 1 && own * unit < narrowest) break;
+    if (count > 1 && own * unit < limits.narrowest) break;
+    if (own == last_own) continue;
+    last_own = own;
     const int64_t halo = count == 1 ? 0 : up(limits.radius, limits.pixels_of_word);
     const int64_t slots = up(own * limits.words_of_unit + 2 * halo, limits.slots_of_step) * limits.slots_of_step;
     if (slots * limits.groups > limits.most_threads) continue;
-    const Strips strips{static_cast<int>(up(total, own)),
-                        static_cast<int>(own * unit),
-                        static_cast<int>(halo * limits.pixels_of_word),
-                        static_cast<int>(slots),
-                        limits.groups,
-                        1,
-                        1};
-    const double costs = cost(strips);
-    if (costs >= 0 && (best.count == 0 || costs < least)) {
-      best = strips;
-      least = costs;
-    }
+    Strips strips;
+    strips.count = static_cast<int>(up(total, own));
+    strips.width = static_cast<int>(own * unit);
+    strips.halo = static_cast<int>(halo * limits.pixels_of_word);
+    strips.slots = static_cast<int>(slots);
+    strips.groups = limits.groups;
+    f(strips);
     if (slots == limits.slots_of_step) break;  // narrower strips have as many threads, and there are more of them
   }
-  return best;
 }
 
-// Bands such that the last block ends soonest, if `resident` blocks run at a time and all rows take equally long.
-inline void cut_bands(Strips& strips, int64_t batch, int64_t height, int radius, int resident) {
-  int64_t best = 0;
-  for (int64_t bands = 1; bands <= std::min<int64_t>(height, 256); ++bands) {
+// The blocks of a strip at most, so that what they add up to is bounded.
+constexpr int64_t kMostBands = 256;
+
+// Cuts strips into bands such that the launch ends soonest, and returns how long it takes then.
+// `resident` blocks fit a multiprocessor, of which there are `processors`; row_time(n) is how long n blocks there take
+// for a row each. A block has `radius` rows more to reduce on either side, and one more until its pipeline has filled.
+template <class RowTime>
+double cut_bands(Strips& strips, int64_t batch, int64_t height, int radius, int64_t processors, int64_t resident,
+                 const RowTime& row_time) {
+  double least = 0;
+  for (int64_t bands = 1; bands <= std::min(height, kMostBands); ++bands) {
     const int64_t rows = (height + bands - 1) / bands;
     const int64_t blocks = batch * strips.count * ((height + rows - 1) / rows);
-    const int64_t waves = (blocks + resident - 1) / resident;
-    const int64_t time = waves * (rows + 2 * radius + 1);
-    if (best == 0 || time < best) {
-      best = time;
+    const int64_t waves = blocks / (processors * resident), rest = blocks % (processors * resident);
+    const double rows_of_all = static_cast<double>(waves) * row_time(resident) +
+                               (rest > 0 ? row_time((rest + processors - 1) / processors) : 0.0);
+    const double time = static_cast<double>(rows + 2 * radius + 1) * rows_of_all;
+    if (strips.rows == 0 || time < least) {
+      least = time;
       strips.rows = static_cast<int>(rows);
       strips.bands = static_cast<int>((height + rows - 1) / rows);
     }
   }
+  strips.by_blocks_of_image = Divisor::of(strips.blocks_of_image());
+  strips.by_bands = Divisor::of(strips.bands);
+  return least;
 }
 
 }  // namespace eroseg::cuda

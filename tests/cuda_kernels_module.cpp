@@ -5,6 +5,7 @@
 
 #include "cuda/launchers.h"
 #include "cuda/platform.cuh"
+#include "cuda/strips.h"
 
 namespace py = pybind11;
 using namespace eroseg;
@@ -27,19 +28,22 @@ Input input_of(const std::vector<int64_t>& shape, uintptr_t logits, int type, bo
           {at<void>(labels), static_cast<LabelType>(label_type), ignore_index}};
 }
 
-// The ticket is kept between calls, as the operators keep theirs: every launch has to leave it at 0.
+// The retirement counter is kept between calls, as the operators keep theirs: every launch has to leave it at 0.
 class Summing {
  public:
   Summing(const Shape& shape, uintptr_t stats) : partials_(cuda::most_blocks(shape) * 4 + 1, -1.0), stats_(stats) {}
-  cuda::Counting counting() { return {at<double>(stats_), partials_.data(), &ticket_}; }
+  cuda::Counting counting() {
+    check(cuda::retirement_counters(&retired_));
+    return {at<double>(stats_), partials_.data(), retired_};
+  }
   ~Summing() noexcept(false) {
-    if (ticket_ != 0) throw std::logic_error("a launch left its ticket at another number than 0");
+    if (*retired_ != 0) throw std::logic_error("a launch left its retirement counter at another number than 0");
   }
 
  private:
   std::vector<double> partials_;
   uintptr_t stats_;
-  static inline unsigned ticket_ = 0;
+  unsigned* retired_ = nullptr;
 };
 
 // Kernels with a fault each, to show that cuda_on_host.h notices it.
@@ -62,7 +66,14 @@ PYBIND11_MODULE(cuda_kernels_module, m) {
     cuda_on_host::machine().order.seed(seed);
     cuda_on_host::machine().processors = processors;
     cuda_on_host::machine().shared_of_processor = shared_of_processor;
+    cuda_on_host::machine().shared_of_kernel.clear();
   });
+  m.def("shared_limits", [] {
+    std::vector<int64_t> limits;
+    for (const auto& [kernel, bytes] : cuda_on_host::machine().shared_of_kernel) limits.push_back(bytes);
+    return limits;
+  });
+  m.def("quotient", [](int dividend, int divisor) { return cuda::Divisor::of(divisor).quotient(dividend); });
   m.def("rotate", [](int fault) {
     std::vector<int> out(64);
     check(cuda::launch(rotate_kernel, 1, dim3(64), 64 * sizeof(int), nullptr, static_cast<Fault>(fault), out.data()));

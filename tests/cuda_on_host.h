@@ -36,6 +36,12 @@ struct dim3 {
 struct alignas(16) double2 {
   double x, y;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
 using std::max;
 using std::min;
@@ -252,6 +258,11 @@ template <class T>
 T __ldcg(const T* address) {
   return *address;
 }
+template <class T>
+void __stcg(T* address, T value) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0) throw std::logic_error("a store is not aligned");
+  *address = value;
+}
 
 namespace eroseg::cuda {
 
@@ -287,6 +298,11 @@ inline void wait_for_copies() {
 inline unsigned char* shared_memory() { return cuda_on_host::machine().shared.data(); }
 
 }  // namespace eroseg::cuda
+
+template <class T>
+cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
+  return *address = &symbol, cudaSuccess;
+}
 
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 
@@ -331,4 +347,3 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   }
   return cudaSuccess;
 }
-

@@ -46,6 +46,25 @@ def test_the_host_notices_planted_faults() -> None:
         module.rotate(3)
 
 
+def test_a_division_by_what_the_host_knows_is_exact() -> None:
+    quotient = cuda_kernels.kernels().quotient
+    for divisor in (1, 2, 3, 5, 7, 21, 64, 641, 65_537, 2**30 - 1, 2**30, 2**31 - 1):
+        for dividend in (0, 1, divisor - 1, divisor, 2**31 - 1, (2**31 - 1) // divisor * divisor - 1):
+            assert quotient(max(dividend, 0), divisor) == max(dividend, 0) // divisor
+
+
+def test_a_kernel_is_allowed_as_much_shared_memory_for_a_small_launch_as_for_a_large_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a small launch of one host thread would take away what another thread's large one is about to use."""
+    monkeypatch.setattr(cuda_kernels, "DEVICES", ((1, 228),))
+    for classes, width in ((150, 300), (150, 80), (60, 200)):
+        cuda_kernels.erosion_grad(*scene(1, classes, 2, width))
+        assert set(cuda_kernels.kernels().shared_limits()) <= {227 * 1024}
+    cuda_kernels.erosion_grad(*scene(1, 150, 2, 300))
+    assert cuda_kernels.kernels().shared_limits() == [227 * 1024]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("width", [69, 70, 72])

@@ -19,8 +19,8 @@ constexpr int64_t counts_bytes(int threads) {
 
 // Steps:
 // 1. A block adds up its threads' counts and writes them to its place in partials.
-// 2. It takes a number from the ticket; the block that takes the last one knows all partials to be written, and the
-//    counter wraps to 0 for the next launch.
+// 2. It counts itself as retired; the block that is the last to do so knows all partials to be written, and the counter
+//    wraps to 0 for the next launch.
 // 3. That block adds up the partials of every image: as many lanes for each as there are, at most a warp, so that all
 //    images' partials are on their way at once.
 // All threads of the block call it. `memory` has counts_bytes.
@@ -45,7 +45,7 @@ __device__ inline void add_up(const Counts& counts, int64_t batch, const Countin
   }
   __syncthreads();
   auto* is_last = reinterpret_cast<int*>(of_warp + warps * kCounts);
-  if (self == 0) *is_last = atomicInc(counting.ticket, gridDim.x - 1) == gridDim.x - 1;
+  if (self == 0) *is_last = atomicInc(counting.retired, gridDim.x - 1) == gridDim.x - 1;
   __syncthreads();
   if (*is_last == 0) return;
   __threadfence();

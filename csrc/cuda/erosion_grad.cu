@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(most_threads(kPlain), 2)
       if (writes && i >= 0 && i < own_rows) {
         const int64_t index = place.index(y);
         if (aligned && place.pixels > 0) {
-          *reinterpret_cast<Scores*>(job.log_odds + index) = log_odds;
+          write_at_once(job.log_odds + index, log_odds);
         } else {
 #pragma unroll
           for (int v = 0; v < kPixels; ++v) {

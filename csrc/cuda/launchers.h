@@ -11,10 +11,14 @@ namespace eroseg::cuda {
 
 // The counts of a gradient, and memory that summing them needs.
 struct Counting {
-  double* stats;     // [B, 4]
-  double* partials;  // [most_blocks(shape), 4]
-  unsigned* ticket;  // 0 before and after every launch; launches that may overlap need one each
+  double* stats;      // [B, 4]
+  double* partials;   // [most_blocks(shape), 4]
+  unsigned* retired;  // retirement counter: 0 before and after every launch; launches that may overlap need one each
 };
+
+// The current device's retirement counters, zeros from the start.
+constexpr int kRetirementCounters = 1024;
+cudaError_t retirement_counters(unsigned** first);
 
 // No launch over these images has more blocks than this: no strip but the last is narrower, and no band is empty.
 constexpr int kNarrowestStrip = 16;

@@ -45,7 +45,9 @@ class On {
   int32_t device_;
 };
 
+// The runtime also keeps an error for whoever asks for the last one; nobody else is to find this one there.
 void launched(cudaError_t error, const char* op) {
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
   STD_TORCH_CHECK(error == cudaSuccess, op, ": the CUDA kernel was not launched: ", cudaGetErrorString(error));
 }
 
@@ -66,33 +68,46 @@ void check_size(const Shape& shape, const char* op) {
                   " elements, wanted fewer than 2^31");
 }
 
-// The ticket of counts.cuh: one for each stream, whose launches do not overlap. A CUDA graph gets one of its own, since
-// it may be replayed on any stream.
-Tensor ticket(const Tensor& like, int32_t device, cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  launched(cudaStreamIsCapturing(stream, &status), "ticket");
-  const auto fresh = [&] { return torch::stable::new_zeros(like, {1}, ScalarType::Int); };
-  if (status != cudaStreamCaptureStatusNone) return fresh();
+// Which retirement counter launches on a stream have: one each, since launches on a stream do not overlap; none if all
+// are taken.
+std::optional<int> counter_of(int32_t device, cudaStream_t stream) {
   static std::mutex mutex;
-  // Never freed: at the end of the process the allocator may be gone before a static object is.
-  static auto* const tickets = new std::map<std::pair<int32_t, cudaStream_t>, Tensor>;
+  static std::map<std::pair<int32_t, cudaStream_t>, int> numbers;
+  static std::map<int32_t, int> taken;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_pair(device, stream);
-  const auto found = tickets->find(key);
-  return found != tickets->end() ? found->second : tickets->emplace(key, fresh()).first->second;
+  const auto [found, is_new] = numbers.try_emplace({device, stream}, taken[device]);
+  if (is_new) ++taken[device];
+  return found->second < kRetirementCounters ? std::optional(found->second) : std::nullopt;
 }
 
-// The tensors behind a Counting; they live until the launch, and the allocator keeps their memory for its stream.
-struct Counted {
+// What a Counting points to. The tensors live until the launch, and the allocator keeps their memory for its stream.
+class Counted {
+ public:
   Counted(const Tensor& like, const Shape& shape, const On& on)
       : stats(torch::stable::new_empty(like, {shape.batch, 4}, ScalarType::Double)),
-        partials(torch::stable::new_empty(like, {most_blocks(shape), 4}, ScalarType::Double)),
-        number(ticket(like, on.device(), on.stream())) {}
-  Counting counting() const {
-    return {static_cast<double*>(stats.mutable_data_ptr()), static_cast<double*>(partials.mutable_data_ptr()),
-            static_cast<unsigned*>(number.mutable_data_ptr())};
+        partials_(torch::stable::new_empty(like, {most_blocks(shape), 4}, ScalarType::Double)) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    launched(cudaStreamIsCapturing(on.stream(), &status), "counting");
+    const auto number = status == cudaStreamCaptureStatusNone ? counter_of(on.device(), on.stream()) : std::nullopt;
+    if (number.has_value()) {
+      launched(retirement_counters(&retired_), "counting");
+      retired_ += *number;
+    } else {
+      // A CUDA graph gets one of its own, which it sets to 0: it may be replayed on any stream.
+      own_ = torch::stable::new_zeros(like, {1}, ScalarType::Int);
+      retired_ = static_cast<unsigned*>(own_->mutable_data_ptr());
+    }
   }
-  Tensor stats, partials, number;
+  Counting counting() const {
+    return {static_cast<double*>(stats.mutable_data_ptr()), static_cast<double*>(partials_.mutable_data_ptr()),
+            retired_};
+  }
+  const Tensor stats;
+
+ private:
+  Tensor partials_;
+  MaybeTensor own_;
+  unsigned* retired_ = nullptr;
 };
 
 std::tuple<Tensor, Tensor> erosion_grad(const Tensor& logits, const Tensor& labels, const Tensor& tau,

@@ -67,10 +67,9 @@ TimedPlan fastest_plan(const Input& input, const RowsNeeds& needs, const DeviceL
       if (shared > device.shared_of_block) return;
       // Each block has 1 KB that is not its own.
       const int64_t resident = std::min(device.shared_of_processor / (shared + 1024), 2 * needs.most_threads / threads);
-      const double time = cut_bands(plan.strips, shape.batch, shape.height, needs.radius, device.processors, resident,
-                                    [&](int64_t blocks) {
-                                      return cycles_of_row(blocks * threads / kWarp, plan.words_of_share);
-                                    });
+      const double time =
+          cut_bands(plan.strips, shape.batch, shape.height, needs.radius, device.processors, resident,
+                    [&](int64_t blocks) { return cycles_of_row(blocks * threads / kWarp, plan.words_of_share); });
       if (best.time == 0 || time < best.time) best = {plan, shared, time};
     });
   }
@@ -85,9 +84,9 @@ TimedPlan known_plan(const Input& input, const RowsNeeds& needs, const DeviceLim
   static std::map<Key, TimedPlan> plans;
   constexpr size_t kMostPlans = 1000;
   const Shape& shape = input.shape;
-  const Key key{shape.batch,          shape.channels, shape.height,           shape.width,
-                needs.radius,         needs.stages,   needs.bytes_of_pixel,   needs.bytes,
-                needs.most_threads,   device.processors, device.shared_of_block, device.shared_of_processor};
+  const Key key{shape.batch,        shape.channels,    shape.height,           shape.width,
+                needs.radius,       needs.stages,      needs.bytes_of_pixel,   needs.bytes,
+                needs.most_threads, device.processors, device.shared_of_block, device.shared_of_processor};
   const std::lock_guard<std::mutex> lock(mutex);
   if (plans.size() >= kMostPlans) plans.clear();
   const auto [found, is_new] = plans.try_emplace(key);

@@ -22,9 +22,9 @@ constexpr int kBytesOfPiece = 16;  // the largest that a thread's asynchronous c
 
 // The shared memory of Staging, and what the host computes for its copies.
 struct StagingMemory {
-  int pitch = 0;    // pixels of a staged row of a plane
-  int gap = 0;      // elements left free behind each word of channels_last pixels
-  int stage = 0;    // bytes of a staged row
+  int pitch = 0;  // pixels of a staged row of a plane
+  int gap = 0;    // elements left free behind each word of channels_last pixels
+  int stage = 0;  // bytes of a staged row
   int stages = 0;
   int columns = 0;  // pieces of a plane's row that the block copies at once
   Divisor by_columns;
@@ -58,10 +58,10 @@ struct StagingMemory {
   }
 
  private:
-  // Half a warp reads a word each in one go if they are of different banks, of which there are 128 bytes: with 2, 4 or 8
-  // threads for a word of pixels, 8, 4 or 2 neighbouring words of as many planes, which are a thread's share of planes
-  // apart. So that distance should be 64, 32 or 16 bytes times an odd number, which it can be, up to what is left of 16
-  // bytes, since a share is an odd number of planes.
+  // Half a warp reads a word each in one go if they are of different banks, of which there are 128 bytes: with 2, 4 or
+  // 8 threads for a word of pixels, 8, 4 or 2 neighbouring words of as many planes, which are a thread's share of
+  // planes apart. So that distance should be 64, 32 or 16 bytes times an odd number, which it can be, up to what is
+  // left of 16 bytes, since a share is an odd number of planes.
   //
   // Unaligned planes keep their distance modulo 16 bytes: all rows then lie in a stage as in memory, modulo 16 bytes.
   template <Layout kLayout>
@@ -122,8 +122,7 @@ class Staging {
       at_once_ = layout_.by_columns.quotient(threads_of_block());
       first_channel_ = channel < at_once_ ? channel : channels_;
       // Whole pieces are copied from where the tensors begin at one; a caller's own may begin elsewhere.
-      const uintptr_t tensors =
-          reinterpret_cast<uintptr_t>(input.logits.data) | reinterpret_cast<uintptr_t>(grad);
+      const uintptr_t tensors = reinterpret_cast<uintptr_t>(input.logits.data) | reinterpret_cast<uintptr_t>(grad);
       by_pieces_ = kLayout == Layout::kPlanes || tensors % kBytesOfPiece == 0;
     }
   }
@@ -174,9 +173,9 @@ class Staging {
     return static_cast<int>(reinterpret_cast<uintptr_t>(at) % kBytesOfPiece) / static_cast<int>(sizeof(Element));
   }
 
-  // Where row y stands in stage s. Rows of unaligned planes keep their offset from 16 bytes. A channels_last row does, so
-  // that both ends are copied in pieces of 16, unless that is not a whole word, which its pixels begin with, or there
-  // are gaps, which pieces end at.
+  // Where row y stands in stage s. Rows of unaligned planes keep their offset from 16 bytes. A channels_last row does,
+  // so that both ends are copied in pieces of 16, unless that is not a whole word, which its pixels begin with, or
+  // there are gaps, which pieces end at.
   __device__ __forceinline__ Element* stage(int y, int s) const {
     auto* begin = reinterpret_cast<Element*>(memory_ + s * layout_.stage);
     if constexpr (kLayout == Layout::kUnalignedPlanes) begin += misalignment(logits_ + y * width_ + from_);
@@ -251,7 +250,8 @@ class Staging {
       copy_elements<kOut>(global, staged, n, plane);
       return;
     }
-    for (int piece = piece_; piece * kUnit < n + (kLayout == Layout::kPlanes ? 0 : kUnit - 1); piece += layout_.columns) {
+    for (int piece = piece_; piece * kUnit < n + (kLayout == Layout::kPlanes ? 0 : kUnit - 1);
+         piece += layout_.columns) {
 #pragma unroll 4
       for (int channel = first_channel_; channel < channels_; channel += at_once_) {
         Element* const row = global + static_cast<int64_t>(channel) * plane;
@@ -314,8 +314,8 @@ class Staging {
   const StagingMemory& layout_;
   unsigned char* memory_;
   int channels_, height_, width_;
-  int left_, own_;  // the strip's own pixels
-  int from_, to_;   // those that are staged
+  int left_, own_;                                   // the strip's own pixels
+  int from_, to_;                                    // those that are staged
   int piece_ = 0, first_channel_ = 0, at_once_ = 0;  // what the thread copies of planes
   bool by_pieces_ = true;
   const Element* logits_;

@@ -212,6 +212,18 @@ struct alignas(sizeof(T) * kN < 16 ? sizeof(T) * kN : 16) Several {
   T at[kN];
 };
 
+// Writes neighbours of a map by one instruction: told plainly, since the compiler makes one of this and of what it
+// finds in another branch, which writes them one by one.
+template <int kN>
+__device__ __forceinline__ void write_at_once(float* to, const Several<float, kN>& values) {
+  static_assert(kN == 2 || kN == 4);
+  if constexpr (kN == 4) {
+    __stcg(reinterpret_cast<float4*>(to), float4{values.at[0], values.at[1], values.at[2], values.at[3]});
+  } else {
+    __stcg(reinterpret_cast<float2*>(to), float2{values.at[0], values.at[1]});
+  }
+}
+
 // A label as the kernels know it: -1 if its pixel is void.
 __device__ __forceinline__ int checked_label(int64_t label, int classes, int64_t ignore_index) {
   return is_class(label, classes) && label != ignore_index ? static_cast<int>(label) : -1;

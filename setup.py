@@ -87,7 +87,9 @@ def chosen_cuda() -> tuple[Any, list[Any]] | None:
     except cuda_toolkit.UnusableToolkitError as error:
         # Where nobody asked for CUDA, what happens to lie around must not stop the installation.
         if named or os.environ.get("CUDA_HOME"):
-            raise SystemExit(f"{error}: name another toolkit in CUDA_HOME, or set EROSEG_NO_CUDA=1") from None
+            raise SystemExit(
+                f"{error}: name a toolkit of CUDA 12.0 or newer in CUDA_HOME, or set EROSEG_NO_CUDA=1"
+            ) from None
         say(f"the CUDA kernels are not built: {error}")
         return None
     if not named:

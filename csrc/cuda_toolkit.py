@@ -51,7 +51,8 @@ def find() -> Toolkit:
     runtime = os.path.join(_folder_with("libcudart_static.a", libraries, nvcc), "libcudart_static.a")
     # Named as an option, the system's own folder would come before the C++ library, which wants to be the first.
     include_flags = [] if include == SYSTEM_INCLUDE else ["-isystem", include]
-    _messages(nvcc, *include_flags, "-E", "-o", os.devnull)  # includes CUDA's headers, which judge the host's compiler
+    # CUDA's headers judge the host's compiler, and those of bfloat16 need libcu++, which is a package of its own.
+    _messages(nvcc, *include_flags, "-include", "cuda_bf16.h", "-E", "-o", os.devnull)
     return Toolkit(nvcc, include_flags, runtime)
 
 
@@ -69,7 +70,7 @@ def _messages(nvcc: str, *options: str) -> str:
     if run.returncode != 0:
         lines = [line for line in run.stderr.splitlines() if re.search("error|fatal", line)]
         why = lines[0].strip() if lines else f"exit status {run.returncode}"
-        raise UnusableToolkitError(f"{nvcc} cannot compile C++20 ({why})")
+        raise UnusableToolkitError(f"{nvcc} fails ({why})")
     return run.stderr
 
 

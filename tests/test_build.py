@@ -32,19 +32,21 @@ done
 if [ $stage = dryrun ]; then
   echo '#$ _SPACE_= ' >&2
 @told@
-elif [ -n "@host_error@" ]; then
-  fail "@host_error@"
+else
+  case "@lacking@" in ?*) case "$*" in *"-include cuda_bf16.h"*)
+    fail "cuda_fp16.h:4100:10: fatal error: @lacking@: No such file or directory" ;; esac ;; esac
+  case "@host_error@" in ?*) fail "@host_error@" ;; esac
 fi
 """
 FROM_12_8 = "80 86 89 90 90a 100 100a 120 120a"
 BEFORE_12_8 = "80 86 89 90 90a"
 
 
-def write_nvcc(path: Path, told: dict[str, str], known: str, standards: str, host_error: str) -> None:
+def write_nvcc(path: Path, told: dict[str, str], known: str, standards: str, host_error: str, lacking: str) -> None:
     lines = "\n".join(f"  echo '#$ {name}={value}' >&2" for name, value in told.items())
     text = NVCC.replace("@told@", lines).replace("@known@", known).replace("@standards@", standards)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text.replace("@host_error@", host_error))
+    path.write_text(text.replace("@host_error@", host_error).replace("@lacking@", lacking))
     path.chmod(0o755)
 
 
@@ -55,6 +57,7 @@ def make_toolkit(
     known: str = FROM_12_8,
     standards: str = "c++17 c++20",
     host_error: str = "",
+    lacking: str = "",
     headers: bool = True,
     runtime: bool = True,
 ) -> SimpleNamespace:
@@ -85,7 +88,7 @@ def make_toolkit(
     else:
         include, library = root / "include", root / "lib" / "x86_64-linux-gnu"
         told = {"LIBRARIES": f"  -L{library}/stubs -L{library}"}
-    write_nvcc(bin_ / "nvcc", told, known, standards, host_error)
+    write_nvcc(bin_ / "nvcc", told, known, standards, host_error, lacking)
     for folder, file, there in (
         (include, "cuda_runtime_api.h", headers),
         (library, "libcudart_static.a", runtime),
@@ -248,8 +251,9 @@ HOST_ERROR = "host_config.h:143:2: error: #error -- unsupported GNU version!"
 @pytest.mark.parametrize(
     ("what", "why"),
     [
-        ({"standards": "c++17"}, "cannot compile C++20 (nvcc fatal   : Value 'c++20' is not defined for option 'std')"),
-        ({"host_error": HOST_ERROR}, f"cannot compile C++20 ({HOST_ERROR})"),
+        ({"standards": "c++17"}, "fails (nvcc fatal   : Value 'c++20' is not defined for option 'std')"),
+        ({"host_error": HOST_ERROR}, f"fails ({HOST_ERROR})"),
+        ({"lacking": "nv/target"}, "(cuda_fp16.h:4100:10: fatal error: nv/target: No such file or directory)"),
         ({"headers": False}, "has no cuda_runtime_api.h in "),
         ({"runtime": False}, "has no libcudart_static.a in "),
     ],

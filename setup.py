@@ -1,11 +1,13 @@
 """What is compiled and how; everything else about the package is in pyproject.toml."""
 
+import importlib.util
 import os
-import re
-import shutil
 import subprocess
+import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from setuptools import Extension, setup
@@ -14,7 +16,23 @@ ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch that the package supports
 PY_LIMITED_API, PY_TAG = "0x030a0000", "cp310"
 WARNINGS_ARE_ERRORS = os.environ.get("EROSEG_WERROR") == "1"
-CUDA_ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")  # a free-threaded Python has none
+ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0"  # of these, where TORCH_CUDA_ARCH_LIST is not set, those that nvcc knows
+OLDEST_CAPABILITY = (8, 0)
+
+
+def load(path: str) -> ModuleType:
+    """A module by its path: neither csrc nor the package, which imports torch, can be imported from here."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cuda_architectures = load("eroseg_ext/cuda_architectures.py")
+cuda_toolkit = load("csrc/cuda_toolkit.py")
 
 
 def stable_extension(name: str, directories: list[str]) -> Extension:
@@ -41,68 +59,76 @@ def stable_extension(name: str, directories: list[str]) -> Extension:
         libraries=["torch_cpu"],
         extra_compile_args=flags,
         language="c++",
-        py_limited_api=True,
+        py_limited_api=LIMITED_API,
     )
 
 
-def cuda_toolkit() -> Path | None:
-    """Where CUDA's compiler and libraries are: CUDA_HOME, else as nvcc itself tells; None where it is not wanted."""
+def say(sentence: str) -> None:
+    print(f"eroseg_ext: {sentence}", file=sys.stderr, flush=True)
+
+
+def chosen_cuda() -> tuple[Any, list[Any]] | None:
+    """The toolkit and the architectures of the CUDA kernels; None, after a line that says why, where there are none."""
     if os.environ.get("EROSEG_NO_CUDA") == "1":
         return None
-    if home := os.environ.get("CUDA_HOME"):
-        return Path(home)
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    try:
+        named = cuda_architectures.parse(listed)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    wanted = [architecture for architecture in named if architecture[:2] >= OLDEST_CAPABILITY]
+    if named and not wanted:
+        say(f"the CUDA kernels are not built: they need 8.0 or newer, TORCH_CUDA_ARCH_LIST is {listed!r}")
         return None
-    # nvcc on the PATH may be a link or a script elsewhere.
-    told = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
-    top = re.search(r"^#\$ TOP=(.+)$", told.stderr + told.stdout, re.MULTILINE)
-    if top is None:
-        raise SystemExit(f"{nvcc} does not tell where its toolkit is: name its folder in CUDA_HOME")
-    return Path(top[1].strip()).resolve()
+    if left_out := [str(architecture) for architecture in named if architecture not in wanted]:
+        say(f"the CUDA kernels need 8.0 or newer: {', '.join(left_out)} of TORCH_CUDA_ARCH_LIST is left out")
+    try:
+        toolkit = cuda_toolkit.find()
+    except cuda_toolkit.UnusableToolkitError as error:
+        # Where nobody asked for CUDA, what happens to lie around must not stop the installation.
+        if named or os.environ.get("CUDA_HOME"):
+            raise SystemExit(
+                f"{error}: name a toolkit of CUDA 12.0 or newer in CUDA_HOME, or set EROSEG_NO_CUDA=1"
+            ) from None
+        say(f"the CUDA kernels are not built: {error}")
+        return None
+    if not named:
+        wanted = [each for each in cuda_architectures.parse(ARCHITECTURES) if toolkit.knows(each.nvcc_options())]
+        return toolkit, [*wanted[:-1], wanted[-1]._replace(ptx=True)]  # PTX of the newest, for what is newer still
+    if unknown := [str(each) for each in wanted if not toolkit.knows(each.nvcc_options())]:
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST has {', '.join(unknown)}, which {toolkit.nvcc} does not know: "
+            f"leave it out, name a newer toolkit in CUDA_HOME, or set EROSEG_NO_CUDA=1"
+        )
+    return toolkit, wanted
 
 
-def cuda_extension(toolkit: Path) -> Extension:
+def cuda_extension(toolkit: Any, architectures: list[Any]) -> Extension:
     """The module of the CUDA operators; ``compile_kernels`` adds the kernels to it."""
     extension = stable_extension("eroseg_ext._cuda", ["csrc/cuda"])
-    extension.extra_compile_args += ["-isystem", str(toolkit / "include")]
-    extension.define_macros.append(("EROSEG_CUDA_ARCHITECTURES", f'"{CUDA_ARCHITECTURES}"'))
+    extension.extra_compile_args += toolkit.include_flags
+    extension.define_macros.append(("EROSEG_CUDA_ARCHITECTURES", f'"{";".join(map(str, architectures))}"'))
     # The runtime is linked in: the module then runs beside any CUDA torch, whatever runtime that brings.
-    libraries = [path for name in ("lib64", "lib") if (path := toolkit / name / "libcudart_static.a").is_file()]
-    if not libraries:
-        raise SystemExit(f"the CUDA toolkit in {toolkit} has no libcudart_static.a: install it or set EROSEG_NO_CUDA=1")
-    extension.extra_objects = [str(libraries[0])]
+    extension.extra_objects = [toolkit.runtime]
     extension.libraries += ["rt", "dl", "pthread"]
     return extension
 
 
-def code_of(architectures: str) -> list[str]:
-    """nvcc's options for a list such as ``8.0;9.0+PTX``."""
-    options = []
-    for architecture in re.split(r"[;\s]+", architectures.strip()):
-        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", architecture):
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST has {architecture!r}, wanted such as '8.0;9.0;12.0+PTX'")
-        number = architecture.removesuffix("+PTX").replace(".", "")
-        options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if architecture.endswith("+PTX"):
-            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return options
-
-
-def compile_kernels(toolkit: Path, target: Path) -> list[str]:
+def compile_kernels(toolkit: Any, architectures: list[Any], target: Path) -> list[str]:
     """Compiles csrc/cuda/*.cu, several at a time; returns the object files."""
     flags = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "--compiler-options=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
     if WARNINGS_ARE_ERRORS:
         # Registers that spill, and arrays in local memory, are what makes such kernels slow: no kernel may have them.
         flags += ["-Werror=all-warnings", "--ptxas-options=--warn-on-spills,--warn-on-local-memory-usage,-Werror"]
-    flags += code_of(CUDA_ARCHITECTURES)
+    flags += toolkit.include_flags
+    flags += dict.fromkeys(option for architecture in architectures for option in architecture.nvcc_options())
     flags.append("--threads=2")  # architectures at a time: the largest file alone would take as long as all the others
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     target.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: Path) -> str:
         built = target / f"{source.stem}.o"
-        command = [str(toolkit / "bin" / "nvcc"), *flags, "-c", str(source), "-o", str(built)]
+        command = [toolkit.nvcc, *flags, "-c", str(source), "-o", str(built)]
         print(" ".join(command), flush=True)
         subprocess.run(command, check=True)
         return str(built)
@@ -114,27 +140,30 @@ def compile_kernels(toolkit: Path, target: Path) -> list[str]:
 
 
 def compiled() -> dict[str, Any]:
+    import torch
     from torch.utils import cpp_extension
 
-    toolkit = cuda_toolkit()
+    cuda = chosen_cuda()
 
     class BuildExtension(cpp_extension.BuildExtension):
         def build_extensions(self) -> None:
+            say(f"compiling against torch {torch.__version__} in {Path(torch.__file__).parent}")
             for extension in self.extensions:
-                if toolkit is not None and extension.name == "eroseg_ext._cuda":
-                    extension.extra_objects = compile_kernels(toolkit, Path(self.build_temp)) + extension.extra_objects
+                if cuda is not None and extension.name == "eroseg_ext._cuda":
+                    extension.extra_objects = compile_kernels(*cuda, Path(self.build_temp)) + extension.extra_objects
             super().build_extensions()
 
     # BuildExtension defines Py_LIMITED_API as this, by default the oldest Python of its own torch, not of our wheel.
     cpp_extension.min_supported_cpython = PY_LIMITED_API
     extensions = [stable_extension("eroseg_ext._C", ["csrc", "csrc/cpu"])]
-    if toolkit is not None:
-        extensions.append(cuda_extension(toolkit))
+    if cuda is not None:
+        extensions.append(cuda_extension(*cuda))
     return {
         "ext_modules": extensions,
         "cmdclass": {"build_ext": BuildExtension},
-        "options": {"bdist_wheel": {"py_limited_api": PY_TAG}},
+        "options": {"bdist_wheel": {"py_limited_api": PY_TAG}} if LIMITED_API else {},
     }
 
 
-setup(**({} if os.environ.get("EROSEG_NO_EXT") == "1" else compiled()))
+if __name__ == "__main__":
+    setup(**({} if os.environ.get("EROSEG_NO_EXT") == "1" else compiled()))

@@ -4,7 +4,8 @@ A frontend builds in an isolated process that does not see the packages of the e
 build requirement on torch would therefore fetch a second torch, several gigabytes of it, for every build. Under pip
 the isolated process still runs the target environment's interpreter, so `site` names the directories it hides; they
 go to the end of sys.path, where they provide torch and shadow nothing that the frontend installed for the build.
-torch is required only where there is none.
+torch is required only where there is none. uv and build isolate with an interpreter of their own, which names no such
+directories: README.md says how to build without isolation there.
 """
 
 import os

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from eroseg_ext import reference
+from eroseg_ext import cuda_architectures, reference
 
 
 def _load() -> str | None:
@@ -34,7 +34,10 @@ def _load_cuda() -> str | None:
     try:
         cuda = importlib.import_module("eroseg_ext._cuda")
     except ModuleNotFoundError:
-        return "eroseg_ext was installed without its CUDA kernels (no nvcc was found, or EROSEG_NO_CUDA=1 was set)"
+        return (
+            "eroseg_ext was installed without its CUDA kernels (no usable nvcc was found, EROSEG_NO_CUDA=1 was set, or "
+            "TORCH_CUDA_ARCH_LIST had nothing from 8.0 up)"
+        )
     except ImportError as error:
         return f"the CUDA kernels cannot be loaded beside torch {torch.__version__}: {error}"
     runtime, driver = cuda.versions()
@@ -54,13 +57,7 @@ def _dotted(version: int) -> str:
 
 def _runs_on(capability: tuple[int, int], architectures: str) -> bool:
     """Whether code for such a list as ``8.0;9.0+PTX`` runs on a device: its major version, or newer by PTX."""
-    for architecture in architectures.replace(" ", ";").split(";"):
-        number = architecture.removesuffix("+PTX")
-        major, minor = (int(part) for part in number.rstrip("af").split("."))
-        same_major = capability[0] == major and capability[1] >= minor
-        if same_major or (architecture.endswith("+PTX") and capability >= (major, minor)):
-            return True
-    return False
+    return any(each.runs_on(capability) for each in cuda_architectures.parse(architectures))
 
 
 _WHY_NO_CPU = _load()

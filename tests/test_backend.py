@@ -21,7 +21,15 @@ from eroseg_ext import backend, reference
         ((10, 0), "8.0;9.0", False),
         ((10, 0), "8.0;9.0+PTX", True),
         ((7, 5), "8.0;9.0+PTX", False),
+        ((9, 0), "8.0; 9.0", True),
+        ((9, 0), "9.0;", True),
+        ((9, 0), "Ampere;Hopper", True),
         ((9, 0), "9.0a", True),
+        ((9, 1), "9.0a", False),
+        ((10, 0), "9.0a+PTX", False),
+        ((10, 3), "10.0f", True),
+        ((10, 0), "10.3f", False),
+        ((12, 0), "10.0f+PTX", False),
         ((12, 1), "8.0;12.0+PTX", True),
     ],
 )
@@ -43,7 +51,7 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch, versions: tuple[int, int] | No
 
 @pytest.mark.skipif(backend.why_not_fused(torch.device("cpu")) is not None, reason="nothing is compiled")
 def test_reasons_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "no nvcc was found" in str(pretend_cuda(monkeypatch, None))
+    assert "no usable nvcc was found" in str(pretend_cuda(monkeypatch, None))
     assert pretend_cuda(monkeypatch, (13000, 0)) == "there is no CUDA driver"
     assert pretend_cuda(monkeypatch, (13000, 12090)) == (
         "the kernels are built with CUDA 13.0, the driver takes up to 12.9"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 import weakref
 from collections.abc import Callable
@@ -322,3 +323,23 @@ def test_a_copy_of_an_object_captures_its_own(
 def test_strong_attack_refuses_a_graph(net: nn.Module, batch: Batch) -> None:
     with pytest.raises(TypeError, match=r"graph is not a setting of strong_attack"):
         eroseg_ext.strong_attack(net, *batch, graph=True)
+
+
+class Event:
+    def record(self, stream: cuda_stand_in.Stream | None = None) -> None:
+        self.stream = stream or torch.cuda.current_stream()
+
+    def query(self) -> bool:
+        return True
+
+
+def test_the_event_of_early_stop_is_on_a_stream_of_the_images_device(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda size, dtype, **elsewhere: ones(size, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    leavers = importlib.import_module("eroseg_ext.attack")._Leavers(2, torch.device("cuda", 1))
+    leavers.update(torch.tensor([True, False]))
+    assert leavers._copied.stream is cuda.current_streams[torch.device("cpu")]
+    assert cuda.current_stream() is not leavers._copied.stream

@@ -16,6 +16,12 @@ from eroseg_ext.settings import AttackSettings
 class Attack:
     """An attack with its model and settings bound; the settings are checked here and never change afterwards.
 
+    With ``graph=True`` the model's CUDA graphs are kept for later calls, for images of the last two shapes, dtypes and
+    devices. They hold the memory of the model's forward and backward pass. Weights that an optimizer changes in place
+    are seen; the graphs are captured anew where parameters, buffers or submodules are others or the mode is another.
+    What the model does in Python, and tensors that it holds otherwise, are as they were at the capture. Graphs of a
+    callable that is no nn.Module are not kept. Calls with the same object must not overlap, in threads or CUDA streams.
+
     Args:
         model: as :func:`eroseg_ext.attack` takes it.
         **settings: as there, without ``method``.

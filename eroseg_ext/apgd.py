@@ -23,7 +23,7 @@ from tqdm import tqdm
 from eroseg_ext import backend, inputs, methods
 from eroseg_ext.attack import AttackInfo
 from eroseg_ext.checks import check_choice
-from eroseg_ext.model import Logits, Model, frozen, unwrapped
+from eroseg_ext.model import Logits, Model, Pass, frozen, unwrapped
 from eroseg_ext.settings import AttackSettings
 
 RADII = {"fixed": ((1.0, 100),), "shrinking": ((2.0, 30), (1.5, 30), (1.0, 40))}
@@ -34,7 +34,7 @@ IMPROVING = 0.75
 """A step size is kept while at least this part of the steps since the last checkpoint improved."""
 DEFAULTS: dict[str, Any] = {"steps": 100, "front_min": 0.1}
 """Defaults that differ from ``attack``'s: over many steps a front of 3 % leaves too many pixels alone."""
-NOT_OF_APGD = ("step_size", "targeted", "keep", "early_stop", "micro_batch", "preset")
+NOT_OF_APGD = ("step_size", "targeted", "keep", "early_stop", "micro_batch", "graph", "preset")
 """Settings of ``attack`` that this attack decides for itself."""
 
 
@@ -226,9 +226,11 @@ class _Search:
     ) -> None:
         steps = config.steps if config.eps > 0 and images.numel() > 0 else 0
         self._config = dataclasses.replace(config, steps=max(steps, 1))
-        self._logits = logits
+        dtype, image_size = images.dtype, (images.shape[-2], images.shape[-1])
+        self._forward = lambda pixels: logits(pixels.to(dtype), image_size)
+        self._pass = Pass(self._forward)
         self._ops = ops
-        self._dtype = images.dtype
+        self._dtype = dtype
         self._clean = images.detach().float()
         self._labels = self._predicted() if labels is None else labels
         self._labels_checked = False
@@ -318,21 +320,15 @@ class _Search:
 
     def _evaluate(self, images: Tensor, method: methods.Method, restart: int, step: int) -> tuple[Tensor, Tensor]:
         """Right pixels ``[B]`` of the images, and the gradient with respect to them."""
-        leaf = images.detach().requires_grad_()
-        logits = self._forward(leaf)
-        grad_logits, stats = method.gradient(logits.detach(), step)
+        logits = self._pass.logits(images)
+        if not self._labels_checked:
+            inputs.check_first_logits(logits, self._labels, self._config.ignore_index)
+            self._labels_checked = True
+        grad_logits, stats = method.gradient(logits, step)
         self._stats[restart, step] = stats
         if method.tau is not None:
             self._tau[restart, step] = method.tau
-        (grad,) = torch.autograd.grad(logits, leaf, grad_logits)
-        return stats[:, 1], grad
-
-    def _forward(self, images: Tensor) -> Tensor:
-        logits = self._logits(images.to(self._dtype), (self._clean.shape[-2], self._clean.shape[-1]))
-        if images.requires_grad and not self._labels_checked:
-            inputs.check_first_logits(logits, self._labels, self._config.ignore_index)
-            self._labels_checked = True
-        return logits
+        return stats[:, 1], self._pass.gradient(grad_logits)
 
     def _judge(self, images: Tensor, restart: int) -> None:
         """Counts the right pixels of a restart's last iterate."""

@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eroseg_ext import backend, inputs, methods
-from eroseg_ext.model import GraphedPass, Logits, Model, Pass, frozen, unwrapped
+from eroseg_ext.graphs import GraphedPass, Graphs
+from eroseg_ext.model import Logits, Model, Pass, frozen, unwrapped
 from eroseg_ext.settings import AttackSettings
 
 
@@ -137,12 +138,29 @@ def attack(
     Source: arXiv 2601.14950 for ``eroseg``; the other methods' sources are in :func:`eroseg_ext.reference.pixel_grad`.
     """
     config = AttackSettings.create(**settings)
+    return run_attack(config, Graphs(), model, images, labels, mask, generator, callback, return_info)
+
+
+def run_attack(
+    config: AttackSettings,
+    graphs: Graphs,
+    model: Model,
+    images: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    generator: torch.Generator | None,
+    callback: Callback | None,
+    return_info: bool,
+) -> Tensor | tuple[Tensor, AttackInfo]:
+    """:func:`attack` for settings that have been checked, with the graphs of earlier calls with the same settings."""
     inputs.check(images, labels, mask, config)
     model = unwrapped(model)
     logits = Logits(model, mean=config.mean, std=config.std, autocast=config.autocast)
     ops = backend.select(images.device, config.backend)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model, config.model_mode):
-        loop = _Loop(config, logits, ops, images, labels, mask)
+        if config.graph:
+            graphs.expect(model)
+        loop = _Loop(config, graphs, logits, ops, images, labels, mask)
         adversarial, info = loop.run(generator, callback, return_info)
     return adversarial if info is None else (adversarial, info)
 
@@ -196,7 +214,7 @@ class _Leavers:
         if not self._is_copying:
             self._any_going.copy_(self.going.any(), non_blocking=True)
             if self._copied is not None:
-                self._copied.record()
+                self._copied.record(torch.cuda.current_stream(self.going.device))
             self._is_copying = True
 
 
@@ -206,16 +224,20 @@ class _Loop:
     def __init__(
         self,
         config: AttackSettings,
+        graphs: Graphs,
         logits: Logits,
         ops: ModuleType,
         images: Tensor,
         labels: Tensor | None,
         mask: Tensor | None,
     ) -> None:
+        dtype, image_size = images.dtype, (images.shape[-2], images.shape[-1])
         self._config = config
-        self._logits = logits
+        self._graphs = graphs
+        # Not a method: graphs keep it beyond this call, whose tensors they must not keep.
+        self._forward = lambda pixels: logits(pixels.to(dtype), image_size)
         self._ops = ops
-        self._dtype = images.dtype
+        self._dtype = dtype
         self._clean = images.detach().float()
         self._mask = mask
         batch, device = len(images), images.device
@@ -228,7 +250,6 @@ class _Loop:
         self._steps = config.steps if config.eps > 0 and images.numel() > 0 else 0
         self._buffer = methods.GradientBuffer()
         self._best: _Best | None = None
-        self._graphed: dict[torch.Size, GraphedPass] = {}
         # The row after the last step is for the final images, so that one look at the end covers every forward pass.
         self._stats = torch.zeros(config.restarts, self._steps + 1, batch, 4, dtype=torch.float64, device=device)
         self._tau = torch.zeros(config.restarts, self._steps, batch, device=device)
@@ -296,6 +317,9 @@ class _Loop:
         leavers = _Leavers(len(rows), x_adv.device) if config.early_stop and _host_waits(x_adv.device) else None
         for step in range(self._steps):
             logits = model.logits(x_adv)
+            if not self._labels_checked:
+                inputs.check_first_logits(logits, self._labels, config.ignore_index)
+                self._labels_checked = True
             grad_logits, stats = method.gradient(logits, step)
             right, tau = stats[:, 1], method.tau
             going = right != (stats[:, 0] if config.targeted else 0)
@@ -338,19 +362,9 @@ class _Loop:
         """The model's passes over images of this shape."""
         if not self._config.graph:
             return Pass(self._forward)
-        graphed = self._graphed.get(images.shape)
-        if graphed is None:
-            graphed = self._graphed[images.shape] = GraphedPass(self._forward, images)
+        graphed = self._graphs.of(self._forward, images, self._dtype)
         self._buffer.adopt(graphed.grad_logits)
         return graphed
-
-    def _forward(self, images: Tensor) -> Tensor:
-        size = (self._clean.shape[-2], self._clean.shape[-1])
-        logits = self._logits(images.to(self._dtype), size)
-        if images.requires_grad and not self._labels_checked:
-            inputs.check_first_logits(logits, self._labels, self._config.ignore_index)
-            self._labels_checked = True
-        return logits
 
     def _step_(self, x_adv: Tensor, clean: Tensor, grad: Tensor, mask: Tensor | None) -> None:
         config = self._config

@@ -137,9 +137,11 @@ class Pass:
         self._under_way: tuple[Tensor, Tensor] | None = None
 
     def logits(self, images: Tensor) -> Tensor:
-        """``images[B, K, H, W]`` -> logits, detached."""
+        """``images[B, K, H, W]`` -> logits, detached; ValueError for logits that are cut off from the images."""
         leaf = images.detach().requires_grad_()
         logits = self._forward(leaf)
+        if not logits.requires_grad:
+            raise ValueError("the model's logits do not depend on images by autograd, wanted a differentiable model")
         self._under_way = leaf, logits
         return logits.detach()
 
@@ -150,49 +152,3 @@ class Pass:
         self._under_way = None  # or the logits would live on beside those of the next forward pass
         (grad,) = torch.autograd.grad(logits, leaf, grad_logits)
         return grad
-
-
-class GraphedPass:
-    """The same from two CUDA graphs: one launch instead of one for each of the model's kernels.
-
-    Steps: two warm-up passes on a side stream, as capture wants them; then the forward pass is captured, and the
-    backward pass with its memory. A replay reads and writes the tensors of the capture: logits and gradient are valid
-    until the next ``logits``.
-
-    Raises RuntimeError, naming the reason, for a model that cannot be captured.
-    """
-
-    def __init__(self, forward: Callable[[Tensor], Tensor], images: Tensor) -> None:
-        self._leaf = images.detach().clone().requires_grad_()
-        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        current, side = torch.cuda.current_stream(images.device), torch.cuda.Stream(images.device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                logits = forward(self._leaf)
-                torch.autograd.grad(logits, self._leaf, torch.zeros_like(logits))
-            del logits
-        current.wait_stream(side)
-        try:
-            with torch.cuda.graph(self._forward):
-                self._logits = forward(self._leaf)
-            self.grad_logits = torch.zeros_like(self._logits)
-            with torch.cuda.graph(self._backward, pool=self._forward.pool()):
-                (self._grad,) = torch.autograd.grad(self._logits, self._leaf, self.grad_logits)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RuntimeError(f"graph is True, but the model cannot be captured in a CUDA graph: {reason}") from error
-
-    def logits(self, images: Tensor) -> Tensor:
-        """As :meth:`Pass.logits`, for images of the shape that was captured."""
-        with torch.no_grad():
-            self._leaf.copy_(images)
-        self._forward.replay()
-        return self._logits.detach()
-
-    def gradient(self, grad_logits: Tensor) -> Tensor:
-        """As :meth:`Pass.gradient`; ``grad_logits`` best is the attribute of that name itself."""
-        if grad_logits is not self.grad_logits:
-            self.grad_logits.copy_(grad_logits)
-        self._backward.replay()
-        return self._grad

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from eroseg_ext.attack import attack
+from eroseg_ext.attack import Callback, run_attack
+from eroseg_ext.graphs import Graphs
 from eroseg_ext.model import Model
 from eroseg_ext.settings import AttackSettings
 
 
 class Attack:
     """An attack with its model and settings bound; the settings are checked here and never change afterwards.
+
+    With ``graph=True`` the model's CUDA graphs are kept for later calls, for images of the last two shapes, dtypes and
+    devices. They hold the memory of the model's forward and backward pass. Weights that an optimizer changes in place
+    are seen; the graphs are captured anew where parameters, buffers or submodules are others or the mode is another.
+    What the model does in Python, and tensors that it holds otherwise, are as they were at the capture. Graphs of a
+    callable that is no nn.Module are not kept. Calls with the same object must not overlap, in threads or CUDA streams.
 
     Args:
         model: as :func:`eroseg_ext.attack` takes it.
@@ -25,12 +33,23 @@ class Attack:
         if "method" in settings:
             raise TypeError(f"method is not a setting of {type(self).__name__}, it is always {self.method!r}")
         self.model = model
-        self._keywords = settings | {"method": self.method}
-        self.settings = AttackSettings.create(**self._keywords)
+        self.settings = AttackSettings.create(**settings, method=self.method)
+        self._graphs = Graphs()
 
-    def __call__(self, images: Tensor, labels: Tensor | None = None, **call: Any) -> Any:
-        """Adversarial images; ``call`` may hold ``mask``, ``generator``, ``callback`` and ``return_info``."""
-        return attack(self.model, images, labels, **call, **self._keywords)
+    def __call__(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+        return_info: bool = False,
+    ) -> Any:
+        """Adversarial images; the arguments are those of :func:`eroseg_ext.attack`."""
+        return run_attack(
+            self.settings, self._graphs, self.model, images, labels, mask, generator, callback, return_info
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.settings})"

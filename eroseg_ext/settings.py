@@ -79,7 +79,8 @@ class AttackSettings:
     model_mode: str = "eval"
     """mode of the model during the attack: ``eval``, ``train`` or ``keep``"""
     graph: bool = False
-    """CUDA: run the model from CUDA graphs, captured once per call; the model must allow it"""
+    """CUDA: run the model from CUDA graphs; the model must allow it. Captured in each call of ``attack``, and kept by
+    the object forms such as :class:`eroseg_ext.EroSeg`"""
     progress: bool = False
     """show a tqdm bar"""
 

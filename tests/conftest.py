@@ -14,6 +14,11 @@ CLASSES = 4
 SIZE = (20, 24)
 VOID = 255
 
+# On a GPU, too, two runs agree to the last bit, and a network's gradients to the rounding of float32.
+torch.backends.cudnn.deterministic = True
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cuda.matmul.allow_tf32 = False
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 

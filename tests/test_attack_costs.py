@@ -31,7 +31,8 @@ class HostSyncs(TorchDispatchMode):
     """Counts what makes the host wait for the device, or the device for the host.
 
     Reading a value (``_local_scalar_dense`` is ``.item()``), shapes that depend on data (``nonzero`` and indexing by a
-    bool mask), copies between devices, and tensors made from Python values (``lift_fresh``: an upload).
+    bool mask), copies between devices, and tensors made from Python values (``lift_fresh``: an upload). A copy that is
+    asked not to wait does not, where the CPU's side is pinned.
     """
 
     NAMES: ClassVar[set[str]] = {
@@ -52,7 +53,11 @@ class HostSyncs(TorchDispatchMode):
             self.seen["index by mask"] += any(i is not None and i.dtype == torch.bool for i in args[1])
         if name in ("_to_copy", "copy_") and isinstance(result, Tensor):
             source = args[1] if name == "copy_" else args[0]
-            self.seen["copy between devices"] += source.device != result.device
+            on_cpu = result if result.device.type == "cpu" else source
+            asked_not_to = (kwargs or {}).get("non_blocking", len(args) > 2 and args[2])
+            self.seen["copy between devices"] += source.device != result.device and not (
+                asked_not_to and on_cpu.is_pinned()
+            )
         return result
 
 

@@ -217,9 +217,9 @@ def test_fused_training_equals_reference_training(data: Path, tmp_path: Path, me
     assert losses[fused][-1] < losses[fused][0] - 0.1
 
 
-def test_an_update_is_the_same_with_both_backends(data: Path, tmp_path: Path, fused: str) -> None:
+def test_an_update_is_the_same_with_both_backends(data: Path, tmp_path: Path, fused: str, device: torch.device) -> None:
     """Each from the same state, on larger images and with BatchNorm. Worst seen over four seeds: 1.1e-5."""
-    summary = run(data, tmp_path, compare_reference=12, model="tiny", size=(96, 128))
+    summary = run(data, tmp_path, compare_reference=12, model="tiny", size=(96, 128), device=device.type)
     losses = summary["comparison"]["losses"]
     assert len(losses[fused]) == 6
     assert losses[fused] == pytest.approx(losses["reference"], abs=1e-4)

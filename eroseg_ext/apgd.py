@@ -225,16 +225,18 @@ class _Search:
         mask: Tensor | None,
     ) -> None:
         steps = config.steps if config.eps > 0 and images.numel() > 0 else 0
-        self._config = dataclasses.replace(config, steps=max(steps, 1))
         dtype, image_size = images.dtype, (images.shape[-2], images.shape[-1])
         self._forward = lambda pixels: logits(pixels.to(dtype), image_size)
         self._pass = Pass(self._forward)
         self._ops = ops
         self._dtype = dtype
         self._clean = images.detach().float()
-        self._labels = self._predicted() if labels is None else labels
-        self._labels_checked = False
-        self._valid = (self._labels.long() != config.ignore_index).sum((1, 2)).double()
+        self._ignore_index = config.ignore_index  # as the caller has it
+        self._labels, self._config, self._largest_label = inputs.narrowed(
+            self._predicted() if labels is None else labels, dataclasses.replace(config, steps=max(steps, 1))
+        )
+        self._logits_checked = False
+        self._valid = (self._labels.long() != self._config.ignore_index).sum((1, 2)).double()
         # An image of void pixels has no gradient, but momentum and noise would move it.
         changeable = (self._valid > 0).view(-1, 1, 1, 1)
         self._mask = changeable if mask is None else mask & changeable
@@ -321,9 +323,9 @@ class _Search:
     def _evaluate(self, images: Tensor, method: methods.Method, restart: int, step: int) -> tuple[Tensor, Tensor]:
         """Right pixels ``[B]`` of the images, and the gradient with respect to them."""
         logits = self._pass.logits(images)
-        if not self._labels_checked:
-            inputs.check_first_logits(logits, self._labels, self._config.ignore_index)
-            self._labels_checked = True
+        if not self._logits_checked:
+            inputs.check_first_logits(logits, self._largest_label, self._ignore_index)
+            self._logits_checked = True
         grad_logits, stats = method.gradient(logits, step)
         self._stats[restart, step] = stats
         if method.tau is not None:

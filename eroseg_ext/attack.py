@@ -232,7 +232,6 @@ class _Loop:
         mask: Tensor | None,
     ) -> None:
         dtype, image_size = images.dtype, (images.shape[-2], images.shape[-1])
-        self._config = config
         self._graphs = graphs
         # Not a method: graphs keep it beyond this call, whose tensors they must not keep.
         self._forward = lambda pixels: logits(pixels.to(dtype), image_size)
@@ -244,9 +243,12 @@ class _Loop:
         size = config.micro_batch or max(batch, 1)
         self._parts = [slice(begin, begin + size) for begin in range(0, batch, size)] or [slice(0, 0)]
         self._index = torch.arange(batch, device=device)
-        self._labels = self._predicted() if labels is None else labels
-        self._labels_checked = False
-        self._valid = (self._labels.long() != config.ignore_index).sum((1, 2)).double()
+        self._ignore_index = config.ignore_index  # as the caller has it
+        self._labels, self._config, self._largest_label = inputs.narrowed(
+            self._predicted() if labels is None else labels, config
+        )
+        self._logits_checked = False
+        self._valid = (self._labels.long() != self._config.ignore_index).sum((1, 2)).double()
         self._steps = config.steps if config.eps > 0 and images.numel() > 0 else 0
         self._buffer = methods.GradientBuffer()
         self._best: _Best | None = None
@@ -317,9 +319,9 @@ class _Loop:
         leavers = _Leavers(len(rows), x_adv.device) if config.early_stop and _host_waits(x_adv.device) else None
         for step in range(self._steps):
             logits = model.logits(x_adv)
-            if not self._labels_checked:
-                inputs.check_first_logits(logits, self._labels, config.ignore_index)
-                self._labels_checked = True
+            if not self._logits_checked:
+                inputs.check_first_logits(logits, self._largest_label, self._ignore_index)
+                self._logits_checked = True
             grad_logits, stats = method.gradient(logits, step)
             right, tau = stats[:, 1], method.tau
             going = right != (stats[:, 0] if config.targeted else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import torch
@@ -63,16 +64,38 @@ def _check_range(images: Tensor, clip: tuple[float, float]) -> None:
         )
 
 
-def check_first_logits(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
+NARROW_VOID = 255
+
+
+def narrowed(labels: Tensor, config: AttackSettings) -> tuple[Tensor, AttackSettings, int]:
+    """Labels in the smallest type that holds them, settings to go with them, and the largest class among them.
+
+    Every step reads the labels: as uint8, with void pixels 255, they are an eighth of int64's bytes.
+
+    Raises ValueError for a negative label that is not ``ignore_index``.
+    """
+    if labels.numel() == 0:
+        return labels, config, -1
+    valid = labels.long() != config.ignore_index
+    low, high = torch.stack(labels.where(valid, 0).aminmax()).tolist()
+    if low < 0:
+        raise ValueError(f"labels has the value {low}, wanted classes from 0 or ignore_index={config.ignore_index}")
+    if high < NARROW_VOID and not (labels.dtype == torch.uint8 and config.ignore_index == NARROW_VOID):
+        labels = labels.where(valid, NARROW_VOID).to(torch.uint8)
+        config = dataclasses.replace(config, ignore_index=NARROW_VOID)
+    return labels, config, high
+
+
+def check_first_logits(logits: Tensor, largest_label: int, ignore_index: int) -> None:
     """Checks what only a forward pass tells: labels against the number of classes, and what the logits look like.
 
     Args:
         logits: ``[b, C, H, W]`` of the first images, detached.
-        labels: ``[B, H, W]`` of all of them.
-        ignore_index: the label of void pixels.
+        largest_label: the largest label of all images that is not void.
+        ignore_index: the label of void pixels, as the caller has it.
 
     Raises:
-        ValueError: a label is neither a class nor ``ignore_index``.
+        ValueError: a label is no class.
 
     Warns:
         UserWarning: the output looks like probabilities, whose gradients vanish where logits' do not.
@@ -80,12 +103,10 @@ def check_first_logits(logits: Tensor, labels: Tensor, ignore_index: int) -> Non
     if logits.numel() == 0:
         return
     classes = max(logits.shape[1], 2)
-    index = labels.long()
-    low, high = (int(value) for value in index.where(index != ignore_index, 0).aminmax())
-    if low < 0 or high >= classes:
-        wrong = low if low < 0 else high
+    if largest_label >= classes:
         raise ValueError(
-            f"labels has the value {wrong}, wanted classes from 0 to {classes - 1} or ignore_index={ignore_index}"
+            f"labels has the value {largest_label}, wanted classes from 0 to {classes - 1} or "
+            f"ignore_index={ignore_index}"
         )
     first = logits[:1]
     sums = first.sum(1, dtype=torch.float32)

@@ -479,7 +479,7 @@ def confusion(prediction: Tensor, labels: Tensor, classes: int, *, ignore_index:
         ignore_index: the label of void pixels.
 
     Returns:
-        int64 ``[classes, classes]``: rows are labels, columns predictions. Pixels whose label is void, or whose label or
+        int64 ``[classes, classes]``: rows are labels, columns predictions. Void pixels, and those whose label or
         predicted class lies outside ``[0, classes)``, are counted nowhere.
     """
     if prediction.dim() == 4:

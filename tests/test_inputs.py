@@ -13,7 +13,7 @@ from attack_common import Counted
 from torch import Tensor, nn
 
 import eroseg_ext
-from eroseg_ext import AttackSettings, attack
+from eroseg_ext import AttackSettings, attack, inputs
 from eroseg_ext import backend as backends
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -267,7 +267,7 @@ def test_an_unknown_keyword_lists_the_near_misses(
     ("value", "ignore_index", "message"),
     [
         (4, 255, "^labels has the value 4, wanted classes from 0 to 3 or ignore_index=255$"),
-        (-1, 255, "^labels has the value -1, wanted classes from 0 to 3 or ignore_index=255$"),
+        (-1, 255, "^labels has the value -1, wanted classes from 0 or ignore_index=255$"),
         (255, -1, "^labels has the value 255, wanted classes from 0 to 3 or ignore_index=-1$"),
         (2**40, 255, f"^labels has the value {2**40}, wanted classes from 0 to 3"),
     ],
@@ -281,7 +281,25 @@ def test_labels_that_are_no_class(
     labels[image, 10, 12] = value
     # How many classes there are, only a forward pass tells; all labels are looked at, not the first part's alone.
     changed = {"labels": labels, "ignore_index": ignore_index, "micro_batch": 1}
-    refused(net, arguments | changed, ValueError, message, forwards=1)
+    refused(net, arguments | changed, ValueError, message, forwards=0 if value < 0 else 1)
+
+
+@pytest.mark.parametrize("ignore_index", [255, -100, 3, 2**40])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize("classes", [4, 256])
+def test_labels_are_narrowed_to_uint8_where_they_fit(dtype: torch.dtype, ignore_index: int, classes: int) -> None:
+    labels = torch.randint(classes, (2, 8, 9), generator=torch.Generator().manual_seed(0))
+    labels[0, 0, 0], labels[1] = classes - 1, labels[1].clamp(max=3)
+    if torch.iinfo(dtype).min <= ignore_index <= torch.iinfo(dtype).max:
+        labels[0, 1] = ignore_index
+    labels = labels.to(dtype)
+    narrow, settings, largest = inputs.narrowed(labels, AttackSettings(ignore_index=ignore_index))
+    valid = labels.long() != ignore_index
+    assert largest == labels.long()[valid].max()
+    assert torch.equal(narrow.long() != settings.ignore_index, valid)
+    assert torch.equal(narrow.long()[valid], labels.long()[valid])
+    # Class 255, where it is none that is void, leaves no number for void pixels.
+    assert narrow.dtype == (torch.uint8 if largest < 255 else dtype)
 
 
 def test_binary_labels_that_are_no_class(make_net: Callable[..., nn.Module], arguments: dict[str, Any]) -> None:

@@ -96,12 +96,13 @@ class Check:
         self._work = work
         self._deadline = time.monotonic() + seconds
         self._running: list[Running] = []
+        self._ended_by: str | None = None
         # Also when the caller ignores them: nohup and `&` do, and the parts would inherit that.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._end)
 
     def _end(self, number: int, frame: object) -> None:
-        raise SystemExit(f"gpu_check was ended by {signal.Signals(number).name}")
+        self._ended_by = signal.Signals(number).name  # no exception: a part would be lost that is just being started
 
     def save(self) -> None:
         """Writes the file, whole or not at all."""
@@ -123,6 +124,8 @@ class Check:
                 self._start(part)
             while self._running:
                 time.sleep(0.1)
+                if self._ended_by is not None:
+                    raise SystemExit(f"gpu_check was ended by {self._ended_by}")
                 for running in tuple(self._running):
                     late = time.monotonic() - running.started - running.part.limit
                     if running.process.poll() is not None or late > GRACE:
@@ -132,7 +135,6 @@ class Check:
                         running.signal(signal.SIGINT)
         finally:
             for running in tuple(self._running):
-                running.interrupted = True
                 self._finish(running)
 
     def _start(self, part: Part) -> None:
@@ -169,8 +171,10 @@ class Check:
         outcome = "passed" if status == 0 else f"failed: exit status {status}"
         if status is not None and status < 0:
             outcome = f"failed: killed by {signal.Signals(-status).name}"
-        if running.interrupted:
-            outcome = f"killed after {seconds:.0f} s"
+        if self._ended_by is not None:
+            outcome = f"killed: the check was ended by {self._ended_by}"
+        elif running.interrupted:
+            outcome = f"killed at its limit of {running.part.limit:.0f} s"
         lines = output_of(running.log)
         more: dict[str, Any] = {"output": lines[-5 if outcome == "passed" else -100 :]}
         try:
@@ -223,16 +227,16 @@ def output_of(log: Path) -> list[str]:
 
 def tests_summary(report: Path) -> dict[str, Any]:
     """Counts, and the tests that failed with the first lines of why, from JUnit XML."""
-    outcomes = {"failure": "failed", "error": "failed", "skipped": "skipped"}
-    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    suite = ElementTree.parse(report).find("testsuite")
+    assert suite is not None
+    ran, *others = (int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped"))
+    counts = {"passed": ran - sum(others), "failed": others[0] + others[1], "skipped": others[2]}
     failures = []
-    for case in ElementTree.parse(report).iter("testcase"):
-        found = next((child for child in case if child.tag in outcomes), None)
-        counts["passed" if found is None else outcomes[found.tag]] += 1
-        if found is not None and found.tag != "skipped":
-            message = found.get("message") or found.text or ""
+    for case in suite.iter("testcase"):
+        for found in (child for child in case if child.tag in ("failure", "error")):
+            message = (found.get("message") or found.text or "").splitlines()
             test = f"{case.get('classname')}::{case.get('name')}"
-            failures.append({"test": test, "message": [line[:400] for line in message.splitlines()[:5]]})
+            failures.append({"test": test, "message": [line[:400] for line in message[:5]]})
     return {"counts": counts, "failures": failures} | ({} if counts["passed"] else {"problem": "no test has passed"})
 
 
@@ -268,7 +272,7 @@ def run_all(check: Check, wheel: str | None, work: Path, limits: dict[str, float
     tests = [python, "-m", "pytest", *files, "-k", f"{device} and not host and not test_cuda_kernels", "-rfE"]
     tests += ["-p", "no:cacheprovider", "-p", "no:benchmark", "-o", "faulthandler_timeout=60", f"--junitxml={report}"]
     if importlib.util.find_spec("xdist"):
-        tests += ["-n", "8"]
+        tests += ["-n", str(min(os.cpu_count() or 1, 8))]
     # In their own folder, so that they import the package that was installed.
     parts = [Part("tests", tests, limits["tests"], lambda lines: tests_summary(report), ROOT / "tests")]
     for tool in SANITIZERS:
@@ -320,7 +324,7 @@ def main(arguments: Sequence[str]) -> int:
     wheel = str(Path(arguments[1]).resolve()) if len(arguments) == 2 else None
     changed = dict(entry.split("=") for entry in os.environ.get("LIMITS", "").split())
     limits = LIMITS | {name: float(seconds) for name, seconds in changed.items()}
-    work = Path(tempfile.mkdtemp())
+    work = Path(tempfile.mkdtemp(prefix="gpu_check-"))
     site = os.pathsep.join([str(work / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ |= {"PYTHONPATH": site, "PYTHONUNBUFFERED": "1", "TMPDIR": str(work)}
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(work / "hypothesis")

@@ -135,6 +135,7 @@ def measure_attack(task: Task, name: str) -> tuple[Figure, Timing]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     whole = time_calls([_caller(way, model, images, labels, task.steps)], task.device, seconds=0, least=task.rounds)
+    reserved = torch.cuda.max_memory_reserved() if task.device.type == "cuda" else None
     timing = Timing(tuple(value / task.steps for value in whole.seconds))
     kept = torch.zeros(len(images), CLASSES, *images.shape[2:], device=task.device)
     # More steps hold no more at once.
@@ -143,7 +144,7 @@ def measure_attack(task: Task, name: str) -> tuple[Figure, Timing]:
         "model": description,
         "steps": task.steps,
         "images/s": round(len(images) / whole.median, 4),
-        "reserved_bytes": torch.cuda.max_memory_reserved() if task.device.type == "cuda" else None,
+        "reserved_bytes": reserved,
         "peak_bytes": peak_memory(short, task.device),
         "model_peak_bytes": peak_memory(
             lambda: loop.model_only(model, images, kept, AttackSettings(steps=2)), task.device

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -56,7 +57,7 @@ def script(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
             "DEVICE": "cpu",
             "OMP_NUM_THREADS": "1",
             "TESTS": "test_attack_graph.py",
-            "LIMITS": "kernels=31",
+            "LIMITS": "kernels=100 margin=99",
         }
         command = [gpu_check.ROOT / "bench" / "gpu_check.sh", *arguments]
         return subprocess.Popen(command, env=environment | changed, stdout=subprocess.PIPE, text=True)
@@ -140,15 +141,15 @@ def python(name: str, code: str, limit: float = 30, **more: Any) -> Part:
 
 
 def test_what_a_part_may_do(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "GRACE", 1)
+    monkeypatch.setattr(gpu_check, "GRACE", 3)
     deaf = "import signal, subprocess, time; signal.signal(signal.SIGINT, signal.SIG_IGN);"
     child = tmp_path / "child"
     check.run(
         python("garbage", r"import os; os.write(1, b'\xff\x00\n' * 2**20)"),
         python("dies", "import os; print('so far', flush=True); os.kill(os.getpid(), 9)"),
-        python("waits", "import time; time.sleep(60)", 1),
+        python("waits", "import time; time.sleep(60)", 5),
         python("deaf", f"{deaf} c = subprocess.Popen(['sleep', '60']); open({str(child)!r}, 'w').write(str(c.pid)); "
-               "time.sleep(60)", 3),
+               "time.sleep(60)", 5),
         Part("missing", ["no-such-program"], 5),
         python("nothing left", "", summary=lambda lines: json.loads((tmp_path / "missing.json").read_text())),
         python("unclean", "print('========= ERROR SUMMARY: 2 errors')", summary=gpu_check.sanitizer_summary),
@@ -157,8 +158,8 @@ def test_what_a_part_may_do(check: Check, tmp_path: Path, monkeypatch: pytest.Mo
         "missing": "failed: [Errno 2] No such file or directory: 'no-such-program'",
         "garbage": "passed",
         "dies": "failed: killed by SIGKILL",
-        "waits": "killed at its limit of 1 s",
-        "deaf": "killed at its limit of 3 s",
+        "waits": "killed at its limit of 5 s",
+        "deaf": "killed at its limit of 5 s",
         "nothing left": "failed: its results cannot be read: FileNotFoundError: [Errno 2] No such file or directory: "
         f"'{tmp_path / 'missing.json'}'",
         "unclean": "failed: compute-sanitizer does not say that all is well",
@@ -166,7 +167,12 @@ def test_what_a_part_may_do(check: Check, tmp_path: Path, monkeypatch: pytest.Mo
     assert check.result["checks"]["dies"]["output"] == ["so far"]
     assert "KeyboardInterrupt" in check.result["checks"]["waits"]["output"]
     state = Path(f"/proc/{child.read_text()}/stat")
-    assert not state.exists() or ") Z " in state.read_text()
+    for _ in range(100):  # a kill takes effect in its own time
+        if not state.exists() or ") Z " in state.read_text():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("what the part had started lives on")
 
 
 def test_a_part_that_no_time_is_left_for_is_not_begun(tmp_path: Path, check: Check) -> None:
@@ -175,23 +181,23 @@ def test_a_part_that_no_time_is_left_for_is_not_begun(tmp_path: Path, check: Che
     assert not (tmp_path / "begun").exists()
 
 
-def test_tests_that_fail_are_named_also_where_one_hangs(check: Check, tmp_path: Path) -> None:
+def test_tests_that_fail_are_named_also_where_they_are_interrupted(check: Check, tmp_path: Path) -> None:
     (tmp_path / "test_planted.py").write_text(
-        "import pytest, time\n"
+        "import os, pytest, signal, time\n"
         "def test_right(): pass\n"
         "def test_wrong(): assert 1 == 2, 'first\\nsecond'\n"
         "@pytest.fixture\n"
         "def broken(): raise RuntimeError('no such kernel')\n"
         "def test_error(broken): pass\n"
         "def test_skipped(): pytest.skip('no need')\n"
-        "def test_hangs(): time.sleep(60)\n"
+        "def test_interrupted(): os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
     )
     report = tmp_path / "report.xml"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", "test_planted.py"]
     summary = partial(lambda path, lines: gpu_check.tests_summary(path), report)
-    check.run(Part("tests", command, 8, summary, tmp_path))
+    check.run(Part("tests", command, 50, summary, tmp_path))
     part = check.result["checks"]["tests"]
-    assert part["outcome"] == "killed at its limit of 8 s"
+    assert part["outcome"] == "failed: exit status 2"
     assert part["counts"] == {"passed": 1, "failed": 2, "skipped": 1}
     assert [(failure["test"], failure["message"][:2]) for failure in part["failures"]] == [
         ("test_planted::test_wrong", ["AssertionError: first", "  second"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,10 +72,12 @@ class Case:
     layout: str = "NCHW"
     method: str | None = None
     """of ``pixel_grad``; of ``erosion_grad``, one of ``VARIANTS``"""
+    labels: torch.dtype = torch.int64
 
     @property
     def name(self) -> str:
         parts = [self.op, self.method, self.data, str(self.dtype).removeprefix("torch."), self.layout]
+        parts += ["" if self.labels == torch.int64 else f"{self.labels} labels".removeprefix("torch.")]
         return " ".join(part for part in parts if part)
 
     @property
@@ -84,7 +86,7 @@ class Case:
         batch, classes, height, width = self.shape
         pixels = batch * height * width
         logits = classes * pixels * self.dtype.itemsize
-        label, score, image = 8 * pixels, 4 * pixels, 4 * 3 * pixels
+        label, score, image = self.labels.itemsize * pixels, 4 * pixels, 4 * 3 * pixels
         return {
             "erosion_grad": 2 * logits + label + 2 * score,
             "pixel_grad": 2 * logits + label,
@@ -139,9 +141,15 @@ def kernel_cases(quick: bool) -> list[Case]:
     shapes = KERNEL_SHAPES
     if quick:
         shapes = {data: (1, classes, h // 10, w // 10) for data, (_, classes, h, w) in shapes.items()}
-    voc = shapes["PASCAL VOC"]
-    variants = [Case("erosion_grad", "PASCAL VOC", voc, torch.bfloat16, method=variant) for variant in VARIANTS]
-    return gradient_cases(shapes) + other_cases(shapes) + variants
+    voc = Case("erosion_grad", "PASCAL VOC", shapes["PASCAL VOC"], torch.bfloat16)
+    batch, classes, height, width = voc.shape
+    special = [
+        *(replace(voc, method=variant) for variant in VARIANTS),
+        replace(voc, labels=torch.uint8),
+        replace(voc, data="batch 1", shape=(1, classes, height, width)),
+        replace(voc, data="odd width", shape=(batch, classes, height | 1, width | 1)),
+    ]
+    return gradient_cases(shapes) + other_cases(shapes) + special
 
 
 @dataclass(frozen=True)
@@ -171,7 +179,7 @@ def scene(case: Case, device: torch.device, seed: int = 0) -> Scene:
     labels = torch.randint(0, max(classes, 2), maps, generator=generator, device=device)
     labels[torch.rand(maps, generator=generator, device=device) < 0.05] = VOID
     pixels = torch.rand(images, generator=generator, device=device)
-    return Scene(logits, labels, normal(maps) * 4, pixels, normal(images))
+    return Scene(logits, labels.to(case.labels), normal(maps) * 4, pixels, normal(images))
 
 
 def call_of(case: Case, ops: Any, inputs: Scene) -> Call:

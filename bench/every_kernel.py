@@ -16,18 +16,21 @@ CLASSES = (1, 4, 21, 40, 90, 170, 300)
 WIDTHS = (72, 75)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
+LABELS = (torch.int64, torch.int32, torch.uint8)
 
 
 def main(device: torch.device) -> None:
     if why_not := backend.why_not_fused(device):
         raise SystemExit(why_not)
     generator = torch.Generator().manual_seed(0)
+    # All inputs are made on the CPU, so that a copy is what writes them on the device, and no kernel of torch.
     for number, (classes, dtype, layout) in enumerate(itertools.product(CLASSES, DTYPES, LAYOUTS)):
         width = WIDTHS[number // len(LAYOUTS) % 2]
-        logits = torch.randn(2, classes, 9, width, generator=generator).to(device, dtype, memory_format=layout)
-        labels = torch.randint(0, max(classes, 2), (2, 9, width), generator=generator).to(device)
-        weight = reference.class_balance(labels, max(classes, 2))
-        tau = torch.ones(2, device=device)
+        logits = torch.randn(2, classes, 9, width, generator=generator).to(dtype, memory_format=layout).to(device)
+        labels = torch.randint(0, max(classes, 2), (2, 9, width), generator=generator)
+        weight = reference.class_balance(labels, max(classes, 2)).to(device)
+        labels = labels.to(LABELS[CLASSES.index(classes) % len(LABELS)]).to(device)
+        tau = torch.ones(2).to(device)
         _, log_odds, stats = ops.erosion_grad(logits, labels, tau, class_weight=weight)
         ops.next_tau(log_odds, stats, 5)
         ops.erosion_grad(logits, labels, tau, log_odds, radius=0, direction="ce")
@@ -37,18 +40,18 @@ def main(device: torch.device) -> None:
             ops.pixel_grad(logits, labels, method)
         ops.confidence(logits, labels, confidence="top")
         ops.confusion(logits, labels, max(classes, 2))
-    scores = torch.rand(3, 20_000, generator=generator).to(device)
-    ranks = torch.tensor([[1, 17, 20_000]] * 3, device=device)
-    ops.kth_value(scores, ranks)
-    ops.kth_value(scores, ranks, scores > 0.5)
-    maps, cone = torch.rand(2, 40, 50, generator=generator).to(device), torch.ones(2, device=device)
-    for radius, predicted in itertools.product((0, 1, 4), (None, (maps > 0.5).int())):
-        ops.erode(maps, maps < 0.9, radius, cone, predicted)
+    scores = torch.rand(3, 20_000, generator=generator)
+    ranks = torch.tensor([[1, 17, 20_000]] * 3).to(device)
+    for valid in (None, (scores > 0.5).to(device)):
+        ops.kth_value(scores.to(device), ranks, valid)
+    maps, cone = torch.rand(2, 40, 50, generator=generator), torch.ones(2).to(device)
+    for radius, predicted in itertools.product((0, 1, 4), (None, (maps > 0.5).int().to(device))):
+        ops.erode(maps.to(device), (maps < 0.9).to(device), radius, cone, predicted)
     for shape in ((2, 3, 16, 20), (1, 3, 7, 9)):
-        x = torch.rand(shape, generator=generator).to(device)
-        for mask in (None, x[:, :1] > 0.5):
-            ops.linf_step_(x.clone(), x, torch.randn_like(x), 0.1, 0.1, mask=mask)
-            ops.l2_step_(x.clone(), x, torch.randn_like(x), 0.1, 0.1, mask=mask)
+        x, grad = torch.rand(shape, generator=generator), torch.randn(shape, generator=generator).to(device)
+        for mask in (None, (x[:, :1] > 0.5).to(device)):
+            for step_ in (ops.linf_step_, ops.l2_step_):
+                step_(x.to(device, copy=True), x.to(device), grad, 0.1, 0.1, mask=mask)
     if device.type == "cuda":
         torch.cuda.synchronize()
     print(f"every kernel has run on {device}")

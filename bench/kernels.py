@@ -4,7 +4,7 @@
     python -m bench.kernels --device cpu --quick --out kernels.json
 
 Every operation in every implementation, the fused and the reference one timed twice (the second time after everything
-else was timed once, which shows the noise), and what a step adds to a light net and to a ResNet-50. Most important
+else was timed once, which shows the noise), and whole attacks on a light net and on a ResNet-50. Most important
 first; what no time is left for is skipped and says so. The file is written anew after every part, whole each time.
 """
 
@@ -15,19 +15,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from bench import results
-from bench.cases import SECONDS, Case, Unavailable, figure, implementations, kernel_cases, timed
-from bench.report import Device, cell, interval, markdown, median, ratio
+from bench.cases import KERNEL_SHAPES, SECONDS, Case, Unavailable, figure, implementations, kernel_cases, timed
+from bench.report import Device, cell, interval, markdown, median, mib, number, ratio
 from bench.results import Figure
-from bench.whole import ATTACKS, LOOP, Task, measure_attack, measure_loop
+from bench.whole import ATTACKS, LOOP, PGD_LOOP, REFERENCE_LOOP, TEXTBOOK, Task, measure_attack, measure_loop
 
 LIMIT_SECONDS = 240
 COMPILE_SECONDS = 45
 MODELS = ("light", "resnet50")
+
+Result = TypeVar("Result")
 
 
 class Run:
@@ -37,13 +39,14 @@ class Run:
         self.device = device
         self.figures: list[Figure] = []
         self.skipped: dict[str, str] = {}
+        self.failed = False
         self._seconds = SECONDS["quick"] / 10 if quick else SECONDS["quick"]
         self._deadline = deadline
 
     def _left(self) -> float:
         return self._deadline - time.monotonic()
 
-    def _try(self, name: str, measure: Callable[[], Figure]) -> Figure | None:
+    def _try(self, name: str, measure: Callable[[], Result]) -> Result | None:
         label = f"[{self.device.type}-{name}]"
         if self._left() <= 0:
             self.skipped[label] = "no time was left"
@@ -52,8 +55,9 @@ class Run:
             return measure()
         except Unavailable as reason:
             self.skipped[label] = str(reason)
-        except torch.OutOfMemoryError as error:
-            self.skipped[label] = f"out of memory: {str(error).splitlines()[0]}"
+        except Exception as error:  # the others can still be measured
+            self.skipped[label] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            self.failed = True
         return None
 
     def operation(self, case: Case, implementation: str) -> None:
@@ -71,8 +75,11 @@ class Run:
     def once_more(self, case: Case, implementation: str) -> None:
         """Times it again, if it was timed before."""
         for former in self.figures:
-            if (former["case"], former["implementation"]) == (case.name, implementation) and self._left() > 0:
-                former["again_ms"] = timed(case, implementation, self.device, self._seconds).to_json()
+            if (former["case"], former["implementation"]) == (case.name, implementation):
+                name = f"{case.name}-{implementation} once more"
+                again = self._try(name, lambda: timed(case, implementation, self.device, self._seconds))
+                if again is not None:
+                    former["again_ms"] = again.to_json()
 
     def whole(self, task: Task, name: str) -> None:
         """Times a whole attack, or the loop with its split."""
@@ -87,6 +94,7 @@ def compile_order(cases: list[Case]) -> list[Case]:
 
     def order(case: Case) -> tuple[bool, ...]:
         is_other = case.op != "erosion_grad" or case.method is not None
+        is_other |= case.data not in KERNEL_SHAPES or case.labels != torch.int64
         return is_other, case.layout != "NCHW", case.dtype != torch.bfloat16
 
     return sorted(cases, key=order)
@@ -100,13 +108,24 @@ def short_table(device: Device) -> list[str]:
         share = cell(fused, lambda f: f"{100 * f['extra']['share_of_copy']:.0f} %")
         fused_ms = cell(fused, lambda f: interval(f["ms"]))
         rows.append([case.name, median(eager), median(compiled), fused_ms, ratio(eager, fused), share])
-    for model in MODELS:
-        split = device.get("end_to_end", model, LOOP)
-        ours = cell(split, lambda f: interval(f["extra"]["ours"]))
-        share = cell(split, lambda f: f"{100 * f['extra']['ours']['p50'] / f['ms']['p50']:.1f} % of a step")
-        rows.append([f"attack on {model}: ours in a step", "", "", ours, "", share])
-    head = ["ms", "reference", "compiled", "fused (20-80 %)", "against reference", "share of a copy's speed"]
+    name = device.result["devices"][device.kind]["name"]
+    head = [f"ms on {name}", "reference", "compiled", "fused (20-80 %)", "against reference", "share of a copy's speed"]
     return markdown(head, rows)
+
+
+def attacks_table(device: Device) -> list[str]:
+    """One line per model and way to attack it."""
+    rows = []
+    for model in MODELS:
+        slowest = device.get("end_to_end", model, TEXTBOOK)
+        for name, way in ATTACKS.items():
+            whole, split = device.get("end_to_end", model, name), device.get("end_to_end", model, way.loop or "")
+            ours = "" if way.loop is None else cell(split, lambda f: number(f["extra"]["ours"]["p50"]))
+            memory = [cell(whole, lambda f, key=key: mib(f["extra"][key])) for key in ("peak_bytes", "reserved_bytes")]
+            row = [model, name, cell(whole, lambda f: interval(f["ms"])), ours, ratio(slowest, whole)]
+            rows.append([*row, *memory])
+    head = ["model", "attack", "ms per step (20-80 %)", "ours in the loop", f"{TEXTBOOK} against it"]
+    return markdown([*head, "peak memory of a call", "all that torch holds"], rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,6 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     def save() -> None:
         results.write(args.out, profile, [device], run.figures, run.skipped, load, **more)
 
+    save()  # from here on there is a file, whatever becomes of the device
     cases = kernel_cases(args.quick)
     for case in cases:
         for name in implementations(case):
@@ -139,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     size = (1, 3, 64, 64) if args.quick else (8, 3, 512, 512)
     for model in MODELS:
         task = Task(model, size, steps=3 if args.quick else 10, rounds=2, device=device)
-        for name in (LOOP, "reference operations", *ATTACKS):
+        for name in (LOOP, PGD_LOOP, REFERENCE_LOOP, *ATTACKS):
             run.whole(task, name)
     save()
     for case in cases:
@@ -150,12 +170,12 @@ def main(argv: list[str] | None = None) -> int:
         run.operation(case, "compiled")
     save()
 
-    result = results.read(str(args.out))
+    measured = Device(results.read(str(args.out)), device.type)
     for reason in dict.fromkeys(run.skipped.values()):
         print(f"skipped: {reason}")
-    print(Device(result, device.type).title)
-    print("\n".join(short_table(Device(result, device.type))))
-    return 0
+    print(measured.title)
+    print("\n".join([*attacks_table(measured), *short_table(measured)]))
+    return int(run.failed)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from bench.measure import exponent
 from bench.models import MODELS
 from bench.peers import PEERS
 from bench.results import Figure
-from bench.whole import ATTACKS, LOOP, VARIANTS
+from bench.whole import ATTACK, GRAPH, LOOP, VARIANTS
 
 NOT_MEASURED = "not measured"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
@@ -123,7 +123,7 @@ def operations_table(device: Device) -> list[str]:
         shape = f"{list(case.shape)} {str(case.dtype).removeprefix('torch.')}".replace(", ", ",")
         row = [
             f"`{case.op}`" + (f" {case.method}" if case.method else ""),
-            case.data,
+            case.data + ("" if case.labels == torch.int64 else f", {case.labels} labels".replace("torch.", "")),
             shape + ("" if case.layout == "NCHW" else f" {case.layout}"),
             median(eager),
             median(compiled),
@@ -152,8 +152,8 @@ def selection_table(device: Device) -> list[str]:
     return markdown([f"two k-th values, {case}", "ms (20-80 %)", "against fused"], rows)
 
 
-def _mib(value: float) -> str:
-    return f"{number(value / 2**20)} MiB"
+def mib(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{number(value / 2**20)} MiB"
 
 
 def peers_table(device: Device) -> list[str]:
@@ -171,7 +171,7 @@ def peers_table(device: Device) -> list[str]:
                 name,
                 cell(figure, lambda f: interval(f["ms"])),
                 ratio(figure, ours),
-                cell(figure, lambda f: _mib(f["extra"]["peak_bytes"])),
+                cell(figure, lambda f: mib(f["extra"]["peak_bytes"])),
                 cell(figure, lambda f: f"{f['extra']['miou']:.1f}"),
                 cell(figure, lambda f: f"{f['extra']['accuracy']:.1f}"),
             ]
@@ -188,8 +188,8 @@ def end_to_end_table(device: Device) -> list[str]:
     ]
     rows = []
     for case in MODELS:
-        whole, split = device.get("end_to_end", case, ATTACKS[0]), device.get("end_to_end", case, LOOP)
-        graph = device.get("end_to_end", case, ATTACKS[1])
+        whole, split = device.get("end_to_end", case, ATTACK), device.get("end_to_end", case, LOOP)
+        graph = device.get("end_to_end", case, GRAPH)
         some = whole or split or graph
         row = [case, ""] if some is None else [some["extra"]["model"], str(some["shape"])]
         row.append(cell(whole, lambda f: f"{number(f['extra']['images/s'])} at {f['extra']['steps']} steps"))

@@ -6,7 +6,7 @@ import torch
 from bench.cases import Unavailable
 from bench.conftest import Record
 from bench.models import MODELS
-from bench.whole import ATTACKS, VARIANTS, Task, measure_attack, measure_loop
+from bench.whole import ATTACK, GRAPH, VARIANTS, Task, measure_attack, measure_loop
 
 SHAPES = {"quick": (1, 3, 96, 96), "default": (1, 3, 192, 192), "full": (2, 3, 512, 512), "cuda": (8, 3, 512, 512)}
 STEPS = {"quick": 3, "default": 5, "full": 10}
@@ -19,7 +19,7 @@ def task(request: pytest.FixtureRequest, device: torch.device, profile: str) -> 
     return Task(request.param, shape, STEPS[profile], ROUNDS[profile], device)
 
 
-@pytest.mark.parametrize("way", ATTACKS)
+@pytest.mark.parametrize("way", [ATTACK, GRAPH])
 def test_attack(record: Record, task: Task, way: str) -> None:
     try:
         record(*measure_attack(task, way))

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench import loop
 from bench.cases import VOID, Unavailable, operations
 from bench.loop import Habits
-from bench.measure import Timing, peak_memory, time_calls
+from bench.measure import Call, Timing, peak_memory, time_calls
 from bench.models import build
+from bench.peers import Budget, textbook
 from bench.results import Figure
-from eroseg_ext import AttackSettings, attack
+from eroseg_ext import PGD, AttackSettings, EroSeg
+from eroseg_ext.model import Logits
+from eroseg_ext.objects import Attack
 
 CLASSES = 21
-ATTACKS = ("attack()", "attack(graph=True)")
-LOOP = "the loop of attack()"
+ATTACK, GRAPH, TEXTBOOK = "attack()", "EroSeg(model, graph=True)", "textbook PGD loop"
+LOOP, PGD_LOOP, REFERENCE_LOOP = "the loop of attack()", "pgd instead of eroseg", "reference operations"
+
+
+@dataclass(frozen=True)
+class Way:
+    """An attack object that is called again and again, as for batch after batch; None is the textbook's loop."""
+
+    attack: type[Attack] | None
+    settings: dict[str, Any] = field(default_factory=dict)
+    loop: str | None = None
+    """the one of ``VARIANTS`` that splits its steps"""
+
+
+ATTACKS = {
+    ATTACK: Way(EroSeg, {}, LOOP),
+    GRAPH: Way(EroSeg, {"graph": True}, LOOP),
+    "attack(backend='reference')": Way(EroSeg, {"backend": "reference"}, REFERENCE_LOOP),
+    "attack(method='pgd')": Way(PGD, {}, PGD_LOOP),
+    "PGD(model, graph=True)": Way(PGD, {"graph": True}, PGD_LOOP),
+    TEXTBOOK: Way(None),
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +50,7 @@ class Variant:
 
     habits: Habits = loop.BEST
     implementation: str = "fused"
+    method: str = "eroseg"
     bf16: bool = False
 
 
@@ -34,9 +58,10 @@ VARIANTS = {
     LOOP: Variant(),
     "weight gradients too (`.backward()`)": Variant(Habits(input_gradient_only=False)),
     "a fresh gradient buffer in each step": Variant(Habits(kept_buffer=False)),
-    "reference operations": Variant(implementation="reference"),
+    REFERENCE_LOOP: Variant(implementation="reference"),
     "these three together": Variant(Habits(False, False), "reference"),
     "bf16 autocast": Variant(bf16=True),
+    PGD_LOOP: Variant(method="pgd"),
 }
 
 
@@ -72,38 +97,61 @@ class Task:
         )
 
 
-def measure_attack(task: Task, way: str) -> tuple[Figure, Timing]:
-    """Time per step of whole calls, images/s, and the memory beyond the model's own forward and backward pass.
+class _OnlyLogits(nn.Module):
+    """The model as the textbook's loop wants it: its output the logits at the images' size."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return Logits(self.model)(images, (images.shape[-2], images.shape[-1]))
+
+
+def _caller(way: Way, model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> Call:
+    if way.attack is not None:
+        bound = way.attack(model, steps=steps, **way.settings)
+        return lambda: bound(images, labels)
+    whole = _OnlyLogits(model)
+
+    def run() -> None:
+        textbook(whole, images, labels, Budget(steps=steps, classes=CLASSES))
+        whole.zero_grad()  # or the weights' gradients would be there before the next run
+
+    return run
+
+
+def measure_attack(task: Task, name: str) -> tuple[Figure, Timing]:
+    """Time per step of whole calls, images/s, and memory: torch's in all, and beyond the model's own passes.
 
     Raises Unavailable with the reason.
     """
-    settings: dict[str, Any] = {"steps": task.steps}
-    if way == ATTACKS[1]:
-        if "graph" not in {field.name for field in fields(AttackSettings)}:
-            raise Unavailable("this version of attack() has no setting graph")
-        if task.device.type != "cuda":
-            raise Unavailable("a CUDA graph needs CUDA")
-        settings["graph"] = True
+    way = ATTACKS[name]
+    if "graph" in way.settings and task.device.type != "cuda":
+        raise Unavailable("a CUDA graph needs CUDA")
     images, labels = task.inputs()
     model, description = build(task.model, CLASSES, task.device)
-
-    def run() -> Tensor:
-        return attack(model, images, labels, **settings)
-
-    whole = time_calls([run], task.device, seconds=0, least=task.rounds)
+    if task.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    whole = time_calls([_caller(way, model, images, labels, task.steps)], task.device, seconds=0, least=task.rounds)
+    reserved = torch.cuda.max_memory_reserved() if task.device.type == "cuda" else None
     timing = Timing(tuple(value / task.steps for value in whole.seconds))
     kept = torch.zeros(len(images), CLASSES, *images.shape[2:], device=task.device)
-    config = AttackSettings(steps=2)
-    settings["steps"] = 2  # more of them hold no more at once
+    # More steps hold no more at once.
+    short = _caller(way, model, images, labels, steps=2)
     extra = {
         "model": description,
         "steps": task.steps,
         "images/s": round(len(images) / whole.median, 4),
-        "peak_bytes": peak_memory(run, task.device),
-        "model_peak_bytes": peak_memory(lambda: loop.model_only(model, images, kept, config), task.device),
+        "reserved_bytes": reserved,
+        "peak_bytes": peak_memory(short, task.device),
+        "model_peak_bytes": peak_memory(
+            lambda: loop.model_only(model, images, kept, AttackSettings(steps=2)), task.device
+        ),
         "logits_bytes": kept.nbytes,
     }
-    return task.figure(way, timing, extra), timing
+    return task.figure(name, timing, extra), timing
 
 
 def measure_loop(task: Task, name: str) -> tuple[Figure, Timing]:
@@ -111,7 +159,7 @@ def measure_loop(task: Task, name: str) -> tuple[Figure, Timing]:
     chosen = VARIANTS[name]
     ops = operations(chosen.implementation, task.device)
     model, description = build(task.model, CLASSES, task.device)
-    config = AttackSettings(steps=task.steps)
+    config = AttackSettings(method=chosen.method, steps=task.steps)
     if chosen.bf16:
         config = replace(config, autocast=torch.bfloat16)
     split = loop.split(model, *task.inputs(), config, ops, chosen.habits, task.rounds)

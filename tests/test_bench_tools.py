@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import torch
 # Last, so that the installed package is the one that is tested.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import cases, compare, experiment, kernels, loop, measure, results
+from bench import cases, compare, experiment, kernels, loop, measure, results, whole
 from bench.cases import Case
 from bench.measure import Clock, Timing
-from bench.report import report
+from bench.report import Device, report
 from bench.results import Figure
 from eroseg_ext import AttackSettings, attack, backend, cli, reference
 
@@ -152,11 +153,21 @@ def test_least_traffic_of_a_case() -> None:
     pixels = 2 * 5 * 7
     case = Case("erosion_grad", "toy", (2, 3, 5, 7), torch.bfloat16)
     assert case.bytes == 2 * 3 * pixels * 2 + 16 * pixels  # logits in, gradient out; label, previous and new log-odds
+    assert replace(case, labels=torch.uint8).bytes == case.bytes - 7 * pixels
+
+
+def test_the_kernels_cases_have_names_of_their_own_and_one_has_odd_rows() -> None:
+    for quick in (True, False):
+        found = cases.kernel_cases(quick)
+        assert len({case.name for case in found}) == len(found)
+        (odd,) = (case for case in found if case.data == "odd width")
+        assert odd.shape[3] % 2 == 1
+    assert cases.scene(Case("step", "toy", (1, 2, 4, 4), labels=torch.uint8), CPU).labels.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("case", cases.kernel_cases(quick=True)[12:], ids=lambda case: case.name)
 def test_the_call_that_is_timed_runs_on_every_implementation(case: Case) -> None:
-    small = Case(case.op, case.data, (2, 3, 6, 5), case.dtype, case.layout, case.method)
+    small = replace(case, shape=(2, 3, 6, 5))
     inputs = cases.scene(small, CPU)
     for ops in (reference, backend.select(CPU)):
         cases.call_of(small, ops, inputs)()
@@ -344,6 +355,39 @@ def test_kernels_measure_one_case_twice() -> None:
     (found,) = run.figures
     assert found["extra"]["bytes"] == case.bytes == 4 * 4 * 3 * 16
     assert found["again_ms"]["p50"] > 0
+
+
+def test_a_figure_that_fails_is_told_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(case: Case, implementation: str, *arguments: Any) -> Timing:
+        if implementation == "fused":
+            raise RuntimeError("CUDA error: an illegal memory access\nand more")
+        return Timing((0.001,))
+
+    monkeypatch.setattr(kernels, "timed", broken)
+    run = kernels.Run(CPU, quick=True, deadline=time.monotonic() + 60)
+    case = Case("linf_step_", "toy", (1, 2, 4, 4))
+    for name in ("fused", "reference"):
+        run.operation(case, name)
+        run.once_more(case, name)
+    assert run.failed
+    assert run.skipped == {f"[cpu-{case.name}-fused]": "RuntimeError: CUDA error: an illegal memory access"}
+    assert [figure["implementation"] for figure in run.figures] == ["reference"]
+    assert run.figures[0]["again_ms"]["p50"] == 1
+
+
+def test_every_way_to_attack_a_model_has_its_line(tmp_path: Path) -> None:
+    run = kernels.Run(CPU, quick=True, deadline=time.monotonic() + 60)
+    task = whole.Task("light", (1, 3, 16, 16), steps=2, rounds=1, device=CPU)
+    for name in (whole.LOOP, whole.PGD_LOOP, whole.REFERENCE_LOOP, *whole.ATTACKS):
+        run.whole(task, name)
+    assert set(run.skipped) == {f"[cpu-light-{name}]" for name, way in whole.ATTACKS.items() if "graph" in way.settings}
+    read = results.read(result(tmp_path, "one", run.figures))
+    lines = kernels.attacks_table(Device(read, "cpu"))[2 : 2 + len(whole.ATTACKS)]
+    for name, line in zip(whole.ATTACKS, lines, strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[:2] == ["light", name]
+        assert ("not measured" in cells[2:6]) == (f"[cpu-light-{name}]" in run.skipped)
+        assert cells[6] == "not measured"  # is torch's on a GPU
 
 
 def test_the_experiments_commands_are_commands_of_the_package(

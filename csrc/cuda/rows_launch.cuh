@@ -39,7 +39,7 @@ inline int64_t shared_bytes(const RowsPlan& plan, const RowsNeeds& needs) {
   return std::max(plan.memory.bytes() + own, counts_bytes(plan.strips.threads()));
 }
 
-// The fastest plan by that count, with a time of 0 if images do not fit into shared memory, of which 99 KB are enough.
+// The fastest plan by that count, without strips if images do not fit into shared memory, of which 99 KB are enough.
 // Wide strips overlap little, narrow ones leave room for more warps; more threads for a pixel's classes are idle less
 // where there are few pixels, and repeat more of what is done once for each thread.
 struct TimedPlan {
@@ -70,7 +70,7 @@ TimedPlan fastest_plan(const Input& input, const RowsNeeds& needs, const DeviceL
       const double time =
           cut_bands(plan.strips, shape.batch, shape.height, needs.radius, device.processors, resident,
                     [&](int64_t blocks) { return cycles_of_row(blocks * threads / kWarp, plan.words_of_share); });
-      if (best.time == 0 || time < best.time) best = {plan, shared, time};
+      if (best.plan.strips.count == 0 || time < best.time) best = {plan, shared, time};
     });
   }
   return best;
@@ -102,7 +102,7 @@ cudaError_t launch_rows(void (*kernel)(Job, RowsPlan, More...), const Job& job, 
   const cudaError_t error = device_limits(&device);
   if (error != cudaSuccess) return error;
   const TimedPlan known = known_plan<Type, kLayout>(job.input, needs, device);
-  if (known.time == 0) return cudaErrorInvalidConfiguration;
+  if (known.plan.strips.count == 0) return cudaErrorInvalidConfiguration;
   const Strips& strips = known.plan.strips;
   return launch(kernel, job.input.shape.batch * strips.blocks_of_image(), dim3(strips.groups, strips.slots),
                 known.shared, stream, job, known.plan, more...);

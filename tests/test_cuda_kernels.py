@@ -111,6 +111,15 @@ def test_results_are_the_same_to_the_last_bit_in_any_order_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("batch", [1, 2, 9, 300])
+def test_the_last_block_adds_up_every_image(batch: int) -> None:
+    logits, labels, tau, previous = scene(batch, 3, 7, 20 if batch < 300 else 2)
+    got = cuda_kernels.erosion_grad(logits, labels, tau, previous)[2]
+    expected = reference.erosion_grad(logits, labels, tau, previous)[2]
+    assert torch.equal(got[:, :3], expected[:, :3])
+    torch.testing.assert_close(got[:, 3], expected[:, 3], rtol=1e-5, atol=1e-3)
+
+
 def test_selection_reads_ties_and_few_distinct_values_right() -> None:
     scores = torch.tensor([[0.25] * 700 + [0.5] * 300, [1e-44] * 999 + [3e38]])
     k = torch.tensor([[1, 700, 701, 1000, 5], [1, 999, 1000, 0, 2000]])

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import pickle
 import secrets
 import shutil
 import socket
@@ -99,7 +100,10 @@ def read_tensors(path: Path) -> Any:
     try:
         return torch.load(BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is no file of weights or checkpoint: {_first_line(error)}") from error
+        # What torch says of these is a page about its own options.
+        other = "torch.save did not write it, or it holds more than tensors and plain values"
+        reason = other if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+        raise ValueError(f"{path} is no file of weights or checkpoint: {reason}") from error
 
 
 @contextmanager

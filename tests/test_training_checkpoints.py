@@ -6,8 +6,10 @@ import copy
 import json
 import os
 import pickle
+import random
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from folders import write_folder
-from training_common import CLASSES, SMALL, dropout_net, furthest_apart, training_process, weights
+from training_common import CLASSES, SMALL, command_process, dropout_net, furthest_apart, training_process, weights
 
 from eroseg_ext import cli, files, loading, train
 
@@ -343,3 +345,29 @@ def test_an_interrupt_around_writes_ends_with_130_and_the_run_goes_on(
     assert cli.main(command(data, tmp_path)) == 0
     assert furthest_apart(weights(finished), weights(tmp_path)) == 0
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_real_interrupt_at_any_time_ends_with_130_and_the_run_goes_on(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    moments = random.Random(0)
+    interrupted = 0
+    for trial in range(12):
+        out = tmp_path / str(trial % 4)
+        (out / ".lock").unlink(missing_ok=True)
+        process = command_process(command(data, out))
+        # Nothing is ours to answer before the command has begun.
+        while process.is_alive() and not (out / ".lock").exists():
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.5))
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        process.join()
+        assert process.exitcode in (0, 130)
+        interrupted += process.exitcode == 130
+    assert interrupted > 3
+    for number in range(4):
+        out = tmp_path / str(number)
+        assert cli.main(command(data, out)) == 0
+        assert furthest_apart(weights(finished), weights(out)) == 0
+        assert not list(out.glob("*.part"))

@@ -33,9 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 after an error that the user can put right, told in one sentence on stderr; 130 after Ctrl-C.
     """
-    parser = _parser()
     try:
-        args = parser.parse_args(argv)
+        args = _parser().parse_args(argv)
         run = {"demo": _demo, "train": _train, "evaluate": _evaluate, "info": _info}[args.command]
         run(args)
     except SystemExit as done:  # --help and --version end this way

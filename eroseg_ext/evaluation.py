@@ -6,6 +6,7 @@ import hashlib
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +21,7 @@ from eroseg_ext import backend, reference, sanity
 from eroseg_ext.apgd import NOT_OF_APGD, checked, noise_seed, strong_attack
 from eroseg_ext.checks import check_choice, check_integer, check_number, require
 from eroseg_ext.data import SegmentationFolder
-from eroseg_ext.files import write_json
+from eroseg_ext.files import locked, write_json
 from eroseg_ext.journal import Journal, key_of
 from eroseg_ext.metrics import Counts, Scores, WorstCase, counts_of, scores, worst_case
 from eroseg_ext.model import Logits, Model, frozen, unwrapped
@@ -216,7 +217,8 @@ def evaluate(
         for mIoU, with a lower bound of what any choice could reach.
 
     Raises:
-        ValueError, TypeError: an argument is not as described, or a label is no class; one sentence names it.
+        ValueError, TypeError: an argument is not as described, another process writes into ``out``, or a label is no
+            class; one sentence names it.
         RuntimeError: the model's logits or gradients are NaN or infinite.
         OSError: ``out`` cannot be written.
 
@@ -230,10 +232,11 @@ def evaluate(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     path = None if folder is None else folder / "results.jsonl"
-    with Journal(path) as journal, frozen(unwrapped(model), "eval"), torch.random.fork_rng():
+    alone = nullcontext() if folder is None else locked(folder)
+    with alone, Journal(path) as journal, frozen(unwrapped(model), "eval"), torch.random.fork_rng():
         result = _Evaluator(config, unwrapped(model), source, journal).run()
-    if folder is not None:
-        write_json(folder / "evaluation.json", result.as_json())
+        if folder is not None:
+            write_json(folder / "evaluation.json", result.as_json())
     return result
 
 

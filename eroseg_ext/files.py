@@ -1,66 +1,203 @@
-"""Files that are whole or not there: they survive a kill, a crash and a full disk."""
+"""Files that are whole or not there, through a kill, an interrupt and a full disk; and folders with one writer."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import json
 import os
+import pickle
+import secrets
+import shutil
+import socket
+import stat
+import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+_PART = ".[0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f].part"
+"""End of the names of files that are being written, as a pattern."""
+_MARK = b"eroseg blake2b "
+"""What the comment of a file of tensors begins with; the digest of everything up to here follows."""
+_locks: set[int] = set()
+"""Descriptors of the lock files that this process holds."""
+
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of ``path`` at the end, and not before it is safely on the disk.
+def replacing(path: Path, keep: Path | None = None) -> Iterator[BytesIO]:
+    """A buffer whose content takes the place of the file ``path`` at the end, once it is safely on the disk.
+
+    The content is made in memory, so that an interrupt never reaches torch's writer in C++, which it would abort.
+    Of a link, the target is replaced; the file keeps its mode and owner. Devices, pipes and this process's own output
+    are written to, not replaced.
+
+    Args:
+        path: the file.
+        keep: name in the same folder under which the file that was there before is kept.
 
     Raises:
         OSError: it could not be written, say for want of space; names the file. What was there before is kept.
     """
-    part = path.with_name(path.name + ".part")
+    content = BytesIO()
+    yield content
     try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        _sync_folder(path.parent)
-    # torch's writer turns the system's error into one of its own.
-    except (OSError, RuntimeError) as error:
-        kept = "; the one before it is kept" if path.exists() else ""
-        raise OSError(f"{path} could not be written: {_first_line(error)}{kept}") from error
-    finally:
-        part.unlink(missing_ok=True)
+        try:
+            before = path.stat()
+        except FileNotFoundError:
+            before = None
+        output = None if before is None else _own_output(before)
+        if output is None and (before is None or stat.S_ISREG(before.st_mode)):
+            _replace(Path(os.path.realpath(path)), content, before, keep)
+        else:
+            with open(path if output is None else output, "ab", closefd=output is None) as file:
+                file.write(content.getbuffer())
+    except OSError as error:
+        kept = "; the one before it is kept" if path.is_file() else ""
+        raise OSError(f"{path} could not be written: {error.strerror or error}{kept}") from error
 
 
-def write_tensors(path: Path, value: Any) -> None:
-    """``torch.save`` through :func:`replacing`."""
-    with replacing(path) as file:
+def digest(content: bytes | memoryview) -> str:
+    """Tells content from the same with any damage; 32 characters."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def write_tensors(path: Path, value: Any, keep: Path | None = None) -> None:
+    """``torch.save`` through :func:`replacing`, with a digest of the file as the comment at its end.
+
+    A comment is part of the zip format, which torch.load reads; it ends with the file, its length stands before it.
+    """
+    with replacing(path, keep) as file:
         torch.save(value, file)
+        file.seek(-2, os.SEEK_END)
+        file.write((len(_MARK) + 32).to_bytes(2, "little") + _MARK)
+        file.write(digest(file.getbuffer()).encode())
 
 
 def write_json(path: Path, value: Any) -> None:
     """A value as JSON through :func:`replacing`."""
-    text = json.dumps(value, indent=1) + "\n"
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_tensors(path: Path) -> Any:
-    """What :func:`write_tensors` wrote, on the CPU; plain values and tensors only.
+    """What :func:`write_tensors` or torch.save wrote, on the CPU; plain values and tensors only.
 
     Raises:
-        ValueError: the file is not of that kind; names it.
+        ValueError: the file is not of that kind, or does not have its digest; names it.
         OSError: it cannot be read.
     """
+    content = path.read_bytes()
+    if content[:-32].endswith(_MARK) and digest(content[:-32]).encode() != content[-32:]:
+        raise ValueError(f"{path} is damaged: it does not have its digest")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        return torch.load(BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is no file of weights or checkpoint: {_first_line(error)}") from error
+        # What torch says of these is a page about its own options.
+        other = "torch.save did not write it, or it holds more than tensors and plain values"
+        reason = other if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+        raise ValueError(f"{path} is no file of weights or checkpoint: {reason}") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes this process the only one that writes into a folder; what a killed one left half written is removed.
+
+    The system lets go of the lock when the process ends, however it ends. Where the file system has no locks, a warning
+    says so.
+
+    Raises:
+        ValueError: another process has it; names it.
+        OSError: the folder cannot be written to.
+    """
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    _locks.add(lock)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(lock, 1000).decode(errors="replace").strip() or "another process"
+            raise ValueError(f"{folder} is in use by {holder}: wait for its end, or take another folder") from error
+        except OSError as error:
+            warnings.warn(
+                f"{folder} is on a file system without locks ({error.strerror}): make sure that no other process "
+                "writes there",
+                stacklevel=3,
+            )
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+        for part in folder.glob(f"*{_PART}"):
+            part.unlink()
+        yield
+    finally:
+        if lock in _locks:
+            _locks.remove(lock)
+            os.close(lock)
+
+
+def _leave_locks() -> None:
+    """A forked process, such as one that reads images, may outlive the one that holds the lock."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_leave_locks)
+
+
+def _replace(path: Path, content: BytesIO, before: os.stat_result | None, keep: Path | None) -> None:
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    mode = 0o666 if before is None else stat.S_IMODE(before.st_mode)
+    try:
+        with open(part, "xb", opener=partial(os.open, mode=mode)) as file:
+            if before is not None:
+                _take_over(file.fileno(), before)
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and before is not None:
+            _keep(path, keep)
+        os.replace(part, path)
+        _sync_folder(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _take_over(descriptor: int, before: os.stat_result) -> None:
+    """Owner and mode of the file that is replaced; the owner as far as the system allows."""
+    now = os.fstat(descriptor)
+    if (now.st_uid, now.st_gid) != (before.st_uid, before.st_gid):
+        with suppress(PermissionError):
+            os.fchown(descriptor, before.st_uid, before.st_gid)
+    if os.fstat(descriptor).st_mode != before.st_mode:
+        os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
+
+
+def _keep(path: Path, keep: Path) -> None:
+    """The file under a second name, so that it is at no time without its first."""
+    keep.unlink(missing_ok=True)
+    try:
+        os.link(path, keep)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.ENOSYS, errno.EMLINK):
+            raise
+        shutil.copyfile(path, keep)
+
+
+def _own_output(status: os.stat_result) -> int | None:
+    """The descriptor of standard output or error if it is that file, as /dev/stdout is."""
+    for descriptor in (1, 2):
+        with suppress(OSError):  # closed
+            if os.path.samestat(status, os.fstat(descriptor)):
+                return descriptor
+    return None
 
 
 def _sync_folder(folder: Path) -> None:
@@ -73,7 +210,5 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    while isinstance(error, RuntimeError) and error.__context__ is not None:
-        error = error.__context__
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from eroseg_ext.files import digest
 
 
 def key_of(description: Any) -> str:
@@ -17,16 +19,16 @@ def key_of(description: Any) -> str:
 
 
 class Journal:
-    """A file of lines ``{"key": ..., "what": ..., "value": ...}``, one per finished piece of work.
+    """A file of lines ``{"key": ..., "what": ..., "value": ..., "digest": ...}``, one per finished piece of work.
 
-    A line is on the disk when :meth:`put` returns. What a killed process was writing is cut off the next time; lines
-    of other settings are left in place, under their own keys. Use it as a context manager.
+    A line is on the disk when :meth:`put` returns. What a killed process was writing is cut off the next time. Damaged
+    lines are left out with a warning, so that what they held is made anew, and lines of other settings are left in
+    place, under their own keys. Use it as a context manager, in a folder that is :func:`eroseg_ext.files.locked`.
 
     Args:
         path: the file, made if missing; None keeps everything in memory.
 
     Raises:
-        ValueError: another process has the file open, or a line in its midst is damaged.
         OSError: the file cannot be read or written.
     """
 
@@ -37,10 +39,6 @@ class Journal:
             return
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ValueError(f"{path} is in use by another evaluation") from error
             self._read(path)
         except BaseException:
             self.close()
@@ -62,7 +60,8 @@ class Journal:
 
     def put(self, key: str, what: str, value: Any) -> None:
         """Records a result; ``what`` says in words what it is of."""
-        line = json.dumps({"key": key, "what": what, "value": value}) + "\n"
+        entry = json.loads(json.dumps({"key": key, "what": what, "value": value}))
+        line = json.dumps({**entry, "digest": _digest(entry)}) + "\n"
         if self._file is not None:
             end = os.fstat(self._file).st_size
             rest = memoryview(line.encode())
@@ -70,13 +69,13 @@ class Journal:
                 while rest:
                     rest = rest[os.write(self._file, rest) :]
                 os.fsync(self._file)
-            except OSError:
+            except BaseException:
                 os.ftruncate(self._file, end)
                 raise
-        self._values[key] = json.loads(line)["value"]
+        self._values[key] = entry["value"]
 
     def close(self) -> None:
-        """Lets another process have the file."""
+        """Closes the file."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -85,12 +84,24 @@ class Journal:
         assert self._file is not None
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[:whole].splitlines(), start=1):
+        damaged = []
+        for number, line in enumerate(content[:whole].split(b"\n")[:-1], start=1):
             try:
                 entry = json.loads(line)
+                if entry.pop("digest") != _digest(entry):
+                    raise ValueError("the digest is of another line")
                 self._values[entry["key"]] = entry["value"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path} is damaged at line {number}: delete that line, it will be made anew"
-                ) from error
+            # What a damaged line holds may be of any type, and nested deeper than Python goes.
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                damaged.append(number)
+        if damaged:
+            warnings.warn(
+                f"{path} is damaged at line {', '.join(map(str, damaged[:5]))}{', ...' if damaged[5:] else ''}: what "
+                "was there is made anew where it is needed",
+                stacklevel=3,
+            )
         os.ftruncate(self._file, whole)
+
+
+def _digest(entry: dict[str, Any]) -> str:
+    return digest(json.dumps(entry, sort_keys=True).encode())

@@ -92,7 +92,7 @@ def load_network(
     if name is None or name in BUILT_IN:
         stripped = _stripped(state, ())
         first, last = stripped.get("stem.0.weight"), stripped.get("classifier.weight")
-        if first is None or last is None:
+        if first is None or last is None or first.dim() == 0 or last.dim() == 0:
             raise ValueError(
                 f"{weights} holds the weights of another network than the built-in one, model must name it"
             )
@@ -116,7 +116,7 @@ def _state_in(content: Any) -> State | None:
     """The state dict that ``content`` is or holds."""
     if not isinstance(content, dict) or not content:
         return None
-    if all(isinstance(value, Tensor) for value in content.values()):
+    if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
         # torch.optim.swa_utils.AveragedModel counts its averages there.
         return {name: value for name, value in content.items() if name != "n_averaged"}
     for entry in _ENTRIES:

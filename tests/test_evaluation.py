@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from eroseg_ext import evaluate, strong_attack
 from eroseg_ext.data import SegmentationFolder
 from eroseg_ext.datasets import NamedDataset
 from eroseg_ext.evaluation import EvaluationSettings, budget
+from eroseg_ext.files import locked
 from eroseg_ext.settings import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -329,6 +332,24 @@ def test_killed_at_any_time_it_ends_like_any_other(tmp_path: Path) -> None:
     keys = [line["key"] for line in lines(killed)]
     assert len(keys) == len(set(keys)) == 7 * 3 + 1
     assert set(keys) == {line["key"] for line in lines(tmp_path / "whole")}
+
+
+def test_a_damaged_result_is_told_and_made_anew(net: nn.Module, pairs: Pairs, tmp_path: Path) -> None:
+    first = evaluate(net, pairs, out=tmp_path, **QUICK)
+    whole = (tmp_path / "results.jsonl").read_text()
+    key = lines(tmp_path)[1]["key"]
+    damaged = re.sub(rf'("key": "{key}".*?"counts": \[\[\[\d+, )(\d+)', lambda found: f"{found[1]}1{found[2]}", whole)
+    assert len(damaged) == len(whole) + 1
+    (tmp_path / "results.jsonl").write_text(damaged)
+    with pytest.warns(UserWarning, match=r"results\.jsonl is damaged at line 2: what was there is made anew"):
+        assert evaluate(net, pairs, out=tmp_path, **QUICK).as_json() == first.as_json()
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(whole.splitlines()) + 1
+
+
+def test_one_evaluation_at_a_time_in_a_folder(net: nn.Module, pairs: Pairs, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ValueError, match=rf"is in use by process {os.getpid()} on .* since "):
+        evaluate(net, pairs, out=tmp_path, **QUICK)
+    assert not (tmp_path / "results.jsonl").exists()
 
 
 def test_a_stochastic_model_is_reproducible(pairs: Pairs, tmp_path: Path) -> None:

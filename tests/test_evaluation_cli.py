@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +110,39 @@ def test_a_named_data_set_needs_no_void_label(tmp_path: Path) -> None:
         found.append({name: result[name] for name in ("clean", "rows", "worst", "images")})
     assert len(found[0]["clean"]["iou"]) == 11
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("name", "number"), [("write", 2), ("fsync", 3), ("fsync", 5), ("replace", 1)])
+def test_an_interrupted_evaluation_goes_on(
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    number: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Around the writes of results.jsonl, and at the end those of evaluation.json."""
+    arguments = ("--attacks", "pgd", "--batch-size", "2", "--sanity", "0")
+    assert cli.main(command(files, tmp_path / "whole", *arguments)) == 0
+    original = getattr(os, name)
+    calls = 0
+
+    def interrupted(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    monkeypatch.setattr(os, name, interrupted)
+    assert cli.main(command(files, tmp_path / "cut", *arguments)) == 130
+    monkeypatch.undo()
+    assert capsys.readouterr().err == "eroseg: interrupted\n"
+    assert not (tmp_path / "cut" / "evaluation.json").exists()
+    assert cli.main(command(files, tmp_path / "cut", *arguments)) == 0
+    results = [(tmp_path / out / "evaluation.json").read_bytes() for out in ("whole", "cut")]
+    assert results[0] == results[1]
+    assert not list((tmp_path / "cut").glob("*.part"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Results on disk: whole after a kill, told when damaged, one writer at a time."""
+"""Results on disk: whole after a kill and an interrupt, told and left out when damaged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def test_what_was_put_is_found_again(path: Path) -> None:
 def test_each_line_is_on_disk_at_once(path: Path) -> None:
     with Journal(path) as journal:
         journal.put("a", "first", 1)
-        assert json.loads(path.read_text()) == {"key": "a", "what": "first", "value": 1}
+        line = json.loads(path.read_text())
+        assert len(line.pop("digest")) == 32
+        assert line == {"key": "a", "what": "first", "value": 1}
 
 
 @pytest.mark.parametrize("left", range(0, 60, 7))
@@ -48,19 +50,65 @@ def test_half_a_line_is_cut_off(path: Path, left: int) -> None:
         assert (journal["a"], journal["b"]) == (1, 2)
 
 
-def test_damage_in_the_midst_is_told_and_nothing_is_lost(path: Path) -> None:
-    path.write_text('{"key": "a", "what": "", "value": 1}\n{"key": "b", "wh\n{"key": "c", "what": "", "value": 3}\n')
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"results\.jsonl is damaged at line 2"):
-        Journal(path)
-    assert path.read_bytes() == before
+def three(path: Path) -> list[bytes]:
+    """The lines of a file of three results."""
+    with Journal(path) as journal:
+        for number, key in enumerate("abc"):
+            journal.put(key, f"number {number}", {"counts": [[number, 2.5]], 1: None, 10: True, 2: float("nan")})
+    return path.read_bytes().splitlines(keepends=True)
 
 
-def test_one_writer_at_a_time(path: Path) -> None:
-    with Journal(path), pytest.raises(ValueError, match="is in use by another evaluation"):
-        Journal(path)
-    with Journal(path):
-        pass
+def found(path: Path) -> set[str]:
+    with Journal(path) as journal:
+        return {key for key in "abc" if key in journal and journal[key]["counts"] == [["abc".index(key), 2.5]]}
+
+
+def test_any_flipped_bit_costs_its_line_alone_and_is_told(path: Path) -> None:
+    first, second, third = three(path)
+    for place in range(len(second) - 1):
+        damaged = bytearray(second)
+        damaged[place] ^= 1 << (place % 8)
+        path.write_bytes(first + damaged + third)
+        with pytest.warns(UserWarning, match=r"results\.jsonl is damaged at line 2"):
+            assert found(path) == {"a", "c"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "{", "[]", "null", "3", '"text"', "{}", '{"key": "b"}', '{"key": "b", "what": "", "value": 1}', "[" * 100_000],
+    ids=lambda line: line[:12],
+)
+def test_lines_of_another_kind_are_left_out_and_told(path: Path, line: str) -> None:
+    first, _, third = three(path)
+    path.write_bytes(first + line.encode() + b"\n" + third)
+    with pytest.warns(UserWarning, match=r"results\.jsonl is damaged at line 2: what was there is made anew"):
+        assert found(path) == {"a", "c"}
+
+
+def test_of_a_line_that_is_there_twice_the_last_counts(path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    first, second, third = three(path)
+    path.write_bytes(second + first + second + third + first)
+    assert found(path) == {"a", "b", "c"}
+    assert not recwarn
+
+
+@pytest.mark.parametrize("name", ["write", "fsync"])
+def test_an_interrupt_leaves_whole_lines(path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    original = getattr(os, name)
+
+    def interrupted(file: int, *data: bytes) -> int:
+        original(file, *(part[:10] for part in data))
+        raise KeyboardInterrupt
+
+    with Journal(path) as journal:
+        journal.put("a", "first", 1)
+        monkeypatch.setattr(os, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            journal.put("b", "second", 2)
+        monkeypatch.undo()
+        journal.put("c", "third", 3)
+    with Journal(path) as journal:
+        assert ("a" in journal, "b" in journal, "c" in journal) == (True, False, True)
 
 
 def test_full_disk_leaves_whole_lines(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,12 +74,28 @@ def training_process(
         kill_at: a function of ``os``, the number of its call, ``before`` or ``after``: there the process kills itself.
         environment: variables to set.
     """
+    return _process(_train, settings, kill_at, environment or {})
+
+
+def command_process(arguments: list[str]) -> multiprocessing.context.ForkServerProcess:
+    """Starts the command ``eroseg`` in such a process."""
+    return _process(_command, arguments)
+
+
+def _process(target: Callable[..., None], *arguments: Any) -> multiprocessing.context.ForkServerProcess:
     context = multiprocessing.get_context("forkserver")
     # What optimisers import when they are made; a second in every process otherwise.
     context.set_forkserver_preload(["eroseg_ext.training", "torch._dynamo"])
-    process = context.Process(target=_train, args=(settings, kill_at, environment or {}))
+    process = context.Process(target=target, args=arguments)
     process.start()
     return process
+
+
+def _command(arguments: list[str]) -> None:
+    from eroseg_ext import cli
+
+    # At once: an interrupt that comes after the end is none of the command's.
+    os._exit(cli.main(arguments))
 
 
 def _train(settings: dict[str, Any], kill_at: tuple[str, int, str] | None, environment: dict[str, str]) -> None:

@@ -84,16 +84,20 @@ def _line(record: Record) -> str:
 
 
 def _read(path: Path) -> list[Record]:
-    """The whole lines of a log; the last one may be half written."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    """The records of a log; what is no record is left out, such as a last line that is half written."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return [record for line in lines if (record := _record(line)) is not None]
+
+
+def _record(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not {"update", "epoch"} <= record.keys():
+        return None
+    plain = all(isinstance(value, (int, float)) for name, value in record.items() if name != "seconds")
+    return record if plain else None
 
 
 def _board(folder: Path, update: int) -> Any:

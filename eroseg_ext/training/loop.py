@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +17,8 @@ from tqdm import tqdm
 from eroseg_ext import backend, datasets, files, loading, pictures
 from eroseg_ext.attack import NotFiniteError
 from eroseg_ext.datasets import FOLDER, ClassMap, Pair
+from eroseg_ext.training import checkpoint, distributed, network, seeds
 from eroseg_ext.training import clock as phases
-from eroseg_ext.training import distributed, network, seeds
 from eroseg_ext.training.clock import Clock
 from eroseg_ext.training.distributed import Processes
 from eroseg_ext.training.log import Log
@@ -27,7 +27,6 @@ from eroseg_ext.training.settings import NOT_OF_THE_RESULT, TrainSettings
 from eroseg_ext.training.update import Updater
 from eroseg_ext.training.validate import examples, validate
 
-CHECKPOINT = "checkpoint.pt"
 WEIGHTS = "weights.pt"
 SUMMARY = "summary.json"
 EXAMPLES = "examples.png"
@@ -87,7 +86,11 @@ def train(model: nn.Module | str = "small", *, say: Say = print, **settings: Any
         config = TrainSettings(**settings, model=model if isinstance(model, str) else type(model).__name__)
     except TypeError as error:
         raise TypeError(str(error).replace("TrainSettings.__init__()", "train()")) from None
-    with distributed.joined(config.device, config.timeout) as processes, _own_random_numbers(processes):
+    with (
+        distributed.joined(config.device, config.timeout) as processes,
+        _own_random_numbers(processes),
+        _own_folder(config, processes),
+    ):
         threads = torch.get_num_threads()
         torch.set_num_threads(config.threads or threads)
         try:
@@ -114,7 +117,6 @@ class _Run:
                 "for the others in every step of the attack"
             )
         _check_backend(processes.device, settings)
-        self._check_out()
         self._task = _load_task(settings, say)
         self._updates_per_epoch = len(self._task.pairs) // settings.batch_size
         self._updates = settings.epochs * self._updates_per_epoch
@@ -220,7 +222,7 @@ class _Run:
         return losses
 
     def _stopped(self, update: int, what: str) -> TrainingStopped:
-        path = self._settings.out / CHECKPOINT
+        path = self._settings.out / checkpoint.NAME
         kept = f"{path} holds the last good state" if path.exists() else "no checkpoint was written yet"
         return TrainingStopped(f"training stopped at update {update} of {self._updates}: {what}; {kept}")
 
@@ -272,32 +274,23 @@ class _Run:
             "settings": settings.plain(),
             "data": self._task.fingerprint,
         }
-        files.write_tensors(settings.out / CHECKPOINT, state)
-
-    def _check_out(self) -> None:
-        settings = self._settings
-        if (settings.out / CHECKPOINT).exists() and not settings.resume:
-            raise ValueError(f"out {settings.out} holds a run already: continue it with resume, or take another folder")
-        # Other processes must not find the folder or a checkpoint half made.
-        self._processes.wait()
-        settings.out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write(settings.out, state)
 
     def _resume(self) -> None:
-        path = self._settings.out / CHECKPOINT
-        if not (self._settings.resume and path.exists()):
+        settings = self._settings
+        if not (settings.resume and checkpoint.exists(settings.out)):
             return
-        state = files.read_tensors(path)
-        if not isinstance(state, dict) or "optimizer" not in state:
-            raise ValueError(f"{path} is no checkpoint of a training")
-        now, then = self._settings.plain(), state["settings"]
+        state = checkpoint.read(settings.out)
+        now, then = settings.plain(), state["settings"]
         for name in now:
             if name not in NOT_OF_THE_RESULT and now[name] != then.get(name):
-                raise ValueError(f"{name} is {now[name]!r}, but the run in {self._settings.out} has {then.get(name)!r}")
+                raise ValueError(f"{name} is {now[name]!r}, but the run in {settings.out} has {then.get(name)!r}")
         if state["data"] != self._task.fingerprint:
-            raise ValueError(f"data {self._settings.data} holds other images than when {path} was written")
+            raise ValueError(f"data {settings.data} holds other images than when {settings.out} was begun")
+        checkpoint.check(settings.out, state, self._updater.state(), self._updater.optimizer, self._updates)
         self._updater.load_state(state)
         self._done = state["done"]
-        self._seconds = state["seconds"]
+        self._seconds = {phase: state["seconds"][phase] for phase in phases.PHASES}
         self._say(f"continuing after update {self._done} of {self._updates}")
 
     def _described(self) -> str:
@@ -407,7 +400,7 @@ class _Run:
             self._say(f"fused kernels save {saved:.0f} s in so many updates")
         if summary["validation"]:
             self._say(_scores(summary["validation"]))
-        names = [WEIGHTS, CHECKPOINT, SUMMARY, "log.jsonl", "curves.png"]
+        names = [WEIGHTS, checkpoint.NAME, SUMMARY, "log.jsonl", "curves.png"]
         if len(self._val):
             names.append(EXAMPLES)
             shown = examples(self._settings, self._updater.trained, self._val, self._processes.device)
@@ -422,6 +415,19 @@ class _Run:
 
 def _own_random_numbers(processes: Processes) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[processes.device] if processes.device.type == "cuda" else [])
+
+
+@contextmanager
+def _own_folder(settings: TrainSettings, processes: Processes) -> Iterator[None]:
+    """The folder of the run, made if missing, which no other run writes into meanwhile."""
+    if processes.first:
+        settings.out.mkdir(parents=True, exist_ok=True)
+    with files.locked(settings.out) if processes.first else nullcontext():
+        # Other processes must not find the folder or a checkpoint half made.
+        processes.wait()
+        if checkpoint.exists(settings.out) and not settings.resume:
+            raise ValueError(f"out {settings.out} holds a run already: continue it with resume, or take another folder")
+        yield
 
 
 def _silent(_: str) -> None:

@@ -88,9 +88,10 @@ class Updater:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": average}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continues from a state."""
+        """Continues from a state; hyperparameters follow from the settings."""
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": copy.deepcopy(state["optimizer"]["state"]), "param_groups": groups})
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
 

@@ -32,6 +32,7 @@ struct Bits;
 template <>
 struct Bits<float> {
   using Int = int32_t;
+  using Unsigned = uint32_t;
   static EROSEG_INLINE int32_t of(float x) {
     int32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
@@ -66,8 +67,10 @@ EROSEG_INLINE F exponential(F x) {
   const F f = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   const F p = ((0.008312525f * f + 0.041890114f) * f + 0.166671145f) * f + 0.499992318f;
   const F y = (p * f) * f + f + 1.0f;
-  // Unsigned, since shifting a negative n is not defined for a signed one; the rounding constant's own bits shift out.
-  const F scaled = Bits<F>::from(Bits<F>::of(y) + (Bits<F>::of(shifted) << 23));
+  // Unsigned, since the sum may overflow where x is out of range; the rounding constant's own bits shift out.
+  using Unsigned = typename Bits<F>::Unsigned;
+  const F scaled =
+      Bits<F>::from((typename Bits<F>::Int)((Unsigned)Bits<F>::of(y) + ((Unsigned)Bits<F>::of(shifted) << 23)));
   return x >= -87.0f ? scaled : splat<F>(0.0f);
 }
 
@@ -75,7 +78,8 @@ EROSEG_INLINE F exponential(F x) {
 template <class F>
 EROSEG_INLINE F log_positive(F x) {
   constexpr int32_t kSqrtHalf = 0x3f3504f3;
-  const auto offset = Bits<F>::of(x) - kSqrtHalf;
+  using Unsigned = typename Bits<F>::Unsigned;
+  const auto offset = (typename Bits<F>::Int)((Unsigned)Bits<F>::of(x) - (uint32_t)kSqrtHalf);
   const F e = Bits<F>::to_float(offset >> 23);
   const F f = Bits<F>::from((offset & 0x007fffff) + kSqrtHalf) - 1.0f;
   F p = splat<F>(0.087004349f);

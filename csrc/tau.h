@@ -12,10 +12,11 @@ struct TauSettings {
   double reach, front_min, front_max;
 };
 
-// k(rho) = clamp(round(rho * n), 1, n), half rounded to even.
-EROSEG_INLINE int64_t rank_of(double rho, double valid) {
-  const double rounded = nearbyint(rho * valid);
-  const double bounded = rounded < valid ? rounded : valid;
+// k(rho) = clamp(round(rho * valid), 1, valid), half rounded to even; also at most n, the pixels that there are,
+// whatever a caller says.
+EROSEG_INLINE int64_t rank_of(double rho, double valid, int64_t n) {
+  const double rounded = nearbyint(rho * valid), most = valid < static_cast<double>(n) ? valid : static_cast<double>(n);
+  const double bounded = rounded < most ? rounded : most;
   return static_cast<int64_t>(bounded > 1.0 ? bounded : 1.0);
 }
 

@@ -9,9 +9,11 @@ Conventions shared by all operations
     A pixel is *valid* if its label is in [0, classes) and is not ``ignore_index``; every other pixel is *void*: it
     has zero gradient, enters no count, and its confidence is +inf, so that it is never among the smallest.
     ``C == 1`` is binary segmentation with one logit: labels 0 and 1, the class-0 logit is the constant 0.
-    ``right`` means that the arg max over the classes (the lowest index on ties) is the label.
-    A valid pixel with a NaN or infinite logit gets zero gradient, a NaN confidence, and makes the fourth of the image's
-    ``stats`` NaN: the caller finds it there without any synchronisation in between.
+    A logit of -inf, as models give classes that they rule out, is a class of probability 0. Any other logit that is not
+    finite, an infinite one of the label, and -inf in all other classes make a valid pixel *broken*: it gets zero
+    gradient and a NaN confidence, and makes the fourth of the image's ``stats`` NaN, where the caller finds it without
+    any synchronisation in between.
+    ``right`` means that the arg max over the classes (the lowest index on ties) is the label, and the pixel not broken.
 
 ``stats[B, 4]`` (float64): valid pixels, right pixels, front pixels, summed movement of the front.
 
@@ -42,6 +44,7 @@ class PixelTerms(NamedTuple):
     """``[B, C', H, W]`` bool, all False on void pixels"""
     valid: Tensor
     finite: Tensor
+    """whether the log-odds are: the label's logit and the largest of the others"""
     right: Tensor
     log_odds: Tensor
     """L = z_y - logsumexp(z_c, c != y) = log(p_y / (1 - p_y)); label 0 stands in on void pixels"""
@@ -64,13 +67,15 @@ def pixel_terms(logits: Tensor, labels: Tensor, ignore_index: int) -> PixelTerms
     largest = z_others.amax(1, keepdim=True)
     z_others = z_others - largest
     lse_others = z_others.logsumexp(1, keepdim=True)
+    of_label = z.gather(1, index)
+    finite = (of_label.isfinite() & largest.isfinite()).squeeze(1)
     return PixelTerms(
         z=z,
         onehot=is_label & valid.unsqueeze(1),
         valid=valid,
-        finite=z.isfinite().all(1),
-        right=valid & (z.argmax(1) == index.squeeze(1)),
-        log_odds=(z.gather(1, index) - largest - lse_others).squeeze(1),
+        finite=finite,
+        right=valid & finite & (z.argmax(1) == index.squeeze(1)),
+        log_odds=(of_label - largest - lse_others).squeeze(1),
         others=(z_others - lse_others).exp(),
     )
 
@@ -124,7 +129,7 @@ def confidence(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, confi
             predicted class plus log(C-1), which is >= 0 and ordered like the maximum softmax probability.
 
     Returns:
-        ``[B, H, W]`` float32; +inf on void pixels, NaN where a valid pixel's logits are not finite.
+        ``[B, H, W]`` float32; +inf on void pixels, NaN on broken ones.
     """
     return _signed_confidence(pixel_terms(logits, labels, ignore_index), confidence).abs()
 
@@ -171,7 +176,7 @@ def next_tau(
 
     Returns:
         tau ``[B]`` float32, in units of log-odds; ``TAU_FLOOR`` for an image without valid pixels, NaN for an image
-        with logits that are not finite.
+        with broken ones.
     """
     scores = log_odds.abs().flatten(1)
     valid, _, front, movement = stats.unbind(1)
@@ -365,7 +370,8 @@ def pixel_grad(
             cosine = p_label / (p_label.square() + (p_rest.unsqueeze(1) * terms.others).square().sum(1)).sqrt()
         else:
             # sigma(z)/sigma(z_y) keeps the cosine defined where every sigmoid underflows.
-            gap = F.logsigmoid(terms.z) - (F.logsigmoid(terms.z) * terms.onehot).sum(1, keepdim=True)
+            log_sigmoid = F.logsigmoid(terms.z)
+            gap = log_sigmoid - log_sigmoid.where(terms.onehot, 0.0).sum(1, keepdim=True)
             cosine = (gap * 2).exp().sum(1).rsqrt()
         weight = 1 - cosine if targeted else cosine
     elif method == "mce":

@@ -241,6 +241,32 @@ def test_confusion_is_the_reference(fused: Any, case: Case) -> None:
     assert torch.equal(fused.confusion(predicted, case.labels, classes, ignore_index=case.ignore_index), expected)
 
 
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("classes", [1, 2, 5, 30, 150])
+def test_classes_that_a_model_rules_out_are_the_references(
+    fused: Any, classes: int, layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    logits = torch.randn(2, classes, 5, 37, generator=generator) * 4
+    labels = torch.randint(max(classes, 2), (2, 5, 37), generator=generator)
+    # In every pixel others, in some of them the label or all the rest: these are broken.
+    logits[torch.rand(logits.shape, generator=generator) < 0.5] = -math.inf
+    logits[0, :, 0] = -math.inf
+    logits = logits.to(dtype).contiguous(memory_format=layout)
+    tau = torch.tensor([1.0, 3.0])
+    for confidence in ops.CONFIDENCES:
+        got = fused.erosion_grad(logits, labels, tau, confidence=confidence)
+        expected = reference.erosion_grad(logits, labels, tau, confidence=confidence)
+        torch.testing.assert_close(got[0], expected[0], **GRADIENT[dtype])
+        torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=4e-6 + classes * 2**-25, equal_nan=True)
+        assert torch.equal(got[2][:, :3], expected[2][:, :3])
+    for method in reference.METHODS:
+        got, expected = (kind.pixel_grad(logits, labels, method) for kind in (fused, reference))
+        torch.testing.assert_close(got[0], expected[0], **GRADIENT[dtype])
+        assert torch.equal(got[1].nan_to_num(-1), expected[1].nan_to_num(-1))
+
+
 def test_confusion_leaves_out_predictions_that_are_no_class(fused: Any) -> None:
     """Void in a prediction is common; what lies outside [0, classes) must not reach memory outside the matrix."""
     labels = torch.randint(0, 5, (2, 9, 37), generator=torch.Generator().manual_seed(0))
@@ -372,11 +398,16 @@ def test_of_tied_classes_the_lowest_is_predicted(fused: Any, classes: int) -> No
     torch.testing.assert_close(top, reference.confidence(logits, labels, confidence="top"), rtol=1e-5, atol=4e-6)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
-@pytest.mark.parametrize(("classes", "channel"), [(50, 2), (50, 3), (50, 49), (300, 2), (300, 299)])
+@pytest.mark.parametrize(
+    ("classes", "channel", "value"),
+    [
+        *itertools.product((50, 300), (2, 3, 49), (math.nan, math.inf)),
+        *((classes, 2, -math.inf) for classes in (50, 300)),  # the label's: another class may be ruled out
+    ],
+)
 def test_logits_that_are_not_finite_are_told_in_the_stats(
-    fused: Any, classes: int, channel: int, dtype: torch.dtype, value: float
+    fused: Any, classes: int, channel: int, value: float, dtype: torch.dtype
 ) -> None:
     logits = torch.randn(3, classes, 6, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
     labels = torch.full((3, 6, 70), 2)

@@ -296,3 +296,34 @@ def test_confusion_counts_valid_pixels(classes: int) -> None:
             expected[label, prediction] += 1
     assert np.array_equal(reference.confusion(logits, labels, max(classes, 2)).numpy(), expected)
     assert np.array_equal(reference.confusion(predicted, labels, max(classes, 2)).numpy(), expected)
+
+
+@pytest.mark.parametrize("method", [None, *reference.METHODS])
+def test_a_class_that_the_model_rules_out_is_as_if_it_were_not_there(method: str | None) -> None:
+    logits, labels = case(5)
+    labels[labels == 4] = 0
+    masked = logits.clone()
+    masked[:, 4] = -math.inf
+    tau = torch.full((len(logits),), 1.5)
+    for confidence in ("label", "top"):
+        if method is None:
+            ours = reference.erosion_grad(masked, labels, tau, confidence=confidence)
+            fewer = reference.erosion_grad(logits[:, :4], labels, tau, confidence=confidence)
+        else:
+            ours, fewer = (reference.pixel_grad(z, labels, method) for z in (masked, logits[:, :4]))
+        assert (ours[0][:, 4] == 0).all()
+        if confidence == "label":  # the other has log(C - 1) in it, which moves the front
+            for mine, theirs in zip((ours[0][:, :4], *ours[1:]), fewer, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+        assert not ours[-1].isnan().any()
+
+
+@pytest.mark.parametrize("where", ["label", "all but the label"])
+def test_log_odds_that_are_infinite_are_broken(where: str) -> None:
+    logits = torch.zeros(1, 3, 1, 2)
+    logits[0, :, 0, 1] = torch.tensor([-math.inf, 0, 0] if where == "label" else [0, -math.inf, -math.inf])
+    labels = torch.zeros(1, 1, 2, dtype=torch.long)
+    grad, log_odds, stats = reference.erosion_grad(logits, labels, torch.ones(1))
+    assert log_odds.isnan().tolist() == [[[False, True]]]
+    assert (grad[..., 1] == 0).all()
+    assert stats[0, 3].isnan()

@@ -60,7 +60,7 @@ struct Pixels {
         now(load<F>(row.signed_confidence + i)),
         valid(label >= 0),
         finite(now == now),
-        right(valid & (load<I>(row.predicted + i) == label)) {}
+        right(valid & finite & (load<I>(row.predicted + i) == label)) {}
   I label;
   F now;  // signed confidence
   I valid, finite, right;

@@ -180,7 +180,7 @@ struct Maxima {
   F others[kUnroll];  // m
   I top[kUnroll];     // the class of m, the lowest on ties
   F label[kUnroll];   // z_y, 0 on void pixels
-  F poison[kUnroll];  // 0, or NaN where a logit is not finite
+  F poison[kUnroll];  // 0, or NaN where the label's logit or the largest of the others is not finite
 };
 
 template <class Type, bool in_memory>
@@ -211,10 +211,12 @@ EROSEG_INLINE void take_maxima(const typename Type::Element* from, int64_t class
       const I better = other > others[u];
       others[u] = better ? other : others[u];
       top[u] = better ? index : top[u];
-      poison[u] += value * 0.0f;
+      // NaN and +inf; -inf is a class of probability 0. The order of the operands lets NaN through.
+      poison[u] += (kLowest > value ? splat<F>(kLowest) : value) * 0.0f;
     }
   }
   for (int u = 0; u < kUnroll; ++u) {
+    poison[u] += (of_label[u] + others[u]) * 0.0f;
     out.others[u] = others[u];
     out.top[u] = top[u];
     out.label[u] = of_label[u];

@@ -111,7 +111,7 @@ void kth_values(const float* values, const bool* valid, int64_t n, const int64_t
 float next_tau(const float* log_odds, int64_t n, const double* stats, const TauSettings& settings) {
   float bounds[2] = {};
   if (stats[0] > 0) {
-    const int64_t k[2] = {rank_of(settings.front_min, stats[0]), rank_of(settings.front_max, stats[0])};
+    const int64_t k[2] = {rank_of(settings.front_min, stats[0], n), rank_of(settings.front_max, stats[0], n)};
     kth_values(log_odds, nullptr, n, k, k[0] == k[1] ? 1 : 2, bounds);
     if (k[0] == k[1]) bounds[1] = bounds[0];
   }

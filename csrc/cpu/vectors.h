@@ -9,7 +9,7 @@ namespace {
 constexpr int kLanes = EROSEG_LANES;
 constexpr int kUnroll = EROSEG_UNROLL;
 constexpr int64_t kBlock = kLanes * kUnroll;
-constexpr float kInf = __builtin_inff();
+constexpr float kInf = __builtin_inff(), kLowest = -3.402823466e38f;
 
 }  // namespace
 
@@ -28,6 +28,7 @@ template <>
 struct Bits<cpu::EROSEG_LEVEL::F> {
   using F = cpu::EROSEG_LEVEL::F;
   using Int = cpu::EROSEG_LEVEL::I;
+  using Unsigned = cpu::EROSEG_LEVEL::U;
   static EROSEG_INLINE Int of(F x) { return (Int)x; }
   static EROSEG_INLINE F from(Int bits) { return (F)bits; }
   static EROSEG_INLINE F to_float(Int x) { return __builtin_convertvector(x, F); }

@@ -55,7 +55,7 @@ __device__ PixelTerms reduce_pixel(const Image<Type>& image, int pixel, int labe
   float poison = 0.0f;
   for (int c = 0; c < image.classes; ++c) {
     const float value = image.logit(c, pixel);
-    poison += value * 0.0f;
+    if (value != -kInf) poison += value * 0.0f;  // a class of probability 0
     if (c == label) {
       terms.of_label = value;
     } else if (value > terms.largest) {
@@ -69,7 +69,9 @@ __device__ PixelTerms reduce_pixel(const Image<Type>& image, int pixel, int labe
   const float gap = terms.of_label - terms.largest;
   terms.right = label >= 0 && (gap > 0.0f || (gap == 0.0f && label < terms.predicted));
   if (terms.right) terms.predicted = label;
+  poison += (terms.of_label + terms.largest) * 0.0f;
   terms.finite = poison == 0.0f;
+  terms.right = terms.right && terms.finite;
   terms.log_odds = gap - log_positive(terms.sum);
   return terms;
 }

@@ -57,8 +57,8 @@ class Rows {
   __device__ __forceinline__ void predict(int y, int s, int (&predicted)[kPixels]) const {
     Element* const row = own_part(y, s);
     const bool has_virtual = share_.first_class() > 0;
-    float largest[kPixels], lowest[kPixels];
-    share_.find_extremes(row, largest, lowest);
+    float largest[kPixels];
+    share_.find_largest(row, largest);
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) largest[v] = fmaxf(largest[v], has_virtual ? 0.0f : -kInf);
     if (groups_ > 1) merge_largest(largest);
@@ -112,9 +112,9 @@ class Rows {
       virtual_logit[v] = share_.first_class() > 0 && terms.label[v] != 0 ? 0.0f : -kInf;
     }
 
-    float largest[kPixels], lowest[kPixels];
+    float largest[kPixels];
     bool is_tied[kPixels], is_any_tied = false;
-    share_.find_extremes(row, largest, lowest);
+    share_.find_largest(row, largest);
     // On ties the lowest class is the arg max.
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
@@ -152,8 +152,8 @@ class Rows {
     for (int v = 0; v < kPixels; ++v) {
       scaled[v] = largest[v] * kLog2E;
       sum[v] = exp2_approx(fmaf(virtual_logit[v], kLog2E, -scaled[v]));
-      // The sum is not a number if a logit is NaN or +inf, but would not feel -inf.
-      if (lowest[v] == -kInf || of_label[v] - of_label[v] != 0.0f) sum[v] = not_a_number();
+      // Another logit that is NaN or +inf makes the sum NaN by itself; -inf adds 0.
+      if (of_label[v] - of_label[v] != 0.0f) sum[v] = not_a_number();
       squares[v] = kSquares ? sum[v] * sum[v] : 0.0f;
     }
     share_.for_each(row, [&](int v, float z) {
@@ -169,8 +169,10 @@ class Rows {
     bool is_all_finite = true;
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
+      if (sum[v] == 0.0f) sum[v] = not_a_number();  // -inf in all classes but the label
       const bool finite = sum[v] == sum[v];
       is_all_finite = is_all_finite && finite;
+      terms.right[v] = terms.right[v] && finite;
       const float power_of_sum = log2_approx(sum[v]);
       const float error = fmaf(largest[v], kLog2E, -scaled[v]);  // of the sum, as a power of 2
       terms.log_odds[v] = finite ? gap[v] - (power_of_sum - error) * kLn2 : not_a_number();

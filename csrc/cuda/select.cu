@@ -122,7 +122,8 @@ struct NextTau : Scores {
 
   __device__ int64_t row(int64_t selection) const { return selection; }
   __device__ unsigned rank(int64_t selection, int r) const {
-    return static_cast<unsigned>(rank_of(r == 0 ? settings.front_min : settings.front_max, stats[selection * 4]));
+    const double rho = r == 0 ? settings.front_min : settings.front_max;
+    return static_cast<unsigned>(rank_of(rho, stats[selection * 4], n));
   }
   __device__ void finish(int64_t selection, const float (&value)[kRanks]) const {
     tau[selection] = tau_between(value[0], value[1], stats + selection * 4, settings);

@@ -73,56 +73,41 @@ class Share {
     over_values<true>(row, f);
   }
 
-  // The largest and the lowest logit of each pixel, whatever NaN there may be among them.
-  __device__ __forceinline__ void find_extremes(const Element* row, float (&largest)[kPixels],
-                                                float (&lowest)[kPixels]) const {
-    Extremes words[kLayout != Layout::kChannelsLast ? 1 : kPixels];
-    float value[kPixels];
+  // The largest logit of each pixel, whatever NaN there may be among them.
+  __device__ __forceinline__ void find_largest(const Element* row, float (&largest)[kPixels]) const {
+    constexpr int kHeld = kLayout == Layout::kChannelsLast ? kPixels : 1;
+    Word<Type> held[kHeld];  // the largest of some words, element by element
+#pragma unroll
+    for (int v = 0; v < kHeld; ++v) held[v] = {{Type::kMinusInf, Type::kMinusInf}};
+    const auto take = [&](int v, const Word<Type>& word) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) held[v].halves[h] = Type::larger(held[v].halves[h], word.halves[h]);
+    };
     if constexpr (kLayout != Layout::kChannelsLast) {
-      over_planes<false>(const_cast<Element*>(row), [&](const Word<Type>& word) { words[0].take(word); });
-      words[0].high.unpack(largest);
-      words[0].low.unpack(lowest);
+      over_planes<false>(const_cast<Element*>(row), [&](const Word<Type>& word) { take(0, word); });
+      held[0].unpack(largest);
     } else {
+      float value[kPixels];
 #pragma unroll
-      for (int v = 0; v < kPixels; ++v) largest[v] = -kInf, lowest[v] = kInf;
-      over_pixels<false>(
-          const_cast<Element*>(row), [&](int v, const Word<Type>& word) { words[v].take(word); },
-          [&](int v, int n, const Word<Type>& word) {
-            word.unpack(value);
+      for (int v = 0; v < kPixels; ++v) largest[v] = -kInf;
+      over_pixels<false>(const_cast<Element*>(row), take, [&](int v, int n, const Word<Type>& word) {
+        word.unpack(value);
 #pragma unroll
-            for (int i = 0; i < kPixels; ++i) {
-              largest[v] = fmaxf(largest[v], i < n ? value[i] : -kInf);
-              lowest[v] = fminf(lowest[v], i < n ? value[i] : kInf);
-              largest[v + 1] = fmaxf(largest[v + 1], i < n ? -kInf : value[i]);
-              lowest[v + 1] = fminf(lowest[v + 1], i < n ? kInf : value[i]);
-            }
-          });
+        for (int i = 0; i < kPixels; ++i) {
+          largest[v] = fmaxf(largest[v], i < n ? value[i] : -kInf);
+          largest[v + 1] = fmaxf(largest[v + 1], i < n ? -kInf : value[i]);
+        }
+      });
 #pragma unroll
       for (int v = 0; v < kPixels; ++v) {
-        words[v].high.unpack(value);
+        held[v].unpack(value);
 #pragma unroll
         for (int i = 0; i < kPixels; ++i) largest[v] = fmaxf(largest[v], value[i]);
-        words[v].low.unpack(value);
-#pragma unroll
-        for (int i = 0; i < kPixels; ++i) lowest[v] = fminf(lowest[v], value[i]);
       }
     }
   }
 
  private:
-  // The extremes of some words, element by element.
-  struct Extremes {
-    Word<Type> high{{Type::kMinusInf, Type::kMinusInf}}, low{{Type::kPlusInf, Type::kPlusInf}};
-
-    __device__ __forceinline__ void take(const Word<Type>& word) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        high.halves[h] = Type::larger(high.halves[h], word.halves[h]);
-        low.halves[h] = Type::smaller(low.halves[h], word.halves[h]);
-      }
-    }
-  };
-
   static constexpr bool kIsAligned = kLayout != Layout::kUnalignedPlanes;
 
   // Which of the pixels' words has a channel of pixel v.

@@ -12,7 +12,7 @@ namespace eroseg::cuda {
 struct Float32 {
   using Element = float;
   static constexpr int kPixels = 1;
-  static constexpr uint32_t kPlusInf = 0x7f800000u, kMinusInf = 0xff800000u;  // for every pixel
+  static constexpr uint32_t kMinusInf = 0xff800000u;  // for every pixel
   static constexpr Element kLowestFinite = -std::numeric_limits<float>::max();
   static __device__ __forceinline__ float to_float(Element x) { return x; }
   static __device__ __forceinline__ void unpack(uint32_t word, float (&out)[1]) {
@@ -24,9 +24,6 @@ struct Float32 {
   // Of two, for every pixel; of a number and a NaN, the number.
   static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
     return pack({fmaxf(Bits<float>::from(static_cast<int32_t>(a)), Bits<float>::from(static_cast<int32_t>(b)))});
-  }
-  static __device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) {
-    return pack({fminf(Bits<float>::from(static_cast<int32_t>(a)), Bits<float>::from(static_cast<int32_t>(b)))});
   }
 };
 
@@ -54,34 +51,27 @@ using BFloat16Pair = __nv_bfloat162;
 using Float16Pair = __half2;
 #endif
 
-// Float32's larger and smaller for a type of 16 bits.
+// Float32's larger for a type of 16 bits.
 template <class Type, class Pair>
-struct PairExtremes {
+struct LargerOfPairs {
 #if defined(EROSEG_CUDA_ON_HOST)
-  static uint32_t larger(uint32_t a, uint32_t b) { return of_both(a, b, fmaxf); }
-  static uint32_t smaller(uint32_t a, uint32_t b) { return of_both(a, b, fminf); }
-
- private:
-  static uint32_t of_both(uint32_t a, uint32_t b, float (*f)(float, float)) {
+  static uint32_t larger(uint32_t a, uint32_t b) {
     float first[2], second[2];
     Type::unpack(a, first);
     Type::unpack(b, second);
-    return Type::pack({f(first[0], second[0]), f(first[1], second[1])});
+    return Type::pack({fmaxf(first[0], second[0]), fmaxf(first[1], second[1])});
   }
 #else
   static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
     return as_word(__hmax2(as_pair<Pair>(a), as_pair<Pair>(b)));
   }
-  static __device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) {
-    return as_word(__hmin2(as_pair<Pair>(a), as_pair<Pair>(b)));
-  }
 #endif
 };
 
-struct BFloat16 : PairExtremes<BFloat16, BFloat16Pair> {
+struct BFloat16 : LargerOfPairs<BFloat16, BFloat16Pair> {
   using Element = uint16_t;
   static constexpr int kPixels = 2;
-  static constexpr uint32_t kPlusInf = 0x7f807f80u, kMinusInf = 0xff80ff80u;
+  static constexpr uint32_t kMinusInf = 0xff80ff80u;
   static constexpr Element kLowestFinite = 0xff7fu;
   static __device__ __forceinline__ float to_float(Element x) {
     return Bits<float>::from(static_cast<int32_t>(static_cast<uint32_t>(x) << 16));
@@ -104,10 +94,10 @@ struct BFloat16 : PairExtremes<BFloat16, BFloat16Pair> {
   }
 };
 
-struct Float16 : PairExtremes<Float16, Float16Pair> {
+struct Float16 : LargerOfPairs<Float16, Float16Pair> {
   using Element = uint16_t;
   static constexpr int kPixels = 2;
-  static constexpr uint32_t kPlusInf = 0x7c007c00u, kMinusInf = 0xfc00fc00u;
+  static constexpr uint32_t kMinusInf = 0xfc00fc00u;
   static constexpr Element kLowestFinite = 0xfbffu;
 #if !defined(EROSEG_CUDA_ON_HOST)
   static __device__ __forceinline__ float to_float(Element x) {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eroseg_ext.checks import check_choice
-from eroseg_ext.data import IMAGE_SUFFIXES, SegmentationFolder, checked_size, read_pair
+from eroseg_ext.data import Pair, SegmentationFolder, checked_size, images_in, paired, read_label
 
 FOLDER = "folder"
 """No data set known by name: images/ and labels/, whose values are the classes."""
@@ -20,9 +20,6 @@ DATASETS = (FOLDER, "camvid", "voc", "cityscapes", "ade20k")
 
 VOID = -1
 """Label of void pixels after the class map: no data set's class, however many it has."""
-
-Pair = tuple[Path, Path]
-"""An image and its label map."""
 
 _VALUES = 2**16
 """Label maps have up to 16 bits."""
@@ -137,21 +134,20 @@ def find(dataset: str, root: Path, split: str) -> list[Pair]:
         pairs = list(zip(folder.images, folder.labels, strict=True))
     elif dataset == "voc":
         names = (_existing(root / "ImageSets" / "Segmentation" / f"{split}.txt")).read_text(encoding="utf-8").split()
-        pairs = [(root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png") for name in names]
+        pairs = paired([_existing(root / "JPEGImages" / f"{name}.jpg") for name in names], root / "SegmentationClass")
     elif dataset == "cityscapes":
-        images = sorted(_existing(root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
-        pairs = [(image, _cityscapes_label(root / "gtFine" / split, image)) for image in images]
+        cities = sorted(path for path in _existing(root / "leftImg8bit" / split).iterdir() if path.is_dir())
+        pairs = []
+        for city in cities:
+            images = [image for image in images_in(city) if image.stem.endswith("_leftImg8bit")]
+            pairs += paired(images, root / "gtFine" / split / city.name)
     elif dataset == "ade20k":
         part = {"train": "training", "val": "validation"}[split]
-        pairs = _beside(root / "images" / part, root / "annotations" / part)
+        pairs = paired(images_in(_existing(root / "images" / part)), root / "annotations" / part)
     else:
-        pairs = _beside(root / split, root / f"{split}annot")
+        pairs = paired(images_in(_existing(root / split)), root / f"{split}annot")
     if not pairs:
         raise FileNotFoundError(f"{root} holds no images for {split}")
-    for image, label in pairs:
-        _existing(image)
-        if not label.is_file():
-            raise FileNotFoundError(f"{image} has no label map: {label} is missing")
     if dataset == "cityscapes" and any("TrainIds" in label.name for _, label in pairs):
         raise ValueError(f"{root} holds label maps of train ids, wanted label ids, or dataset='folder' with classes=19")
     return pairs
@@ -173,16 +169,6 @@ def _existing(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing")
     return path
-
-
-def _beside(images: Path, labels: Path) -> list[Pair]:
-    paths = sorted(path for path in _existing(images).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    return [(path, labels / f"{path.stem}.png") for path in paths]
-
-
-def _cityscapes_label(labels: Path, image: Path) -> Path:
-    name = image.name.removesuffix("_leftImg8bit.png")
-    return labels / image.parent.name / f"{name}_gtFine_labelIds.png"
 
 
 VOC_CLASSES = (
@@ -255,7 +241,7 @@ def count_classes(pairs: Sequence[Pair], ignore_index: int) -> int:
     """
     largest = -1
     for pair in pairs:
-        values = np.unique(np.array(read_pair(*pair)[1], dtype=np.int64))
+        values = np.unique(np.array(read_label(pair[1]), dtype=np.int64))
         largest = max(largest, *values[values != ignore_index].tolist(), -1)
     if largest < 0:
         raise ValueError(f"{pairs[0][1].parent} has no pixel with a label other than ignore_index {ignore_index}")
@@ -270,7 +256,7 @@ def median_frequency_weights(pairs: Sequence[Pair], to_class: ClassMap) -> npt.N
     """
     pixels, shown = np.zeros(to_class.classes), np.zeros(to_class.classes)
     for pair in pairs:
-        labels = to_class(np.array(read_pair(*pair)[1], dtype=np.int64), pair[1])
+        labels = to_class(np.array(read_label(pair[1]), dtype=np.int64), pair[1])
         counts = np.bincount(labels[labels != VOID], minlength=to_class.classes)
         pixels += counts
         shown += np.where(counts > 0, counts.sum(), 0)

@@ -77,7 +77,8 @@ def test_layouts_as_published(tmp_path: Path, dataset: str) -> None:
     with pytest.raises(FileNotFoundError, match="is missing"):
         datasets.find(dataset, tmp_path, "val")
     found[0][1].unlink()
-    with pytest.raises(FileNotFoundError, match=f"has no label map: .*{found[0][1].name} is missing"):
+    name = found[0][1].stem.removesuffix("_gtFine_labelIds")
+    with pytest.raises(FileNotFoundError, match=rf"has no label map: .*/{name}\.png is missing"):
         datasets.find(dataset, tmp_path, "train")
 
 
@@ -86,6 +87,15 @@ def test_images_and_labels_folders_serve_every_data_set(tmp_path: Path, dataset:
     write_blank(tmp_path, "images/b.jpg", "labels/b.png", "images/a.png", "labels/a.png")
     names = [(image.name, label.name) for image, label in datasets.find(dataset, tmp_path, "train")]
     assert names == [("a.png", "a.png"), ("b.jpg", "b.png")]
+
+
+def test_hidden_files_and_other_versions_of_the_images_are_no_images_of_cityscapes(tmp_path: Path) -> None:
+    folder = "leftImg8bit/train/bonn"
+    write_blank(tmp_path, *LAYOUTS["cityscapes"], f"{folder}/b_1_leftImg8bit_foggy_beta_0.01.png")
+    for name in (f"{folder}/._b_1_leftImg8bit.png", "leftImg8bit/train/.DS_Store"):
+        (tmp_path / name).write_bytes(b"Mac OS X")
+    found = datasets.find("cityscapes", tmp_path, "train")
+    assert found == [tuple(tmp_path / path for path in LAYOUTS["cityscapes"])]
 
 
 def test_counting_classes_and_median_frequency(tmp_path: Path) -> None:

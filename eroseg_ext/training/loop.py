@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from eroseg_ext import backend, datasets, files, loading, pictures
 from eroseg_ext.attack import NotFiniteError
-from eroseg_ext.datasets import FOLDER, ClassMap, Pair
+from eroseg_ext.data import Pair
+from eroseg_ext.datasets import FOLDER, ClassMap
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training import distributed, network, seeds
 from eroseg_ext.training.clock import Clock

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from eroseg_ext import backend, reference, sanity
 from eroseg_ext.apgd import NOT_OF_APGD, checked, noise_seed, strong_attack
 from eroseg_ext.checks import check_choice, check_integer, check_number, require
-from eroseg_ext.data import SegmentationFolder
+from eroseg_ext.data import SegmentationFolder, evenly_spaced
 from eroseg_ext.files import write_json
 from eroseg_ext.journal import Journal, key_of
 from eroseg_ext.metrics import Counts, Scores, WorstCase, counts_of, scores, worst_case
@@ -171,8 +171,9 @@ class Evaluation:
     def markdown(self) -> str:
         """A table of one row per attack, one column per eps, and below it the worst case with its bound."""
         budgets = list(self.worst)
-        norm = self.settings["norm"]
-        head = ["attack", *(f"eps {budget(eps, norm)}" for eps in budgets), "s per image"]
+        norm, size = self.settings["norm"], self.settings["size"]
+        resized = f", at {size[0]}x{size[1]}" if size else ""
+        head = [f"attack{resized}", *(f"eps {budget(eps, norm)}" for eps in budgets), "s per image"]
         lines = [head, ["---"] * len(head)]
         lines.append(["none", *([_triple(self.clean)] * len(budgets)), f"{self.seconds[CLEAN]:.2f}"])
         for name in dict.fromkeys(row.attack for row in self.rows):
@@ -255,11 +256,9 @@ class _Evaluator:
             "device": self._device.type,
             "fused": self._ops is not reference,
         }
-        total = len(data)
-        count = total if config.images is None else min(config.images, total)
-        chosen = [index * total // count for index in range(count)]
+        chosen = evenly_spaced(len(data), config.images)
         self._indices = chosen
-        self._batches = [chosen[i : i + config.batch_size] for i in range(0, count, config.batch_size)]
+        self._batches = [chosen[i : i + config.batch_size] for i in range(0, len(chosen), config.batch_size)]
         self._digests = [[_digest(data, index) for index in batch] for batch in self._batches]
         self._model_digest = self._describe_model()
 
@@ -306,7 +305,8 @@ class _Evaluator:
         names = (*_OF_THE_ATTACKS, *_OF_THE_DATA_AND_MODEL, "seed", "batch_size", "sanity")
         plain = {name: _plain(getattr(config, name)) for name in names}
         rows = {name: {key: _plain(value) for key, value in row.items()} for name, row in config.rows.items()}
-        return {"attacks": rows, "eps": list(config.budgets), **plain}
+        size = self._data.size if isinstance(self._data, SegmentationFolder) else None
+        return {"attacks": rows, "eps": list(config.budgets), "size": _plain(size), **plain}
 
     def _unit(self, name: str, eps: float, number: int) -> dict[str, Any]:
         """Counts of one batch under one attack: from the journal, or made now and put there."""
@@ -402,8 +402,7 @@ class _Evaluator:
         config = self._config
         if config.sanity == 0:
             return []
-        count = min(config.sanity, len(self._indices))
-        numbers = [self._indices[i * len(self._indices) // count] for i in range(count)]
+        numbers = [self._indices[i] for i in evenly_spaced(len(self._indices), config.sanity)]
         digests = [_digest(self._data, number) for number in numbers]
         key = self._key({"sanity": [digests, list(config.budgets)]}, numbers, 0)
         if key not in self._journal:

@@ -52,6 +52,8 @@ def test_table_and_json(files: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         )
         worst = result["worst"][column]
         assert rows["lower bound of its mIoU"][2 + column].strip() == f"{worst['miou_bound']:.2f}"
+    assert "attack, at 32x48" in rows
+    assert result["settings"]["size"] == [32, 48]
     assert len(result["sanity"]) == 8
     for check in result["sanity"]:
         assert f"{'ok  ' if check['passed'] else 'FAIL'}  {check['name']}: {check['verdict']}" in printed.splitlines()

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from training_common import CLASSES, SMALL, dropout_net, furthest_apart, plain_net, weights
 
-from eroseg_ext import attack, cli, datasets, train
+from eroseg_ext import attack, cli, datasets, evaluate, train
 from eroseg_ext import backend as backends
 from eroseg_ext.loading import load_weights
 from eroseg_ext.training import TrainingStopped, TrainSettings
@@ -98,6 +98,24 @@ def test_the_weights_are_those_that_were_validated(data: Path, tmp_path: Path) -
     assert furthest_apart(model.state_dict(), averaged.state_dict()) > 0
     alone = Processes(rank=0, world=1, device=torch.device("cpu"))
     assert validate(TrainSettings(**settings), averaged, CLASSES, reader(data), alone, 0) == summary["validation"]
+
+
+def test_validation_takes_the_images_that_an_evaluation_takes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = TrainSettings(**SMALL, data=data, out=tmp_path, val_images=4)
+    alone, read = Processes(rank=0, world=1, device=torch.device("cpu")), reader(data)
+    taken: list[str] = []
+
+    def watched(self: Reader, index: int) -> Any:
+        taken.append(self.pairs[index][0].name)
+        return right(self, index)
+
+    right = Reader.__call__
+    monkeypatch.setattr(Reader, "__call__", watched)
+    validate(settings, seeded(plain_net), CLASSES, read, alone, 0)
+    evaluated = evaluate(seeded(plain_net), data, images=4, steps=1, attacks=["pgd"], sanity=0).images
+    assert tuple(taken) == evaluated == ("00.png", "03.png", "06.png", "09.png")
 
 
 def test_validation_attacks_in_the_norm_of_the_training(data: Path, tmp_path: Path) -> None:

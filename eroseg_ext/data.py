@@ -7,7 +7,7 @@ pixels keep the value that the label map gives them.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +153,16 @@ def evenly_spaced(total: int, count: int | None) -> list[int]:
     """Which ``count`` of ``total`` images are taken, the first among them; None: all."""
     count = total if count is None else min(count, total)
     return [number * total // count for number in range(count)]
+
+
+def one_class(values: Collection[int], void: Collection[int]) -> str | None:
+    """What to tell of labels that are a single class, beside void; None where they are several, or void alone."""
+    classes = set(values) - set(void)
+    if len(classes) != 1:
+        return None
+    found = " and ".join(map(str, sorted(values)))
+    beside = ", ".join(str(value) for value in sorted(values) if value not in classes)
+    return f"the labels are {found} alone" + (f", and {beside} counts as void" if beside else "") + ": a single class"
 
 
 def read_pair(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from eroseg_ext import backend, reference, sanity
 from eroseg_ext.apgd import NOT_OF_APGD, checked, noise_seed, strong_attack
 from eroseg_ext.checks import check_choice, check_integer, check_number, require
-from eroseg_ext.data import SegmentationFolder, evenly_spaced
+from eroseg_ext.data import SegmentationFolder, evenly_spaced, one_class
 from eroseg_ext.files import write_json
 from eroseg_ext.journal import Journal, key_of
 from eroseg_ext.metrics import Counts, Scores, WorstCase, counts_of, scores, worst_case
@@ -282,6 +283,7 @@ class _Evaluator:
                 if not counts[name, eps].any():
                     raise ValueError(f"data has no pixel with a label other than ignore_index={config.ignore_index}")
                 if name == CLEAN:
+                    self._warn_of_one_class(counts[name, eps])
                     checks = self._sanity()
         worst = {}
         for eps in config.budgets:
@@ -299,6 +301,14 @@ class _Evaluator:
             environment={**self._environment, "model": self._model_digest},
             images=tuple(_name(self._data, index) for index in self._indices),
         )
+
+    def _warn_of_one_class(self, counts: Counts) -> None:
+        """Such as of a mask of 0 and 255 with ignore_index 255: whatever the model answers, its mIoU looks fine."""
+        classes, void = np.flatnonzero(counts[..., 1].sum(0)).tolist(), self._config.ignore_index
+        if len(classes) == 1:
+            beside = any((self._load(index)[1] == void).any() for index in self._indices)
+            told = one_class(classes + [void] * beside, {void})
+            warnings.warn(f"in data {told}, which says nothing about the others", UserWarning, stacklevel=4)
 
     def _plain_settings(self) -> dict[str, Any]:
         config = self._config

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from folders import write_blank
+from folders import write_blank, write_labels
 from PIL import Image
 
 from eroseg_ext import datasets
@@ -104,11 +104,34 @@ def test_counting_classes_and_median_frequency(tmp_path: Path) -> None:
         (tmp_path / "labels").mkdir(exist_ok=True)
         Image.fromarray(np.array([row] * 6, np.uint8).repeat(2, 1)).save(tmp_path / "labels" / f"{number}.png")
     pairs = datasets.find("folder", tmp_path, "train")
-    assert datasets.count_classes(pairs, 9) == 4
+    counts = datasets.label_counts(pairs)
+    assert counts[pairs[1][1]] == {0: 24, 9: 24}
+    assert datasets.count_classes(counts, {}, 9) == 4
     # Class 0: 60 of 72 valid pixels, class 3: 12 of the 48 of its image.
-    weights = datasets.median_frequency_weights(pairs, class_map("folder", 4, 9))
+    weights = datasets.median_frequency_weights(counts, class_map("folder", 4, 9))
     median = (60 / 72 + 12 / 48) / 2
     assert weights.tolist() == pytest.approx([median / (60 / 72), 1, 1, median / (12 / 48)])
+
+
+@pytest.mark.parametrize("void", [[], [255]])
+def test_train_ids_are_not_taken_for_label_ids(tmp_path: Path, void: list[int]) -> None:
+    write_labels(tmp_path, list(range(10)), [*range(9, 19), *void])
+    with pytest.raises(
+        ValueError, match=rf"train ids \(values 0, 1, .*, {[18, *void][-1]}\), wanted label ids, or data"
+    ):
+        NamedDataset("cityscapes", tmp_path)
+    assert len(datasets.find("folder", tmp_path, "train")) == 2
+
+
+def test_train_ids_are_known_by_their_names(tmp_path: Path) -> None:
+    write_blank(tmp_path, "images/a_leftImg8bit.png", "labels/a_gtFine_labelTrainIds.png")
+    with pytest.raises(ValueError, match="train ids"):
+        NamedDataset("cityscapes", tmp_path)
+
+
+@pytest.mark.parametrize("values", [[7, 8, 11], [0, 7, 7, 8], [1, 2, 3, 21], [4]])
+def test_label_ids_are_not_taken_for_train_ids(tmp_path: Path, values: list[int]) -> None:
+    assert len(NamedDataset("cityscapes", write_labels(tmp_path, values))) == 1
 
 
 def test_items_of_a_named_data_set(tmp_path: Path) -> None:

@@ -226,6 +226,10 @@ def evaluate(
     """
     config = EvaluationSettings(**settings)
     source = SegmentationFolder(data) if isinstance(data, (str, Path)) else data
+    if not hasattr(source, "__getitem__"):
+        raise TypeError(
+            f"data is a {type(source).__name__}, wanted a folder, or a data set that data[i] gives items of"
+        )
     if len(source) == 0:
         raise ValueError("data has no image, wanted at least one")
     folder = None if out is None else Path(out)
@@ -249,7 +253,7 @@ class _Evaluator:
         self._journal = journal
         self._logits = Logits(model, mean=config.mean, std=config.std, autocast=config.autocast)
         kept = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-        self._device = kept[0].device if kept else data[0][0].device
+        self._device = kept[0].device if kept else _item(data, 0)[0].device
         self._ops = backend.select(self._device, config.backend)
         self._environment = {
             "eroseg_ext": backend.report()["eroseg_ext"],
@@ -357,7 +361,7 @@ class _Evaluator:
         return key_of({**shared, **about, **what})
 
     def _load(self, index: int) -> tuple[Tensor, Tensor]:
-        image, labels = self._data[index]
+        image, labels = _item(self._data, index)
         if image.dim() != 3 or labels.shape != image.shape[1:]:
             raise ValueError(
                 f"{_name(self._data, index)} is an image {list(image.shape)} with labels {list(labels.shape)}, wanted "
@@ -365,11 +369,23 @@ class _Evaluator:
             )
         return image.float(), labels.long()
 
+    def _answer(self, pixels: Tensor, number: int) -> Tensor:
+        """The model's logits of images of one size, of which ``number`` is the first."""
+        height, width = pixels.shape[-2:]
+        try:
+            with torch.no_grad():
+                return self._logits(pixels, (height, width))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"the model fails on {_name(self._data, number)} of {height}x{width} pixels, where another size may be "
+                f"wanted (--size): {error}"
+            ) from error
+
     def _count(self, pixels: Tensor, labels: Tensor, numbers: list[int]) -> list[Tensor]:
         """Counts ``[C, 3]`` of each image, on the device."""
-        size = (pixels.shape[-2], pixels.shape[-1])
-        with torch.no_grad():
-            logits = self._logits(pixels, size)
+        logits = self._answer(pixels, numbers[0])
         broken = ~logits.isfinite().flatten(1).all(1)
         if broken.any():
             name = _name(self._data, numbers[int(broken.int().argmax())])
@@ -395,8 +411,7 @@ class _Evaluator:
         digest = hashlib.sha256()
         torch.manual_seed(self._config.seed)
         image, _ = self._load(self._indices[0])
-        with torch.no_grad():
-            logits = self._logits(image[None].to(self._device), (image.shape[-2], image.shape[-1])).double()
+        logits = self._answer(image[None].to(self._device), self._indices[0]).double()
         digest.update(f"{logits.shape[1]} {logits.abs().mean():.2e} {logits.std():.2e}".encode())
         if isinstance(self._model, nn.Module):
             digest.update(re.sub("0x[0-9a-f]+", "", f"{type(self._model).__qualname__} {self._model}").encode())
@@ -455,6 +470,18 @@ def _name(data: SegmentationData, index: int) -> str:
     return str(data.images[index].name) if isinstance(data, SegmentationFolder) else f"image {index}"
 
 
+def _item(data: SegmentationData, index: int) -> tuple[Tensor, Tensor]:
+    """An image and its labels; what else the item holds is left out."""
+    item: Any = data[index]
+    parts = item if isinstance(item, (tuple, list)) else ()
+    if len(parts) < 2 or not all(isinstance(part, Tensor) for part in parts[:2]):
+        held = f" of {', '.join(type(part).__name__ for part in parts)}" if parts else ""
+        raise TypeError(
+            f"data[{index}] is a {type(item).__name__}{held}, wanted tensors: an image [K, H, W], its labels [H, W]"
+        )
+    return parts[0], parts[1]
+
+
 def _bytes(value: Tensor) -> bytes:
     return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
@@ -467,7 +494,7 @@ def _digest(data: SegmentationData, index: int) -> str:
         for path in (data.images[index], data.labels[index]):
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     else:
-        for part in data[index]:
+        for part in _item(data, index):
             digest.update(f"{part.dtype} {list(part.shape)}".encode())
             digest.update(_bytes(part))
     return digest.hexdigest()[:16]

@@ -168,7 +168,7 @@ def one_class(values: Collection[int], void: Collection[int]) -> str | None:
 def read_pair(
     image_path: Path, label_path: Path, size: tuple[int, int] | None = None
 ) -> tuple[Image.Image, Image.Image]:
-    """An image in RGB and its label map as 32-bit class indices, of one size; decoded.
+    """An image in RGB and its label map, whose pixel values are class indices, of one size; decoded.
 
     16-bit grey images are scaled by 65535, float images must lie in [0, 1], and alpha is dropped: colours are taken as
     they are stored. An image with an EXIF orientation is turned as viewers show it; where only the picture as it is
@@ -196,7 +196,7 @@ def read_pair(
 
 
 def read_label(path: Path) -> Image.Image:
-    """A label map as 32-bit class indices: the values of a grey file, or a palette file's indices, of up to 16 bits.
+    """A label map, whose pixel values are class indices: those of a grey file, the indices of a palette file.
 
     Raises:
         ValueError: it cannot be read, or is not one number per pixel.
@@ -238,7 +238,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _indices(image: Image.Image) -> Image.Image:
-    if image.mode not in ("1", "L", "P") and image.mode[0] != "I":
+    if image.mode in ("L", "P"):
+        return image
+    if image.mode != "1" and image.mode[0] != "I":
         colours = len(image.getcolors(image.width * image.height) or ())
         raise ValueError(
             f"wanted a grey or palette file of class indices, but its mode is {image.mode}: its {colours} colours must "

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -278,8 +279,9 @@ def label_counts(pairs: Iterable[Pair]) -> LabelCounts:
 
 
 def _counted(path: Path) -> dict[int, int]:
-    values, pixels = np.unique(np.asarray(read_label(path)), return_counts=True)
-    return dict(zip(values.tolist(), pixels.tolist(), strict=True))
+    label = read_label(path)
+    colours = label.getcolors(label.width * label.height) or []
+    return {cast(int, value): pixels for pixels, value in colours}
 
 
 def count_classes(counts: LabelCounts, val_counts: LabelCounts, ignore_index: int) -> int:

@@ -113,6 +113,19 @@ def test_counting_classes_and_median_frequency(tmp_path: Path) -> None:
     assert weights.tolist() == pytest.approx([median / (60 / 72), 1, 1, median / (12 / 48)])
 
 
+def test_values_of_every_kind_of_label_map_are_counted(tmp_path: Path) -> None:
+    values = np.array([[0, 1, 1], [3, 3, 3]], np.uint8)
+    grey, palette = Image.fromarray(values), Image.fromarray(values)
+    palette.putpalette(bytes(range(255, 243, -1)))
+    wide, signed = Image.fromarray(values * np.uint16(20000)), Image.fromarray(values * np.int32(-70000))
+    bits = Image.fromarray(values > 1)
+    wanted = [{0: 1, 1: 2, 3: 3}] * 2 + [{0: 1, 20000: 2, 60000: 3}, {0: 1, -70000: 2, -210000: 3}, {0: 3, 1: 3}]
+    paths = [tmp_path / f"{number}.tif" for number in range(5)]
+    for path, image in zip(paths, (grey, palette, wide, signed, bits), strict=True):
+        image.save(path)
+    assert list(datasets.label_counts((path, path) for path in paths).values()) == wanted
+
+
 @pytest.mark.parametrize("void", [[], [255]])
 def test_train_ids_are_not_taken_for_label_ids(tmp_path: Path, void: list[int]) -> None:
     write_labels(tmp_path, list(range(10)), [*range(9, 19), *void])
@@ -121,6 +134,11 @@ def test_train_ids_are_not_taken_for_label_ids(tmp_path: Path, void: list[int]) 
     ):
         NamedDataset("cityscapes", tmp_path)
     assert len(datasets.find("folder", tmp_path, "train")) == 2
+
+
+def test_255_is_no_label_id(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train ids \(values 7, 8, 11, 255\)"):
+        NamedDataset("cityscapes", write_labels(tmp_path, [7, 8, 11, 255]))
 
 
 def test_train_ids_are_known_by_their_names(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         run = {"demo": _demo, "train": _train, "evaluate": _evaluate, "info": _info}[args.command]
-        run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            run(args)
     except SystemExit as done:  # --help and --version end this way
         return int(done.code or 0)
     except KeyboardInterrupt:
@@ -46,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"eroseg: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"eroseg: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +15,16 @@ import torch
 from torch import Tensor
 
 from eroseg_ext.checks import check_choice
-from eroseg_ext.data import IMAGE_SUFFIXES, SegmentationFolder, checked_size, read_pair
+from eroseg_ext.data import (
+    Pair,
+    SegmentationFolder,
+    checked_size,
+    evenly_spaced,
+    images_in,
+    one_class,
+    paired,
+    read_label,
+)
 
 FOLDER = "folder"
 """No data set known by name: images/ and labels/, whose values are the classes."""
@@ -21,8 +33,11 @@ DATASETS = (FOLDER, "camvid", "voc", "cityscapes", "ade20k")
 VOID = -1
 """Label of void pixels after the class map: no data set's class, however many it has."""
 
-Pair = tuple[Path, Path]
-"""An image and its label map."""
+LabelCounts = dict[Path, dict[int, int]]
+"""Pixels of each value, by label map."""
+
+MOST_COUNTED_CLASSES = 1000
+"""More classes than this must be said, not counted: labels that large are no class indices."""
 
 _VALUES = 2**16
 """Label maps have up to 16 bits."""
@@ -41,6 +56,10 @@ class ClassMap:
     table: npt.NDArray[np.int16]
     names: tuple[str, ...] = ()
 
+    def allows(self, value: int) -> bool:
+        """Whether the value may occur."""
+        return 0 <= value < _VALUES and self.table[value] != _WRONG
+
     def __call__(self, values: npt.NDArray[np.int64], path: Path) -> npt.NDArray[np.int16]:
         """Classes (and VOID) of the values of a label map.
 
@@ -56,7 +75,7 @@ class ClassMap:
             void = np.flatnonzero(self.table == VOID)
             raise ValueError(
                 f"{path} has the label {values[row, column]} at row {row}, column {column}, wanted classes "
-                f"{allowed[0]} to {allowed[-1]}, or {_listed(void)} for void"
+                f"{allowed[0]} to {allowed[-1]}, or {_listed(void.tolist())} for void"
             )
         return labels
 
@@ -137,23 +156,22 @@ def find(dataset: str, root: Path, split: str) -> list[Pair]:
         pairs = list(zip(folder.images, folder.labels, strict=True))
     elif dataset == "voc":
         names = (_existing(root / "ImageSets" / "Segmentation" / f"{split}.txt")).read_text(encoding="utf-8").split()
-        pairs = [(root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png") for name in names]
+        pairs = paired([_existing(root / "JPEGImages" / f"{name}.jpg") for name in names], root / "SegmentationClass")
     elif dataset == "cityscapes":
-        images = sorted(_existing(root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
-        pairs = [(image, _cityscapes_label(root / "gtFine" / split, image)) for image in images]
+        cities = sorted(path for path in _existing(root / "leftImg8bit" / split).iterdir() if path.is_dir())
+        pairs = []
+        for city in cities:
+            images = [image for image in images_in(city) if image.stem.endswith("_leftImg8bit")]
+            pairs += paired(images, root / "gtFine" / split / city.name)
     elif dataset == "ade20k":
         part = {"train": "training", "val": "validation"}[split]
-        pairs = _beside(root / "images" / part, root / "annotations" / part)
+        pairs = paired(images_in(_existing(root / "images" / part)), root / "annotations" / part)
     else:
-        pairs = _beside(root / split, root / f"{split}annot")
+        pairs = paired(images_in(_existing(root / split)), root / f"{split}annot")
     if not pairs:
         raise FileNotFoundError(f"{root} holds no images for {split}")
-    for image, label in pairs:
-        _existing(image)
-        if not label.is_file():
-            raise FileNotFoundError(f"{image} has no label map: {label} is missing")
-    if dataset == "cityscapes" and any("TrainIds" in label.name for _, label in pairs):
-        raise ValueError(f"{root} holds label maps of train ids, wanted label ids, or dataset='folder' with classes=19")
+    if dataset == "cityscapes":
+        _refuse_train_ids(root, pairs)
     return pairs
 
 
@@ -165,24 +183,30 @@ def _identity(classes: int, void: int, names: tuple[str, ...] = ()) -> ClassMap:
     return ClassMap(classes, table, names)
 
 
-def _listed(values: npt.NDArray[np.int64]) -> str:
-    return ", ".join(map(str, values[:4])) + (", ..." if len(values) > 4 else "") if len(values) else "none"
+def _refuse_train_ids(root: Path, pairs: list[Pair]) -> None:
+    """Told by the files' names; or by values up to 18 alone, with 255, or of which most are void as label ids."""
+    pixels: Counter[int] = Counter()
+    for counts in label_counts([pairs[index] for index in evenly_spaced(len(pairs), 8)]).values():
+        pixels.update(counts)
+    void = sum(count for value, count in pixels.items() if value not in CITYSCAPES_IDS)
+    low = len(pixels) > 1 and pixels.keys() <= {*range(19), 255}
+    if any("TrainIds" in label.name for _, label in pairs) or (low and (255 in pixels or void > pixels.total() / 2)):
+        raise ValueError(
+            f"{root} holds label maps of train ids (values {_listed(sorted(pixels))}), wanted label ids, or "
+            "dataset='folder' with classes=19"
+        )
+
+
+def _listed(values: list[int]) -> str:
+    """The first values and the last."""
+    shown = [*values[:8], "...", values[-1]] if len(values) > 9 else values
+    return ", ".join(map(str, shown)) or "none"
 
 
 def _existing(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing")
     return path
-
-
-def _beside(images: Path, labels: Path) -> list[Pair]:
-    paths = sorted(path for path in _existing(images).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    return [(path, labels / f"{path.stem}.png") for path in paths]
-
-
-def _cityscapes_label(labels: Path, image: Path) -> Path:
-    name = image.name.removesuffix("_leftImg8bit.png")
-    return labels / image.parent.name / f"{name}_gtFine_labelIds.png"
 
 
 VOC_CLASSES = (
@@ -247,33 +271,83 @@ CITYSCAPES_IDS = {
 """Label id of each trained class, in order of train id; the other ids up to 33 are void."""
 
 
-def count_classes(pairs: Sequence[Pair], ignore_index: int) -> int:
-    """One more than the largest label of the label maps, at least 2.
+def label_counts(pairs: Iterable[Pair]) -> LabelCounts:
+    """Pixels of each value in every label map; ValueError names a file that cannot be read."""
+    paths = [label for _, label in pairs]
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(paths, pool.map(_counted, paths), strict=True))
+
+
+def _counted(path: Path) -> dict[int, int]:
+    label = read_label(path)
+    colours = label.getcolors(label.width * label.height) or []
+    return {cast(int, value): pixels for pixels, value in colours}
+
+
+def count_classes(counts: LabelCounts, val_counts: LabelCounts, ignore_index: int) -> int:
+    """One more than the largest label of the label maps of both.
 
     Raises:
-        ValueError: no pixel has a label other than ``ignore_index``.
+        ValueError: the first hold no class or a single one, or a label is too large to be a class index.
     """
+    found = {value for values in counts.values() for value in values}
+    folder = next(iter(counts)).parent
+    if not found - {ignore_index}:
+        raise ValueError(f"{folder} has no pixel with a label other than ignore_index {ignore_index}")
+    if told := one_class(found, {ignore_index}):
+        raise ValueError(f"{folder}: {told}, wanted at least two, another ignore_index, or their number as classes")
     largest = -1
-    for pair in pairs:
-        values = np.unique(np.array(read_pair(*pair)[1], dtype=np.int64))
-        largest = max(largest, *values[values != ignore_index].tolist(), -1)
-    if largest < 0:
-        raise ValueError(f"{pairs[0][1].parent} has no pixel with a label other than ignore_index {ignore_index}")
-    return max(largest + 1, 2)
+    for path, values in (*counts.items(), *val_counts.items()):
+        for value in values.keys() - {ignore_index}:
+            largest = max(largest, value)
+            if not 0 <= value < MOST_COUNTED_CLASSES:
+                raise ValueError(
+                    f"{path} has the label {value}, wanted class indices below {MOST_COUNTED_CLASSES}, ignore_index "
+                    f"{ignore_index} for void, or the number of classes as classes"
+                )
+    return largest + 1
 
 
-def median_frequency_weights(pairs: Sequence[Pair], to_class: ClassMap) -> npt.NDArray[np.float32]:
+def check_labels(counts: LabelCounts, to_class: ClassMap) -> None:
+    """Raises ValueError, naming file and pixel, if a value must not occur."""
+    for path, values in counts.items():
+        if not all(map(to_class.allows, values)):
+            to_class(np.array(read_label(path), dtype=np.int64), path)
+
+
+def suspicions(counts: LabelCounts, val_counts: LabelCounts, to_class: ClassMap, every: bool) -> Iterator[str]:
+    """What the labels have that may be meant, and often is not, a line each.
+
+    ``every``: ``counts`` are of all the label maps to train on, not of some.
+    """
+    void = np.flatnonzero(to_class.table == VOID).tolist()
+    found, val_found = ({value for values in part.values() for value in values} for part in (counts, val_counts))
+    for name, values in (("data", found), ("val", val_found)):
+        if told := one_class(values, void):
+            yield f"warning: in {name} {told}"
+    if every:
+        shown = sorted(found.difference(void))
+        if len(shown) < to_class.classes:
+            missing = f"{to_class.classes - len(shown)} of {to_class.classes} classes have no pixel to learn from"
+            yield f"warning: data has the labels {_listed(shown)}: {missing}"
+        if unknown := sorted(val_found.difference(void, found)):
+            yield f"warning: val alone has the labels {_listed(unknown)}"
+
+
+def median_frequency_weights(counts: LabelCounts, to_class: ClassMap) -> npt.NDArray[np.float32]:
     """Class weights ``median(f) / f_c``, with f_c the share of class c in the valid pixels of the images that show it.
 
     Classes that no image shows weigh 1, which no pixel will notice. Source: Eigen and Fergus, "Predicting Depth,
     Surface Normals and Semantic Labels with a Common Multi-Scale Convolutional Architecture", ICCV 2015.
     """
     pixels, shown = np.zeros(to_class.classes), np.zeros(to_class.classes)
-    for pair in pairs:
-        labels = to_class(np.array(read_pair(*pair)[1], dtype=np.int64), pair[1])
-        counts = np.bincount(labels[labels != VOID], minlength=to_class.classes)
-        pixels += counts
-        shown += np.where(counts > 0, counts.sum(), 0)
+    for values in counts.values():
+        image = np.zeros(to_class.classes)
+        for value, count in values.items():
+            if to_class.table[value] != VOID:
+                image[to_class.table[value]] += count
+        pixels += image
+        shown += np.where(image > 0, image.sum(), 0)
     frequency = np.divide(pixels, shown, out=np.ones_like(pixels), where=shown > 0)
     weights = np.ones(to_class.classes)
     if (shown > 0).any():

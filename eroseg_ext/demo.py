@@ -19,7 +19,7 @@ from tqdm import tqdm
 from eroseg_ext import backend, methods, pictures, reference
 from eroseg_ext.attack import StepInfo, attack
 from eroseg_ext.checks import usable_device
-from eroseg_ext.data import SegmentationFolder
+from eroseg_ext.data import SegmentationFolder, one_class
 from eroseg_ext.metrics import miou_and_accuracy
 from eroseg_ext.nets import DEMO_WIDTH, SmallDeepLab
 from eroseg_ext.scenes import IGNORE_INDEX, generated_scenes
@@ -200,7 +200,9 @@ def _count_classes(settings: DemoSettings, *labels: Tensor) -> int:
     values = values[values != settings.ignore_index]
     if len(values) == 0:
         raise ValueError(f"{settings.data} has no pixel with a label other than ignore_index {settings.ignore_index}")
-    classes = max(int(values[-1]) + 1, 2)
+    if told := one_class(values.tolist(), ()):
+        raise ValueError(f"{settings.data}: {told} beside ignore_index {settings.ignore_index}, wanted at least two")
+    classes = int(values[-1]) + 1
     if classes > MAX_CLASSES:
         raise ValueError(
             f"labels of {settings.data} go up to {classes - 1}, wanted class indices below {MAX_CLASSES}, and void as "

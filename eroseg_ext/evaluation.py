@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from eroseg_ext import backend, reference, sanity
 from eroseg_ext.apgd import NOT_OF_APGD, checked, noise_seed, strong_attack
 from eroseg_ext.checks import check_choice, check_integer, check_number, require
-from eroseg_ext.data import SegmentationFolder
+from eroseg_ext.data import SegmentationFolder, evenly_spaced, one_class
 from eroseg_ext.files import locked, write_json
 from eroseg_ext.journal import Journal, key_of
 from eroseg_ext.metrics import Counts, Scores, WorstCase, counts_of, scores, worst_case
@@ -172,8 +173,9 @@ class Evaluation:
     def markdown(self) -> str:
         """A table of one row per attack, one column per eps, and below it the worst case with its bound."""
         budgets = list(self.worst)
-        norm = self.settings["norm"]
-        head = ["attack", *(f"eps {budget(eps, norm)}" for eps in budgets), "s per image"]
+        norm, size = self.settings["norm"], self.settings["size"]
+        resized = f", at {size[0]}x{size[1]}" if size else ""
+        head = [f"attack{resized}", *(f"eps {budget(eps, norm)}" for eps in budgets), "s per image"]
         lines = [head, ["---"] * len(head)]
         lines.append(["none", *([_triple(self.clean)] * len(budgets)), f"{self.seconds[CLEAN]:.2f}"])
         for name in dict.fromkeys(row.attack for row in self.rows):
@@ -226,6 +228,10 @@ def evaluate(
     """
     config = EvaluationSettings(**settings)
     source = SegmentationFolder(data) if isinstance(data, (str, Path)) else data
+    if not hasattr(source, "__getitem__"):
+        raise TypeError(
+            f"data is a {type(source).__name__}, wanted a folder, or a data set that data[i] gives items of"
+        )
     if len(source) == 0:
         raise ValueError("data has no image, wanted at least one")
     folder = None if out is None else Path(out)
@@ -250,7 +256,7 @@ class _Evaluator:
         self._journal = journal
         self._logits = Logits(model, mean=config.mean, std=config.std, autocast=config.autocast)
         kept = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-        self._device = kept[0].device if kept else data[0][0].device
+        self._device = kept[0].device if kept else _item(data, 0)[0].device
         self._ops = backend.select(self._device, config.backend)
         self._environment = {
             "eroseg_ext": backend.report()["eroseg_ext"],
@@ -258,11 +264,9 @@ class _Evaluator:
             "device": self._device.type,
             "fused": self._ops is not reference,
         }
-        total = len(data)
-        count = total if config.images is None else min(config.images, total)
-        chosen = [index * total // count for index in range(count)]
+        chosen = evenly_spaced(len(data), config.images)
         self._indices = chosen
-        self._batches = [chosen[i : i + config.batch_size] for i in range(0, count, config.batch_size)]
+        self._batches = [chosen[i : i + config.batch_size] for i in range(0, len(chosen), config.batch_size)]
         self._digests = [[_digest(data, index) for index in batch] for batch in self._batches]
         self._model_digest = self._describe_model()
 
@@ -286,6 +290,7 @@ class _Evaluator:
                 if not counts[name, eps].any():
                     raise ValueError(f"data has no pixel with a label other than ignore_index={config.ignore_index}")
                 if name == CLEAN:
+                    self._warn_of_one_class(counts[name, eps])
                     checks = self._sanity()
         worst = {}
         for eps in config.budgets:
@@ -304,12 +309,21 @@ class _Evaluator:
             images=tuple(_name(self._data, index) for index in self._indices),
         )
 
+    def _warn_of_one_class(self, counts: Counts) -> None:
+        """Such as of a mask of 0 and 255 with ignore_index 255: whatever the model answers, its mIoU looks fine."""
+        classes, void = np.flatnonzero(counts[..., 1].sum(0)).tolist(), self._config.ignore_index
+        if len(classes) == 1:
+            beside = any((self._load(index)[1] == void).any() for index in self._indices)
+            told = one_class(classes + [void] * beside, {void})
+            warnings.warn(f"in data {told}, which says nothing about the others", UserWarning, stacklevel=4)
+
     def _plain_settings(self) -> dict[str, Any]:
         config = self._config
         names = (*_OF_THE_ATTACKS, *_OF_THE_DATA_AND_MODEL, "seed", "batch_size", "sanity")
         plain = {name: _plain(getattr(config, name)) for name in names}
         rows = {name: {key: _plain(value) for key, value in row.items()} for name, row in config.rows.items()}
-        return {"attacks": rows, "eps": list(config.budgets), **plain}
+        size = self._data.size if isinstance(self._data, SegmentationFolder) else None
+        return {"attacks": rows, "eps": list(config.budgets), "size": _plain(size), **plain}
 
     def _unit(self, name: str, eps: float, number: int) -> dict[str, Any]:
         """Counts of one batch under one attack: from the journal, or made now and put there."""
@@ -350,7 +364,7 @@ class _Evaluator:
         return key_of({**shared, **about, **what})
 
     def _load(self, index: int) -> tuple[Tensor, Tensor]:
-        image, labels = self._data[index]
+        image, labels = _item(self._data, index)
         if image.dim() != 3 or labels.shape != image.shape[1:]:
             raise ValueError(
                 f"{_name(self._data, index)} is an image {list(image.shape)} with labels {list(labels.shape)}, wanted "
@@ -358,11 +372,23 @@ class _Evaluator:
             )
         return image.float(), labels.long()
 
+    def _answer(self, pixels: Tensor, number: int) -> Tensor:
+        """The model's logits of images of one size, of which ``number`` is the first."""
+        height, width = pixels.shape[-2:]
+        try:
+            with torch.no_grad():
+                return self._logits(pixels, (height, width))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"the model fails on {_name(self._data, number)} of {height}x{width} pixels, where another size may be "
+                f"wanted (--size): {error}"
+            ) from error
+
     def _count(self, pixels: Tensor, labels: Tensor, numbers: list[int]) -> list[Tensor]:
         """Counts ``[C, 3]`` of each image, on the device."""
-        size = (pixels.shape[-2], pixels.shape[-1])
-        with torch.no_grad():
-            logits = self._logits(pixels, size)
+        logits = self._answer(pixels, numbers[0])
         broken = ~logits.isfinite().flatten(1).all(1)
         if broken.any():
             name = _name(self._data, numbers[int(broken.int().argmax())])
@@ -388,8 +414,7 @@ class _Evaluator:
         digest = hashlib.sha256()
         torch.manual_seed(self._config.seed)
         image, _ = self._load(self._indices[0])
-        with torch.no_grad():
-            logits = self._logits(image[None].to(self._device), (image.shape[-2], image.shape[-1])).double()
+        logits = self._answer(image[None].to(self._device), self._indices[0]).double()
         digest.update(f"{logits.shape[1]} {logits.abs().mean():.2e} {logits.std():.2e}".encode())
         if isinstance(self._model, nn.Module):
             digest.update(re.sub("0x[0-9a-f]+", "", f"{type(self._model).__qualname__} {self._model}").encode())
@@ -405,8 +430,7 @@ class _Evaluator:
         config = self._config
         if config.sanity == 0:
             return []
-        count = min(config.sanity, len(self._indices))
-        numbers = [self._indices[i * len(self._indices) // count] for i in range(count)]
+        numbers = [self._indices[i] for i in evenly_spaced(len(self._indices), config.sanity)]
         digests = [_digest(self._data, number) for number in numbers]
         key = self._key({"sanity": [digests, list(config.budgets)]}, numbers, 0)
         if key not in self._journal:
@@ -449,6 +473,18 @@ def _name(data: SegmentationData, index: int) -> str:
     return str(data.images[index].name) if isinstance(data, SegmentationFolder) else f"image {index}"
 
 
+def _item(data: SegmentationData, index: int) -> tuple[Tensor, Tensor]:
+    """An image and its labels; what else the item holds is left out."""
+    item: Any = data[index]
+    parts = item if isinstance(item, (tuple, list)) else ()
+    if len(parts) < 2 or not all(isinstance(part, Tensor) for part in parts[:2]):
+        held = f" of {', '.join(type(part).__name__ for part in parts)}" if parts else ""
+        raise TypeError(
+            f"data[{index}] is a {type(item).__name__}{held}, wanted tensors: an image [K, H, W], its labels [H, W]"
+        )
+    return parts[0], parts[1]
+
+
 def _bytes(value: Tensor) -> bytes:
     return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
@@ -461,7 +497,7 @@ def _digest(data: SegmentationData, index: int) -> str:
         for path in (data.images[index], data.labels[index]):
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     else:
-        for part in data[index]:
+        for part in _item(data, index):
             digest.update(f"{part.dtype} {list(part.shape)}".encode())
             digest.update(_bytes(part))
     return digest.hexdigest()[:16]

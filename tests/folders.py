@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from eroseg_ext.scenes import IGNORE_INDEX, generated_scenes
@@ -29,3 +30,16 @@ def write_blank(root: Path, *paths: str) -> None:
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 6)).save(root / path)
+
+
+def write_labels(root: Path, *maps: object) -> Path:
+    """Grey images of 24x32 pixels with label maps of these values, in stripes."""
+    for part in ("images", "labels"):
+        (root / part).mkdir(parents=True)
+    for number, values in enumerate(maps):
+        stripes = np.resize(np.asarray(values), (24, 32))
+        Image.new("L", (32, 24), 128).save(root / "images" / f"{number}.png")
+        Image.fromarray(stripes.astype(np.uint8 if stripes.max() < 256 else np.uint16)).save(
+            root / "labels" / f"{number}.png"
+        )
+    return root

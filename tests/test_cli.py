@@ -152,6 +152,10 @@ def test_bad_data_is_told_in_one_sentence(tmp_path: Path, capsys: pytest.Capture
     Image.fromarray(np.full((40, 56), 60000, np.uint16)).save(data / "labels" / "01.png")
     assert cli.main(run) == 2
     assert "go up to 60000, wanted class indices below 256" in capsys.readouterr().err
+    for path in (data / "labels").iterdir():
+        Image.fromarray(np.full((40, 56), 1, np.uint8)).save(path)
+    assert cli.main(run) == 2
+    assert "the labels are 1 alone: a single class beside ignore_index 255" in capsys.readouterr().err
     (data / "images" / "01.jpg").write_text("no image")
     assert cli.main(run) == 2
     assert "images/01.jpg cannot be read as an image" in capsys.readouterr().err

@@ -1,13 +1,15 @@
 """Images and label maps from a folder, and drawn scenes."""
 
+import os
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from eroseg_ext.data import SegmentationFolder
+from eroseg_ext.data import SegmentationFolder, evenly_spaced
 from eroseg_ext.scenes import IGNORE_INDEX, SCENE_CLASSES, generated_scenes
 
 
@@ -89,6 +91,189 @@ def test_missing_parts_are_named(folder: Path, tmp_path: Path) -> None:
         SegmentationFolder(folder)
 
 
+def pair(root: Path, image: str, label: str, labels: object = 0) -> SegmentationFolder:
+    """A folder to which a grey image of 24x32 pixels and a label map were added."""
+    for part in ("images", "labels"):
+        (root / part).mkdir(parents=True, exist_ok=True)
+    Image.new("L", (32, 24)).save(root / "images" / image)
+    Image.fromarray(np.full((24, 32), labels, np.uint8)).save(root / "labels" / label)
+    return SegmentationFolder(root)
+
+
+@pytest.mark.parametrize(
+    ("image", "label"),
+    [
+        ("a.png", "a_L.png"),
+        ("a.png", "a_P.png"),
+        ("a.jpg", "a_mask.png"),
+        ("a.tif", "a.tif"),
+        ("a.JPG", "a.PNG"),
+        ("x_leftImg8bit.png", "x_gtFine_labelIds.png"),
+        ("x_leftImg8bit.png", "x_leftImg8bit.png"),
+    ],
+)
+def test_label_maps_under_their_publishers_names(tmp_path: Path, image: str, label: str) -> None:
+    assert pair(tmp_path, image, label, 1)[0][1].unique().tolist() == [1]
+
+
+def test_of_several_label_maps_the_plainest_name_is_taken(tmp_path: Path) -> None:
+    pair(tmp_path, "a.png", "a_mask.png", 1)
+    pair(tmp_path, "a.png", "a.tif", 2)
+    assert [path.name for path in SegmentationFolder(tmp_path).labels] == ["a.tif"]
+    pair(tmp_path, "a.png", "a.png", 3)
+    assert [path.name for path in SegmentationFolder(tmp_path).labels] == ["a.png"]
+
+
+def test_a_missing_label_map_tells_what_was_tried_and_what_is_there(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"labels/cat7\.png is missing.*_L, _P, _mask.*; nearest there: .*cat-7"
+    ):
+        pair(tmp_path, "cat7.png", "cat-7.png")
+
+
+def test_two_images_with_one_label_map_are_named(tmp_path: Path) -> None:
+    pair(tmp_path, "a.png", "a.png")
+    with pytest.raises(ValueError, match=r"images/a\.jpg and .*images/a\.png have one label map, .*labels/a\.png"):
+        pair(tmp_path, "a.jpg", "a.png")
+
+
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    pair(tmp_path, "a.jpg", "a.png")
+    for path in ("images/._a.jpg", "labels/._a.png", "images/.b.png"):
+        (tmp_path / path).write_bytes(b"Mac OS X")
+    assert [path.name for path in SegmentationFolder(tmp_path).images] == ["a.jpg"]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_read_as_viewers_show_them(tmp_path: Path, orientation: int) -> None:
+    data = pair(tmp_path, "a.jpg", "a.png")
+    stored = np.zeros((24, 32), np.uint8)
+    stored[:12, :16], stored[12:, :16], stored[:12, 16:] = 80, 160, 240
+    exif = Image.Exif()
+    exif[274] = orientation
+    for name in ("a.jpg", "a.png"):
+        Image.fromarray(stored).save(tmp_path / "images" / name, exif=exif, quality=95)
+    (tmp_path / "images" / "a.png").rename(tmp_path / "labels" / "a.png")
+    with Image.open(tmp_path / "images" / "a.jpg") as image:
+        shown = np.asarray(ImageOps.exif_transpose(image)).copy()
+    pixels, labels = data[0]
+    assert (pixels[0] * 255 - torch.from_numpy(shown)).abs().max() < 1e-4
+    assert (pixels[0] * 255 - labels).abs().max() < 8
+
+
+def test_a_label_map_of_the_stored_picture_is_one(tmp_path: Path) -> None:
+    data = pair(tmp_path, "a.png", "a.png")
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("L", (32, 24)).save(tmp_path / "images" / "a.png", exif=exif)
+    assert data[0][0].shape == (3, 24, 32)
+
+
+def test_damaged_exif_data_leave_the_picture_as_it_is(tmp_path: Path) -> None:
+    data = pair(tmp_path, "a.png", "a.png")
+    Image.new("L", (32, 24), 255).save(tmp_path / "images" / "a.png", exif=b"Exif\0\0nonsense")
+    assert data[0][0].unique().tolist() == [1]
+
+
+RAMP = np.linspace(0, 1, 24 * 32).reshape(24, 32)
+GREY = Image.fromarray((RAMP * 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("a.png", Image.fromarray((RAMP * 65535).astype(np.uint16))),
+        ("a.tif", Image.fromarray((RAMP * 65535).astype(np.uint16))),
+        ("a.tif", Image.fromarray(RAMP.astype(np.float32))),
+        ("a.ppm", Image.fromarray((RAMP * 65535).astype(np.int32))),
+        ("a.png", GREY),
+        ("a.png", GREY.convert("P")),
+        ("a.png", Image.merge("LA", (GREY, GREY))),
+        ("a.png", Image.merge("RGBA", (GREY,) * 4)),
+        ("a.tif", Image.merge("RGB", (GREY,) * 3).convert("CMYK")),
+    ],
+    ids=["16-bit PNG", "16-bit TIFF", "float", "16-bit PGM", "L", "P", "LA", "RGBA", "CMYK"],
+)
+def test_images_of_every_kind_keep_their_range(tmp_path: Path, name: str, image: Image.Image) -> None:
+    """Alpha is dropped: what it hides is read as it is stored."""
+    data = pair(tmp_path, name, "a.png")
+    image.save(tmp_path / "images" / name)
+    assert (data[0][0] - torch.from_numpy(RAMP)).abs().max() < 0.005
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ((RAMP * 300).astype(np.float32), r"its floats go from 0 to 300, wanted \[0, 1\]"),
+        (np.full((24, 32), np.nan, np.float32), "its floats go from nan to nan"),
+        ((RAMP * 1e6).astype(np.int32), "it has 32-bit integers, wanted 8 or 16 bits"),
+    ],
+)
+def test_images_whose_range_is_unknown_are_refused(tmp_path: Path, values: np.ndarray, sentence: str) -> None:
+    data = pair(tmp_path, "a.tif", "a.png")
+    Image.fromarray(values).save(tmp_path / "images" / "a.tif")
+    with pytest.raises(ValueError, match=rf"images/a\.tif cannot be read as an image: {sentence}"):
+        data[0]
+
+
+def test_label_maps_of_1_bit(tmp_path: Path) -> None:
+    data = pair(tmp_path, "a.png", "a.png")
+    Image.fromarray(RAMP > 0.5).save(tmp_path / "labels" / "a.png")
+    assert torch.equal(data[0][1], torch.from_numpy(RAMP > 0.5).long())
+
+
+def test_label_maps_of_colours_tell_how_many(tmp_path: Path) -> None:
+    data = pair(tmp_path, "a.png", "a.png")
+    colours = np.array([[128, 128, 128], [128, 0, 0], [0, 0, 0]], np.uint8)
+    Image.fromarray(colours[np.arange(768).reshape(24, 32) % 3]).save(tmp_path / "labels" / "a.png")
+    with pytest.raises(ValueError, match=r"labels/a\.png .*: its 3 colours must be turned into class indices"):
+        data[0]
+
+
+@pytest.mark.parametrize("part", ["images", "labels"])
+@pytest.mark.parametrize(
+    "error", [Image.DecompressionBombError("too big"), NotImplementedError(), struct.error("short")]
+)
+def test_whatever_a_decoder_raises_names_the_file(
+    tmp_path: Path, part: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pair(tmp_path, "a.bmp", "a.png")
+    right = Image.open
+
+    def broken(path: Path) -> Image.Image:
+        if path.parent.name == part:
+            raise error
+        return right(path)
+
+    monkeypatch.setattr(Image, "open", broken)
+    told = str(error) or type(error).__name__
+    with pytest.raises(ValueError, match=rf"{part}/a\.\w+ cannot be read as an? [a-z ]+: {told}$"):
+        data[0]
+
+
+def test_an_image_too_large_for_pillow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair(tmp_path, "a.png", "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"images/a\.png cannot be read as an image: Image size \(768 pixels\)"):
+        SegmentationFolder(tmp_path, (8, 8))[0]
+
+
+@pytest.mark.parametrize("part", ["images", "labels"])
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path, part: str) -> None:
+    data = pair(tmp_path, "a.png", "a.png")
+    (tmp_path / part / "a.png").unlink()
+    os.mkfifo(tmp_path / part / "a.png")
+    with pytest.raises(ValueError, match=rf"{part}/a\.png cannot be read as an? [a-z ]+: it is no regular file"):
+        data[0]
+    with pytest.raises(ValueError, match=rf"{part}/a\.png is no regular file"):
+        SegmentationFolder(tmp_path)
+
+
+def test_images_are_chosen_evenly() -> None:
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(3, 5) == evenly_spaced(3, None) == [0, 1, 2]
+
+
 def test_bad_files_are_named(folder: Path) -> None:
     (folder / "images" / "a.png").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"images/a\.png cannot be read as an image"):
@@ -104,7 +289,7 @@ def test_label_maps_that_do_not_fit_are_named(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"labels/a\.png is 21x12 pixels but its image .*a\.png is 20x12"):
         SegmentationFolder(folder)[0]
     Image.fromarray(np.zeros((12, 20, 3), np.uint8)).save(folder / "labels" / "a.png")
-    with pytest.raises(ValueError, match=r"labels/a\.png must be a grey or palette PNG .* its mode is RGB"):
+    with pytest.raises(ValueError, match=r"labels/a\.png .* its mode is RGB: its 1 colours must be turned into class"):
         SegmentationFolder(folder)[0]
 
 

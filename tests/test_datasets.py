@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from folders import write_blank
+from folders import write_blank, write_labels
 from PIL import Image
 
 from eroseg_ext import datasets
@@ -77,7 +77,8 @@ def test_layouts_as_published(tmp_path: Path, dataset: str) -> None:
     with pytest.raises(FileNotFoundError, match="is missing"):
         datasets.find(dataset, tmp_path, "val")
     found[0][1].unlink()
-    with pytest.raises(FileNotFoundError, match=f"has no label map: .*{found[0][1].name} is missing"):
+    name = found[0][1].stem.removesuffix("_gtFine_labelIds")
+    with pytest.raises(FileNotFoundError, match=rf"has no label map: .*/{name}\.png is missing"):
         datasets.find(dataset, tmp_path, "train")
 
 
@@ -88,17 +89,67 @@ def test_images_and_labels_folders_serve_every_data_set(tmp_path: Path, dataset:
     assert names == [("a.png", "a.png"), ("b.jpg", "b.png")]
 
 
+def test_hidden_files_and_other_versions_of_the_images_are_no_images_of_cityscapes(tmp_path: Path) -> None:
+    folder = "leftImg8bit/train/bonn"
+    write_blank(tmp_path, *LAYOUTS["cityscapes"], f"{folder}/b_1_leftImg8bit_foggy_beta_0.01.png")
+    for name in (f"{folder}/._b_1_leftImg8bit.png", "leftImg8bit/train/.DS_Store"):
+        (tmp_path / name).write_bytes(b"Mac OS X")
+    found = datasets.find("cityscapes", tmp_path, "train")
+    assert found == [tuple(tmp_path / path for path in LAYOUTS["cityscapes"])]
+
+
 def test_counting_classes_and_median_frequency(tmp_path: Path) -> None:
     for number, row in enumerate([[0, 0, 0, 3], [0, 0, 9, 9]]):
         write_blank(tmp_path, f"images/{number}.png")
         (tmp_path / "labels").mkdir(exist_ok=True)
         Image.fromarray(np.array([row] * 6, np.uint8).repeat(2, 1)).save(tmp_path / "labels" / f"{number}.png")
     pairs = datasets.find("folder", tmp_path, "train")
-    assert datasets.count_classes(pairs, 9) == 4
+    counts = datasets.label_counts(pairs)
+    assert counts[pairs[1][1]] == {0: 24, 9: 24}
+    assert datasets.count_classes(counts, {}, 9) == 4
     # Class 0: 60 of 72 valid pixels, class 3: 12 of the 48 of its image.
-    weights = datasets.median_frequency_weights(pairs, class_map("folder", 4, 9))
+    weights = datasets.median_frequency_weights(counts, class_map("folder", 4, 9))
     median = (60 / 72 + 12 / 48) / 2
     assert weights.tolist() == pytest.approx([median / (60 / 72), 1, 1, median / (12 / 48)])
+
+
+def test_values_of_every_kind_of_label_map_are_counted(tmp_path: Path) -> None:
+    values = np.array([[0, 1, 1], [3, 3, 3]], np.uint8)
+    grey, palette = Image.fromarray(values), Image.fromarray(values)
+    palette.putpalette(bytes(range(255, 243, -1)))
+    wide, signed = Image.fromarray(values * np.uint16(20000)), Image.fromarray(values * np.int32(-70000))
+    bits = Image.fromarray(values > 1)
+    wanted = [{0: 1, 1: 2, 3: 3}] * 2 + [{0: 1, 20000: 2, 60000: 3}, {0: 1, -70000: 2, -210000: 3}, {0: 3, 1: 3}]
+    paths = [tmp_path / f"{number}.tif" for number in range(5)]
+    for path, image in zip(paths, (grey, palette, wide, signed, bits), strict=True):
+        image.save(path)
+    assert list(datasets.label_counts((path, path) for path in paths).values()) == wanted
+
+
+@pytest.mark.parametrize("void", [[], [255]])
+def test_train_ids_are_not_taken_for_label_ids(tmp_path: Path, void: list[int]) -> None:
+    write_labels(tmp_path, list(range(10)), [*range(9, 19), *void])
+    with pytest.raises(
+        ValueError, match=rf"train ids \(values 0, 1, .*, {[18, *void][-1]}\), wanted label ids, or data"
+    ):
+        NamedDataset("cityscapes", tmp_path)
+    assert len(datasets.find("folder", tmp_path, "train")) == 2
+
+
+def test_255_is_no_label_id(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train ids \(values 7, 8, 11, 255\)"):
+        NamedDataset("cityscapes", write_labels(tmp_path, [7, 8, 11, 255]))
+
+
+def test_train_ids_are_known_by_their_names(tmp_path: Path) -> None:
+    write_blank(tmp_path, "images/a_leftImg8bit.png", "labels/a_gtFine_labelTrainIds.png")
+    with pytest.raises(ValueError, match="train ids"):
+        NamedDataset("cityscapes", tmp_path)
+
+
+@pytest.mark.parametrize("values", [[7, 8, 11], [0, 7, 7, 8], [1, 2, 3, 21], [4]])
+def test_label_ids_are_not_taken_for_train_ids(tmp_path: Path, values: list[int]) -> None:
+    assert len(NamedDataset("cityscapes", write_labels(tmp_path, values))) == 1
 
 
 def test_items_of_a_named_data_set(tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ import pytest
 import torch
 from attack_common import Batch
 from conftest import CLASSES, VOID
-from folders import write_folder
+from folders import write_folder, write_labels
 from PIL import Image
 from torch import Tensor, nn
 
-from eroseg_ext import evaluate, strong_attack
+from eroseg_ext import evaluate, strong_attack, train
 from eroseg_ext.data import SegmentationFolder
 from eroseg_ext.datasets import NamedDataset
 from eroseg_ext.evaluation import EvaluationSettings, budget
@@ -427,6 +427,56 @@ def test_nothing_but_void(pixelwise: nn.Module, pairs: Pairs) -> None:
 def test_no_images(pixelwise: nn.Module) -> None:
     with pytest.raises(ValueError, match="data has no image"):
         evaluate(pixelwise, Pairs(torch.zeros(0, 3, 4, 4), torch.zeros(0, 4, 4, dtype=torch.int64)), **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ([{"image": torch.rand(3, 8, 8), "mask": torch.zeros(8, 8)}], r"data\[0\] is a dict, wanted tensors: an image"),
+        (
+            [(np.zeros((3, 8, 8)), np.zeros((8, 8)))],
+            r"data\[0\] is a tuple of ndarray, ndarray, wanted tensors: an image",
+        ),
+        ([torch.rand(3, 8, 8)], r"data\[0\] is a Tensor, wanted tensors: an image"),
+        (torch.utils.data.DataLoader([1]), "data is a DataLoader, wanted a folder, or a data set"),
+    ],
+)
+def test_items_that_are_no_image_with_labels(pixelwise: nn.Module, data: Any, sentence: str) -> None:
+    with pytest.raises(TypeError, match=sentence):
+        evaluate(pixelwise, data, **QUICK)
+
+
+def test_further_entries_of_items_are_left_out(pixelwise: nn.Module, pairs: Pairs) -> None:
+    named = [(*pairs[index], f"{index}.png") for index in range(len(pairs))]
+    assert evaluate(pixelwise, named, **QUICK).rows == evaluate(pixelwise, pairs, **QUICK).rows
+
+
+class _Halves(nn.Module):
+    """A model for even sizes."""
+
+    def __init__(self, classes: int = 2) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, classes, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        half = nn.functional.max_pool2d(self.convolution(images), 2)
+        logits: Tensor = self.convolution(images) + half.repeat_interleave(2, -1).repeat_interleave(2, -2)
+        return logits
+
+
+def test_a_model_that_refuses_an_images_size_is_told_with_it(tmp_path: Path) -> None:
+    write_labels(tmp_path, [0, 1], [0, 1])
+    assert evaluate(_Halves(), tmp_path, **QUICK).images == ("0.png", "1.png")
+    for part in ("images", "labels"):
+        Image.fromarray(np.arange(99, dtype=np.uint8).reshape(9, 11) % 2).save(tmp_path / part / "1.png")
+    with pytest.raises(
+        ValueError, match=r"the model fails on 1\.png of 9x11 pixels, .* \(--size\): The size of tensor"
+    ):
+        evaluate(_Halves(), tmp_path, **QUICK)
+    with pytest.raises(
+        ValueError, match=r"the model fails on an image of 9x11 pixels, where another crop may be wanted"
+    ):
+        train(_Halves(), data=tmp_path, out=tmp_path / "out", crop=(9, 11), batch_size=2)
 
 
 def test_image_and_labels_of_different_sizes(pixelwise: nn.Module) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from folders import write_folder
+from folders import write_folder, write_labels
 
-from eroseg_ext import cli
+from eroseg_ext import cli, evaluate
 from eroseg_ext.nets import SmallDeepLab
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,6 +54,8 @@ def test_table_and_json(files: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         )
         worst = result["worst"][column]
         assert rows["lower bound of its mIoU"][2 + column].strip() == f"{worst['miou_bound']:.2f}"
+    assert "attack, at 32x48" in rows
+    assert result["settings"]["size"] == [32, 48]
     assert len(result["sanity"]) == 8
     for check in result["sanity"]:
         assert f"{'ok  ' if check['passed'] else 'FAIL'}  {check['name']}: {check['verdict']}" in printed.splitlines()
@@ -174,6 +176,31 @@ def test_errors_are_one_sentence(
     assert sentence in error
     assert error.count("\n") == 1
     assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_labels_of_a_single_class_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = [
+        "--model",
+        "tiny",
+        "--classes",
+        "2",
+        "--steps",
+        "1",
+        "--attacks",
+        "pgd",
+        "--sanity",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    for name, values in (("mask", [0, 255]), ("zeros", [0]), ("both", [0, 1, 255])):
+        data = write_labels(tmp_path / name, values)
+        assert cli.main(["evaluate", "--data", str(data), "--out", str(tmp_path / "out"), *quick]) == 0
+        told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eroseg: warning: in data")]
+        assert len(told) == (name != "both")
+        assert all(("0 and 255 alone" in line) == (name == "mask") for line in told)
+    with pytest.warns(UserWarning, match="in data the labels are 0 and 255 alone, and 255 counts as void"):
+        evaluate(torch.nn.Conv2d(3, 2, 1), tmp_path / "mask", steps=1, attacks=["pgd"], sanity=0)
 
 
 def test_broken_model_is_told(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

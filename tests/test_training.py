@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from folders import write_folder
+from folders import write_folder, write_labels
 from PIL import Image
 from torch import Tensor, nn
 from training_common import CLASSES, SMALL, dropout_net, furthest_apart, plain_net, weights
 
-from eroseg_ext import attack, cli, datasets, train
+from eroseg_ext import attack, cli, datasets, evaluate, train
 from eroseg_ext import backend as backends
 from eroseg_ext.loading import load_weights
 from eroseg_ext.training import TrainingStopped, TrainSettings
@@ -98,6 +98,24 @@ def test_the_weights_are_those_that_were_validated(data: Path, tmp_path: Path) -
     assert furthest_apart(model.state_dict(), averaged.state_dict()) > 0
     alone = Processes(rank=0, world=1, device=torch.device("cpu"))
     assert validate(TrainSettings(**settings), averaged, CLASSES, reader(data), alone, 0) == summary["validation"]
+
+
+def test_validation_takes_the_images_that_an_evaluation_takes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = TrainSettings(**SMALL, data=data, out=tmp_path, val_images=4)
+    alone, read = Processes(rank=0, world=1, device=torch.device("cpu")), reader(data)
+    taken: list[str] = []
+
+    def watched(self: Reader, index: int) -> Any:
+        taken.append(self.pairs[index][0].name)
+        return right(self, index)
+
+    right = Reader.__call__
+    monkeypatch.setattr(Reader, "__call__", watched)
+    validate(settings, seeded(plain_net), CLASSES, read, alone, 0)
+    evaluated = evaluate(seeded(plain_net), data, images=4, steps=1, attacks=["pgd"], sanity=0).images
+    assert tuple(taken) == evaluated == ("00.png", "03.png", "06.png", "09.png")
 
 
 def test_validation_attacks_in_the_norm_of_the_training(data: Path, tmp_path: Path) -> None:
@@ -283,7 +301,7 @@ def last_image(data: Path) -> Path:
     return data / "images" / f"{keys[-1].image:02}.png"
 
 
-@pytest.mark.parametrize("fault", ["unreadable image", "label out of range", "label of another size"])
+@pytest.mark.parametrize("fault", ["unreadable image", "label of another size"])
 def test_a_bad_file_is_named_and_costs_no_more_than_the_last_update(tmp_path: Path, fault: str) -> None:
     data = write_folder(tmp_path / "data", 13)
     run(data, tmp_path / "good")
@@ -294,9 +312,6 @@ def test_a_bad_file_is_named_and_costs_no_more_than_the_last_update(tmp_path: Pa
     if fault == "unreadable image":
         victim.write_bytes(original[: len(original) // 2])
         words = f"{re.escape(str(image))} cannot be read as an image"
-    elif fault == "label out of range":
-        Image.fromarray(np.full((40, 56), 8, np.uint8)).save(victim)
-        words = f"{re.escape(str(label))} has the label 8 at row 0, column 0, wanted classes 0 to 7, or 255 for void"
     else:
         Image.fromarray(np.full((30, 56), 1, np.uint8)).save(victim)
         words = f"{re.escape(str(label))} is 56x30 pixels but its image"
@@ -307,6 +322,59 @@ def test_a_bad_file_is_named_and_costs_no_more_than_the_last_update(tmp_path: Pa
     victim.write_bytes(original)
     run(data, tmp_path / "out", **settings)
     assert furthest_apart(weights(tmp_path / "good"), weights(tmp_path / "out")) == 0
+
+
+def test_a_label_out_of_range_is_named_before_any_work(tmp_path: Path) -> None:
+    good, bad = write_folder(tmp_path / "good", 4), write_folder(tmp_path / "bad", 4)
+    label = bad / "labels" / "02.png"
+    Image.fromarray(np.full((40, 56), 8, np.uint8)).save(label)
+    words = f"{re.escape(str(label))} has the label 8 at row 0, column 0, wanted classes 0 to 7, or 255 for void"
+    for folders in ({"data": bad}, {"data": good, "val": bad}):
+        with pytest.raises(ValueError, match=words):
+            run(**folders, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("maps", "words"),
+    [
+        ([[0, 1], [1, 60000]], r"labels/1\.png has the label 60000, wanted class indices below 1000"),
+        ([[0, 1], [1, 65535]], r"labels/1\.png has the label 65535, wanted class indices below 1000"),
+        ([[0, 255], [255]], r"labels: the labels are 0 and 255 alone, and 255 counts as void: a single class"),
+        ([[3], [3]], r"labels: the labels are 3 alone: a single class"),
+        ([[255], [255]], r"labels has no pixel with a label other than ignore_index 255"),
+    ],
+)
+def test_labels_that_give_no_number_of_classes(tmp_path: Path, maps: list[list[int]], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        run(write_labels(tmp_path / "data", *maps), tmp_path / "out", classes=None, batch_size=2)
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("maps", "val", "classes", "line"),
+    [
+        ([[0, 1, 250]], None, None, "data has the labels 0, 1, 250: 248 of 251 classes have no pixel to learn from"),
+        ([[0, 1]], [2, 3], None, "val alone has the labels 2, 3"),
+        ([[0, 255]], None, 2, "in data the labels are 0 and 255 alone, and 255 counts as void: a single class"),
+        ([[0, 1]], [1, 255], 2, "in val the labels are 1 and 255 alone, and 255 counts as void: a single class"),
+        ([[0, 1, 255]], [0, 1], None, None),
+    ],
+)
+def test_suspicious_labels_are_told_before_training(
+    tmp_path: Path, maps: list[list[int]], val: list[int] | None, classes: int | None, line: str | None
+) -> None:
+    lines: list[str] = []
+    settings = {"classes": classes, "batch_size": 1, "epochs": 1, "attack": "none", "val_attack_steps": 0}
+    if val is not None:
+        settings["val"] = write_labels(tmp_path / "val", val)
+    summary = run(write_labels(tmp_path / "data", *maps), tmp_path / "out", say=lines.append, **settings)
+    assert summary["classes"] == max(max(value for value in [*maps[0], *(val or [])] if value != 255) + 1, 2)
+    told = [entry for entry in lines[:4] if entry.startswith("warning: ")]
+    if line is None:
+        assert not told
+    else:
+        assert f"warning: {line}" in told
 
 
 def test_a_bad_file_in_a_worker_is_told_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from eroseg_ext import backend, datasets, files, loading, pictures
 from eroseg_ext.attack import NotFiniteError
-from eroseg_ext.datasets import FOLDER, ClassMap, Pair
+from eroseg_ext.data import Pair, evenly_spaced
+from eroseg_ext.datasets import FOLDER, ClassMap
 from eroseg_ext.training import checkpoint, distributed, network, seeds
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training.clock import Clock
@@ -475,11 +476,18 @@ def _load_task(settings: TrainSettings, say: Say) -> _Task:
         raise ValueError(
             f"{settings.data} holds {len(pairs)} images, wanted at least batch_size = {settings.batch_size}"
         )
-    classes = settings.classes
-    if settings.dataset == FOLDER and classes is None:
-        say(f"reading the labels of {len(pairs)} images to count the classes")
-        classes = datasets.count_classes(pairs, settings.ignore_index)
+    counting = settings.dataset == FOLDER and settings.classes is None
+    # With the classes known, some label maps are enough to find what is wrong with all of them.
+    every = counting or settings.class_weights == "median-frequency"
+    read = pairs if every else [pairs[index] for index in evenly_spaced(len(pairs), 64)]
+    val_read = [val_pairs[index] for index in evenly_spaced(len(val_pairs), settings.val_images)]
+    say(f"reading {len(read) + len(val_read)} label maps")
+    counts, val_counts = datasets.label_counts(read), datasets.label_counts(val_read)
+    classes = datasets.count_classes(counts, val_counts, settings.ignore_index) if counting else settings.classes
     to_class = datasets.class_map(settings.dataset, classes, settings.ignore_index)
+    datasets.check_labels({**counts, **val_counts}, to_class)
+    for line in datasets.suspicions(counts, val_counts, to_class, every):
+        say(line)
     weights: Tensor | None = None
     if isinstance(settings.class_weights, tuple):
         if len(settings.class_weights) != to_class.classes:
@@ -488,8 +496,7 @@ def _load_task(settings: TrainSettings, say: Say) -> _Task:
             )
         weights = torch.tensor(settings.class_weights)
     elif settings.class_weights == "median-frequency":
-        say(f"reading the labels of {len(pairs)} images for the class weights")
-        weights = torch.from_numpy(datasets.median_frequency_weights(pairs, to_class))
+        weights = torch.from_numpy(datasets.median_frequency_weights(counts, to_class))
     crop = settings.crop or settings.size
     if crop is None:
         image, _ = Reader(pairs[:1], to_class, None, False)(0)

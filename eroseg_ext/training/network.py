@@ -55,13 +55,20 @@ def check_model(network: Network, classes: int, crop: tuple[int, int], device: t
         The names of the frozen parameters.
 
     Raises:
-        ValueError: the logits have another number of classes, or do not depend on any parameter.
+        ValueError: the model fails on it, or the logits have another number of classes or depend on no parameter.
     """
     model = network.model
     training = model.training
     model.eval()
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    logits = network(torch.full((1, 3, *crop), 0.5, device=device))
+    try:
+        logits = network(torch.full((1, 3, *crop), 0.5, device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"the model fails on an image of {crop[0]}x{crop[1]} pixels, where another crop may be wanted: {error}"
+        ) from error
     model.train(training)
     if logits.shape[1] != classes:
         raise ValueError(f"the model's logits have {logits.shape[1]} classes, wanted {classes} as the labels")

@@ -56,7 +56,8 @@ class TrainSettings:
     dataset: str = FOLDER
     """class map (and layout of files): ``folder``, ``camvid``, ``voc``, ``cityscapes`` or ``ade20k``"""
     classes: int | None = None
-    """number of classes of ``dataset="folder"``; None: one more than the largest label, found by reading them all"""
+    """number of classes of ``dataset="folder"``; None: one more than the largest label of ``data`` and ``val``,
+    found by reading them all"""
     ignore_index: int = 255
     """label of void pixels in the files of ``dataset="folder"``"""
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from eroseg_ext import backend
 from eroseg_ext.attack import attack
+from eroseg_ext.data import evenly_spaced
 from eroseg_ext.datasets import VOID
 from eroseg_ext.metrics import miou_and_accuracy
 from eroseg_ext.pictures import Example
@@ -24,9 +25,8 @@ def examples(settings: TrainSettings, model: nn.Module, read: Reader, device: to
     training = model.training
     model.eval()
     shown = []
-    count = min(4, len(read))
-    for place in range(count):
-        batch = Samples(read, None)[Key(int((place + 0.5) * len(read) / count))]
+    for place, index in enumerate(evenly_spaced(len(read), 4)):
+        batch = Samples(read, None)[Key(index)]
         if isinstance(batch, Exception):
             raise batch
         images = batch.images.to(device).float().div_(255)
@@ -54,8 +54,7 @@ def validate(
     Returns:
         ``miou``, ``accuracy``, and with an attack ``adversarial_miou``, ``adversarial_accuracy``.
     """
-    count = len(read) if settings.val_images is None else min(settings.val_images, len(read))
-    keys = [Key(int((place + 0.5) * len(read) / count)) for place in range(processes.rank, count, processes.world)]
+    keys = [Key(index) for index in evenly_spaced(len(read), settings.val_images)[processes.rank :: processes.world]]
     # Images at their own sizes do not go into one batch.
     size = 1 if settings.size is None else max(1, settings.batch_size // processes.world // settings.accumulate)
     batches = [keys[start : start + size] for start in range(0, len(keys), size)]

@@ -6,10 +6,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
+#include <initializer_list>
 #include <optional>
 #include <vector>
 
 #include "jobs.h"
+#include "tau.h"
 
 namespace eroseg {
 
@@ -91,6 +94,33 @@ inline Input checked_input(const Tensor& logits, const Tensor& labels, int64_t i
   return {shape, {logits.const_data_ptr(), type, !is_nchw(logits)}, checked_labels(labels, shape, ignore_index, op)};
 }
 
+// A choice that crosses the schema as an integer; `count` of them exist.
+template <class Enum>
+Enum checked_choice(int64_t value, int64_t count, const char* op, const char* name) {
+  STD_TORCH_CHECK(value >= 0 && value < count, op, ": ", name, " is ", value, ", wanted 0 to ", count - 1);
+  return static_cast<Enum>(value);
+}
+
+// For numbers that have to lie in [low, high]; NaN does not.
+inline double checked_number(double value, double low, double high, const char* op, const char* name) {
+  STD_TORCH_CHECK(value >= low && value <= high, op, ": ", name, " is ", value, ", wanted a number from ", low, " to ",
+                  high);
+  return value;
+}
+constexpr double kAnyMagnitude = std::numeric_limits<float>::max();
+
+// What is written must not lie where something else is still to be read. The tensors are dense.
+inline void check_apart(const Tensor& written, std::initializer_list<MaybeTensor> read, const char* op,
+                        const char* name) {
+  const auto begin = [](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); };
+  const auto end = [&](const Tensor& t) { return begin(t) + t.numel() * static_cast<int64_t>(t.element_size()); };
+  for (const MaybeTensor& other : read) {
+    if (!other.has_value() || other->numel() == 0 || written.numel() == 0) continue;
+    STD_TORCH_CHECK(end(*other) <= begin(written) || end(written) <= begin(*other), op, ": ", name,
+                    " is written and overlaps a tensor that is read, wanted memory of its own");
+  }
+}
+
 inline void* checked_grad(const Tensor& grad, const Tensor& logits, const Input& input, const char* op) {
   const Shape& shape = input.shape;
   STD_TORCH_CHECK(grad.scalar_type() == logits.scalar_type() &&
@@ -116,6 +146,11 @@ inline Step checked_step(const Tensor& x_adv, const Tensor& x, const Tensor& gra
                     op, ": x_adv, x and grad differ in shape or layout, or are not float32");
   }
   if (mask.has_value()) check(*mask, op, "mask", ScalarType::Bool, {shape[0], 1, shape[2], shape[3]});
+  check_apart(x_adv, {x, grad, mask}, op, "x_adv");
+  checked_number(eps, 0, kAnyMagnitude, op, "eps");
+  checked_number(alpha, 0, kAnyMagnitude, op, "alpha");
+  checked_number(low, -kAnyMagnitude, kAnyMagnitude, op, "low");
+  checked_number(high, low, kAnyMagnitude, op, "high");
   Step step{};
   step.x_adv = static_cast<float*>(x_adv.mutable_data_ptr());
   step.x = static_cast<const float*>(x.const_data_ptr());
@@ -152,14 +187,15 @@ inline ErosionGrad checked_erosion_grad(const Tensor& logits, const Tensor& labe
   job.tau = static_cast<const float*>(tau.const_data_ptr());
   job.previous = data_or_null<float>(previous);
   job.class_weight = data_or_null<float>(class_weight);
-  job.confidence = static_cast<Confidence>(confidence);
-  job.front = static_cast<Front>(front);
-  job.direction = static_cast<Direction>(direction);
-  job.within = static_cast<Within>(within);
+  job.confidence = checked_choice<Confidence>(confidence, 2, kOp, "confidence");
+  job.front = checked_choice<Front>(front, 2, kOp, "front");
+  job.direction = checked_choice<Direction>(direction, 2, kOp, "direction");
+  job.within = checked_choice<Within>(within, 2, kOp, "within");
   job.radius = static_cast<int>(radius);
-  job.slope = static_cast<float>(slope);
+  job.slope = static_cast<float>(checked_number(slope, 0, kAnyMagnitude, kOp, "slope"));
   job.targeted = targeted;
   job.grad = checked_grad(grad, logits, job.input, kOp);
+  check_apart(grad, {logits, labels, tau, previous, class_weight}, kOp, "grad");
   return job;
 }
 
@@ -173,9 +209,12 @@ inline PixelGrad checked_pixel_grad(const Tensor& logits, const Tensor& labels, 
   if (class_weight.has_value()) {
     check(*class_weight, kOp, "class_weight", ScalarType::Float, {shape.batch, shape.classes()});
   }
-  job.method = {static_cast<Method>(method), targeted, static_cast<float>(progress / 2), static_cast<float>(q - 1)};
+  job.method = {checked_choice<Method>(method, 7, kOp, "method"), targeted,
+                static_cast<float>(checked_number(progress, 0, 1, kOp, "progress") / 2),
+                static_cast<float>(checked_number(q, 0, kAnyMagnitude, kOp, "q") - 1)};
   job.class_weight = data_or_null<float>(class_weight);
   job.grad = checked_grad(grad, logits, job.input, kOp);
+  check_apart(grad, {logits, labels, class_weight}, kOp, "grad");
   return job;
 }
 
@@ -189,11 +228,15 @@ inline void check_kth_value(const Tensor& scores, const Tensor& k, const MaybeTe
   if (valid.has_value()) check(*valid, kOp, "valid", ScalarType::Bool, {batch, n});
 }
 
-inline void check_next_tau(const Tensor& log_odds, const Tensor& stats) {
+inline TauSettings checked_next_tau(const Tensor& log_odds, const Tensor& stats, int64_t steps_left, double reach,
+                                    double front_min, double front_max) {
   constexpr const char* kOp = "next_tau";
   STD_TORCH_CHECK(log_odds.dim() == 3, kOp, ": log_odds has ", log_odds.dim(), " dimensions, wanted [B, H, W]");
   check(log_odds, kOp, "log_odds", ScalarType::Float, {log_odds.size(0), log_odds.size(1), log_odds.size(2)});
   check(stats, kOp, "stats", ScalarType::Double, {log_odds.size(0), 4});
+  STD_TORCH_CHECK(steps_left >= 0, kOp, ": steps_left is ", steps_left, ", wanted at least 0");
+  return {steps_left, checked_number(reach, 0, kAnyMagnitude, kOp, "reach"),
+          checked_number(front_min, 0, 1, kOp, "front_min"), checked_number(front_max, 0, 1, kOp, "front_max")};
 }
 
 inline Erode checked_erode(const Tensor& scores, const MaybeTensor& valid, int64_t radius, const Tensor& cone,

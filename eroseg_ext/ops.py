@@ -6,6 +6,8 @@ names to the integers that cross the operator schemas (``csrc/ops.cpp``).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -205,11 +207,44 @@ def confusion(prediction: Tensor, labels: Tensor, classes: int, *, ignore_index:
     return _eroseg.confusion(prediction, labels.contiguous(), classes, ignore_index)
 
 
+# What an operator writes raises its version counter, so that autograd notices, and may not require grad itself.
+
+_library = torch.library.Library("eroseg", "IMPL")
+
+
+def _notice_writes(name: str, position: int, argument: str) -> None:
+    op = getattr(_eroseg, name).default
+
+    def noticed(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        written = arguments[position]
+        if written.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{name}: {argument} requires grad, wanted a tensor that may be written to")
+        torch.autograd.graph.increment_version(written)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *arguments)
+
+    _library.impl(name, noticed, "ADInplaceOrView", with_keyset=True)
+
+
+_notice_writes("erosion_grad", 5, "grad")
+_notice_writes("pixel_grad", 3, "grad")
+_notice_writes("linf_step_", 0, "x_adv")
+_notice_writes("l2_step_", 0, "x_adv")
+
+
 # Shapes and dtypes of the results, for torch.compile and meta tensors.
+
+
+def _check_devices(*arguments: object) -> None:
+    """A real tensor beside one on the meta device comes here, too, and would get memory that nobody has written."""
+    devices = {str(value.device) for value in arguments if isinstance(value, Tensor)}
+    if len(devices) > 1:
+        raise RuntimeError(f"the tensors are on {' and '.join(sorted(devices))}, wanted one device")
 
 
 @torch.library.register_fake("eroseg::erosion_grad")
 def _(logits: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    _check_devices(logits, *arguments)
     batch, _, height, width = logits.shape
     log_odds = logits.new_empty(batch, height, width, dtype=torch.float32)
     return log_odds, logits.new_empty(batch, 4, dtype=torch.float64)
@@ -217,36 +252,42 @@ def _(logits: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("eroseg::pixel_grad")
 def _(logits: Tensor, labels: Tensor, class_weight: Tensor | None, grad: Tensor, *settings: object) -> Tensor:
+    _check_devices(logits, labels, class_weight, grad)
     return logits.new_empty(logits.shape[0], 4, dtype=torch.float64)
 
 
 @torch.library.register_fake("eroseg::confidence")
 def _(logits: Tensor, labels: Tensor, ignore_index: int, confidence: int) -> Tensor:
+    _check_devices(logits, labels)
     batch, _, height, width = logits.shape
     return logits.new_empty(batch, height, width, dtype=torch.float32)
 
 
 @torch.library.register_fake("eroseg::kth_value")
 def _(scores: Tensor, k: Tensor, valid: Tensor | None) -> Tensor:
+    _check_devices(scores, k, valid)
     return scores.new_empty(k.shape)
 
 
 @torch.library.register_fake("eroseg::next_tau")
 def _(log_odds: Tensor, stats: Tensor, *settings: object) -> Tensor:
+    _check_devices(log_odds, stats)
     return log_odds.new_empty(log_odds.shape[0])
 
 
 @torch.library.register_fake("eroseg::erode")
 def _(scores: Tensor, valid: Tensor | None, radius: int, cone: Tensor, predicted: Tensor | None) -> Tensor:
+    _check_devices(scores, valid, cone, predicted)
     return torch.empty_like(scores)
 
 
 @torch.library.register_fake("eroseg::linf_step_")
 @torch.library.register_fake("eroseg::l2_step_")
 def _(x_adv: Tensor, x: Tensor, grad: Tensor, *settings: object) -> None:
-    return None
+    _check_devices(x_adv, x, grad, *settings)
 
 
 @torch.library.register_fake("eroseg::confusion")
 def _(prediction: Tensor, labels: Tensor, classes: int, ignore_index: int) -> Tensor:
+    _check_devices(prediction, labels)
     return prediction.new_empty(classes, classes, dtype=torch.int64)

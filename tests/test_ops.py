@@ -158,9 +158,9 @@ def test_soft_erosion_grad_is_the_reference(
     grad, log_odds, stats = fused.erosion_grad(*arguments, ignore_index=case.ignore_index, **choices)
     expected = reference.erosion_grad(*arguments, ignore_index=case.ignore_index, **choices)
     assert grad.dtype == case.logits.dtype
-    # `top` of nearly equal classes is 0 but for that rounding, and so is the width of the front, in the exponent of w.
-    rounding = rounding_of_log_odds(case) if choices["confidence"] == "top" else 0.0
-    noise = 1e-5 + torch.expm1(rounding / tau)
+    # The rounding of log-odds divided by the width of the front is in the exponent of w. It shows where most logits
+    # are equal: log-odds, and so the width, are then 0 but for that rounding.
+    noise = 1e-5 + torch.expm1(rounding_of_log_odds(case) / tau)
     relative = (GRADIENT[grad.dtype]["rtol"] + noise).view(-1, 1, 1, 1)
     assert ((grad.float() - expected[0].float()).abs() <= relative * expected[0].float().abs() + 1e-7).all()
     assert (grad.float().abs() <= 1 + 2**-22).all()
@@ -561,3 +561,83 @@ def test_choices_are_numbered_as_in_the_kernels(fused: Any) -> None:
 def test_wrong_arguments_are_named(call: Any, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         call(torch.randn(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long))
+
+
+def called_with(name: str, **changes: Any) -> Any:
+    """Calls an operator itself, some arguments changed."""
+    op = getattr(torch.ops.eroseg, name).default
+    names = [argument.name for argument in op._schema.arguments]
+    return op(*(dict(zip(names, op_arguments()[name], strict=True)) | changes).values())
+
+
+def shifted_view(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Two tensors of a shape, each in most of the other's memory."""
+    memory = torch.zeros(math.prod(shape) + 1)
+    return memory[:-1].view(shape), memory[1:].view(shape)
+
+
+@pytest.mark.parametrize("name", ["erosion_grad", "pixel_grad", "linf_step_", "l2_step_"])
+def test_what_is_written_may_not_overlap_what_is_read(name: str) -> None:
+    written, read = ("x_adv", "x") if name.endswith("_") else ("grad", "logits")
+    for left, right in (shifted_view((2, 3, 5, 6)), shifted_view((2, 3, 5, 6))[::-1], [torch.zeros(2, 3, 5, 6)] * 2):
+        with pytest.raises(RuntimeError, match=f"{written} is written and overlaps a tensor that is read"):
+            called_with(name, **{written: left, read: right})
+    if name == "erosion_grad":
+        logits, labels, tau = torch.randn(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long), torch.ones(1)
+        with pytest.raises(RuntimeError, match="overlaps"):
+            ops.erosion_grad(logits, labels, tau, out=logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "values"),
+    [
+        *(("erosion_grad", choice, (-1, 2, 2**40)) for choice in ("confidence", "front", "direction", "within")),
+        ("erosion_grad", "radius", (-1, 9)),
+        ("erosion_grad", "slope", (math.nan, -1.0, math.inf)),
+        ("pixel_grad", "method", (-1, 7)),
+        ("pixel_grad", "progress", (math.nan, -0.1, 1.1)),
+        ("pixel_grad", "q", (math.nan, math.inf)),
+        ("confidence", "confidence", (-1, 2)),
+        ("next_tau", "steps_left", (-1,)),
+        *(("next_tau", number, (math.nan, -0.1, math.inf)) for number in ("reach", "front_min", "front_max")),
+        *((step, number, (math.nan, -1.0)) for step in ("linf_step_", "l2_step_") for number in ("eps", "alpha")),
+        ("linf_step_", "low", (math.nan,)),
+        ("linf_step_", "high", (math.nan, -0.5)),
+    ],
+)
+def test_numbers_out_of_range_are_refused(name: str, argument: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        with pytest.raises(RuntimeError, match=f"{name}: {argument} is .*, wanted"):
+            called_with(name, **{argument: value})
+
+
+def test_counts_that_cannot_be_are_no_rank_beyond_the_scores() -> None:
+    for valid in (math.inf, 1e300, 1e6):
+        stats = torch.tensor([[valid, 0.0, 0.0, 0.0]] * 2, dtype=torch.float64)
+        maps = torch.rand(2, 5, 6)
+        tau = called_with("next_tau", log_odds=maps, stats=stats, front_min=1.0, front_max=1.0)
+        assert torch.equal(tau, maps.flatten(1).amax(1))
+
+
+@pytest.mark.parametrize("name", list(op_arguments()))
+def test_a_tensor_on_the_meta_device_beside_real_ones_is_refused(name: str) -> None:
+    op = getattr(torch.ops.eroseg, name).default
+    names = [argument.name for argument in op._schema.arguments]
+    tensors = [argument for argument, value in zip(names, op_arguments()[name], strict=True) if torch.is_tensor(value)]
+    for argument in tensors:
+        moved = dict(zip(names, op_arguments()[name], strict=True))[argument].to("meta")
+        with pytest.raises(RuntimeError, match="the tensors are on cpu and meta, wanted one device"):
+            called_with(name, **{argument: moved})
+
+
+@pytest.mark.parametrize("name", ["erosion_grad", "pixel_grad", "linf_step_", "l2_step_"])
+def test_a_write_is_noticed_by_autograd(name: str) -> None:
+    argument = "x_adv" if name.endswith("_") else "grad"
+    written = torch.zeros(2, 3, 5, 6)
+    before = written._version
+    called_with(name, **{argument: written})
+    assert written._version == before + 1
+    with pytest.raises(RuntimeError, match=f"{name}: {argument} requires grad, wanted"):
+        called_with(name, **{argument: torch.zeros(2, 3, 5, 6, requires_grad=True)})
+    with torch.no_grad():  # as torch's own in-place functions allow it
+        called_with(name, **{argument: torch.zeros(2, 3, 5, 6, requires_grad=True)})

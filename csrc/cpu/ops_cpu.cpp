@@ -89,7 +89,7 @@ Tensor confidence(const Tensor& logits, const Tensor& labels, int64_t ignore_ind
   job.input = checked_input(logits, labels, ignore_index, "confidence");
   const Shape& shape = job.input.shape;
   Tensor out = torch::stable::new_empty(logits, {shape.batch, shape.height, shape.width}, ScalarType::Float);
-  job.confidence = static_cast<Confidence>(kind);
+  job.confidence = checked_choice<Confidence>(kind, 2, "confidence", "confidence");
   job.out = static_cast<float*>(out.mutable_data_ptr());
   for_each_band(shape, 8, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
     kernels().confidence(job, image, begin, end, scratch);
@@ -115,9 +115,8 @@ Tensor kth_value(const Tensor& scores, const Tensor& k, const MaybeTensor& valid
 
 Tensor next_tau_op(const Tensor& log_odds, const Tensor& stats, int64_t steps_left, double reach, double front_min,
                    double front_max) {
-  check_next_tau(log_odds, stats);
+  const TauSettings settings = checked_next_tau(log_odds, stats, steps_left, reach, front_min, front_max);
   const int64_t batch = log_odds.size(0), n = log_odds.size(1) * log_odds.size(2);
-  const TauSettings settings{steps_left, reach, front_min, front_max};
   Tensor tau = torch::stable::new_empty(log_odds, {batch});
   const auto* from = static_cast<const float*>(log_odds.const_data_ptr());
   const auto* counts = static_cast<const double*>(stats.const_data_ptr());

@@ -160,7 +160,7 @@ Tensor confidence(const Tensor& logits, const Tensor& labels, int64_t ignore_ind
   check_size(shape, kOp);
   check_device(labels, on, kOp, "labels");
   Tensor out = torch::stable::new_empty(logits, {shape.batch, shape.height, shape.width}, ScalarType::Float);
-  job.confidence = static_cast<Confidence>(kind);
+  job.confidence = checked_choice<Confidence>(kind, 2, kOp, "confidence");
   job.out = static_cast<float*>(out.mutable_data_ptr());
   launched(launch_confidence(job, on.stream()), kOp);
   return out;
@@ -189,14 +189,13 @@ Tensor next_tau(const Tensor& log_odds, const Tensor& stats, int64_t steps_left,
                 double front_max) {
   constexpr const char* kOp = "next_tau";
   const On on(log_odds);
-  check_next_tau(log_odds, stats);
+  const TauSettings settings = checked_next_tau(log_odds, stats, steps_left, reach, front_min, front_max);
   check_device(stats, on, kOp, "stats");
   const int64_t batch = log_odds.size(0), n = log_odds.size(1) * log_odds.size(2);
   Tensor tau = torch::stable::new_empty(log_odds, {batch}), workspace = selection_workspace(log_odds, batch, 1);
   launched(launch_next_tau(static_cast<const float*>(log_odds.const_data_ptr()),
-                           static_cast<const double*>(stats.const_data_ptr()), batch, n,
-                           {steps_left, reach, front_min, front_max}, static_cast<float*>(tau.mutable_data_ptr()),
-                           workspace.mutable_data_ptr(), on.stream()),
+                           static_cast<const double*>(stats.const_data_ptr()), batch, n, settings,
+                           static_cast<float*>(tau.mutable_data_ptr()), workspace.mutable_data_ptr(), on.stream()),
            kOp);
   return tau;
 }

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
 }
 
 template <class Type>
-__global__ void __launch_bounds__(kPixelThreads)
+__global__ void __launch_bounds__(kPixelThreads, 2)
     front_grad_general_kernel(const __grid_constant__ FrontGrad job, int blocks_of_image) {
   for_each_pixel<Type>(job.input, blocks_of_image, [&](const Image<Type>& image, int pixel, int64_t index) {
     const int label = read_label(job.input.labels, image.classes, index);

@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
 }
 
 template <class Type>
-__global__ void __launch_bounds__(kPixelThreads)
+__global__ void __launch_bounds__(kPixelThreads, 2)
     scores_general_kernel(const __grid_constant__ ScorePass job, int blocks_of_image,
                           const __grid_constant__ Counting counting) {
   Counts counts;

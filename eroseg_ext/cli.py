@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
     from eroseg_ext import options
+    from eroseg_ext.metrics import MIOU_CLASSES
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -123,6 +124,8 @@ def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
     add("--restarts", type=options.at_least_1, default=1, metavar="R", help="default: 1")
     add("--out", type=Path, default=Path("eroseg-evaluation"), metavar="DIR", help="default: ./eroseg-evaluation")
     add("--images", type=options.at_least_1, metavar="N", help="evaluate on so many evenly spaced images, default: all")
+    miou = "classes that mIoU is the mean of, default: labelled; the other counts a class that no label has as 0"
+    add("--miou-classes", choices=MIOU_CLASSES, default="labelled", help=miou)
     add("--amp", choices=("none", "bf16", "fp16"), default="none", help="autocast of the model, default: none")
     add("--batch-size", type=options.at_least_1, default=8, metavar="B", help="images attacked at once, default: 8")
     add("--seed", type=int, default=0, metavar="N", help="default: 0")
@@ -217,10 +220,15 @@ def _evaluate(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         seed=args.seed,
         sanity=args.sanity,
+        miou_classes=args.miou_classes,
         progress=sys.stderr.isatty(),
         **keywords,
     )
-    print(f"mIoU / mAcc / aAcc in %, {len(result.images)} images, {args.steps} steps, {args.restarts} restart(s)\n")
+    classes_told = args.miou_classes.replace("_", " ")
+    print(
+        f"mIoU ({classes_told} classes) / mAcc / aAcc in %, {len(result.images)} images, {args.steps} steps, "
+        f"{args.restarts} restart(s)\n"
+    )
     print(result.markdown())
     if result.sanity:
         print()

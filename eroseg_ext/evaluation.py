@@ -24,7 +24,7 @@ from eroseg_ext.checks import check_choice, check_integer, check_number, require
 from eroseg_ext.data import SegmentationFolder, evenly_spaced, one_class
 from eroseg_ext.files import locked, write_json
 from eroseg_ext.journal import Journal, key_of
-from eroseg_ext.metrics import Counts, Scores, WorstCase, counts_of, scores, worst_case
+from eroseg_ext.metrics import MIOU_CLASSES, Counts, Scores, WorstCase, counts_of, scores, worst_case
 from eroseg_ext.model import Logits, Model, frozen, unwrapped
 from eroseg_ext.sanity import budget
 from eroseg_ext.settings import METHODS
@@ -79,6 +79,9 @@ class EvaluationSettings:
     """run the model under torch.autocast with this dtype, also to count its right pixels"""
     backend: str = "auto"
     """of the attacks: ``fused``, ``reference`` or ``auto``"""
+    miou_classes: str = "labelled"
+    """classes that mIoU is the mean of: ``labelled``, those that some label has; or ``labelled_or_predicted``, where a
+    class that is predicted and that no label has counts as 0, as in mmsegmentation and torchmetrics"""
     sanity: int = 4
     """run the sanity checks on so many images; 0 leaves them out"""
     progress: bool = False
@@ -95,6 +98,7 @@ class EvaluationSettings:
         check_integer("batch_size", self.batch_size, 1)
         check_integer("seed", self.seed, 0)
         check_integer("sanity", self.sanity, 0)
+        check_choice("miou_classes", self.miou_classes, MIOU_CLASSES)
         if self.images is not None:
             check_integer("images", self.images, 1)
         for eps in budgets:
@@ -214,9 +218,10 @@ def evaluate(
         **settings: the fields of :class:`EvaluationSettings`.
 
     Returns:
-        Scores in percent: mIoU and mAcc over the classes that some label has, aAcc over all valid pixels. The worst
-        case chooses for each image the clean image or one of the attacks: exactly for aAcc and mAcc, by greedy search
-        for mIoU, with a lower bound of what any choice could reach.
+        Scores in percent: mIoU over the classes that some label has (``miou_classes`` has the other convention), mAcc
+        over these too, aAcc over all valid pixels. The worst case chooses for each image the clean image or one of the
+        attacks: exactly for aAcc and mAcc, by greedy search for mIoU, with a lower bound of what any choice could
+        reach.
 
     Raises:
         ValueError, TypeError: an argument is not as described, another process writes into ``out``, or a label is no
@@ -294,10 +299,11 @@ class _Evaluator:
                     checks = self._sanity()
         worst = {}
         for eps in config.budgets:
-            worst[eps] = worst_case(np.stack([counts[CLEAN, 0.0], *(counts[row, eps] for row in config.rows)]))
+            candidates = np.stack([counts[CLEAN, 0.0], *(counts[row, eps] for row in config.rows)])
+            worst[eps] = worst_case(candidates, config.miou_classes)
         return Evaluation(
-            clean=scores(counts[CLEAN, 0.0]),
-            rows=tuple(AttackRow(name, eps, scores(counts[name, eps])) for name, eps in plan[1:]),
+            clean=scores(counts[CLEAN, 0.0], config.miou_classes),
+            rows=tuple(AttackRow(name, eps, scores(counts[name, eps], config.miou_classes)) for name, eps in plan[1:]),
             worst=worst,
             sanity=tuple(checks),
             seconds={
@@ -319,7 +325,7 @@ class _Evaluator:
 
     def _plain_settings(self) -> dict[str, Any]:
         config = self._config
-        names = (*_OF_THE_ATTACKS, *_OF_THE_DATA_AND_MODEL, "seed", "batch_size", "sanity")
+        names = (*_OF_THE_ATTACKS, *_OF_THE_DATA_AND_MODEL, "seed", "batch_size", "sanity", "miou_classes")
         plain = {name: _plain(getattr(config, name)) for name in names}
         rows = {name: {key: _plain(value) for key, value in row.items()} for name, row in config.rows.items()}
         size = self._data.size if isinstance(self._data, SegmentationFolder) else None

@@ -135,6 +135,22 @@ def test_classes_that_no_label_has(pixelwise: nn.Module, batch: Batch) -> None:
     json.dumps(result.as_json(), allow_nan=False)
 
 
+def test_classes_that_are_only_predicted_may_count(pixelwise: nn.Module, batch: Batch, tmp_path: Path) -> None:
+    pairs = Pairs(batch[0].cpu(), torch.where((batch[1] == 1) | (batch[1] == 3), 0, batch[1]).cpu())
+    labelled = evaluate(pixelwise, pairs, out=tmp_path, **QUICK)
+    kept = (tmp_path / "results.jsonl").read_bytes()
+    found = evaluate(pixelwise, pairs, out=tmp_path, miou_classes="labelled_or_predicted", **QUICK)
+    # The counts are the same: nothing was computed anew.
+    assert (tmp_path / "results.jsonl").read_bytes() == kept
+    assert [value is None for value in labelled.clean.iou] == [False, True, False, True]
+    assert found.clean.iou[1] == found.clean.iou[3] == 0
+    assert found.clean.miou == pytest.approx(labelled.clean.miou / 2)
+    assert found.rows[0].scores.miou == pytest.approx(labelled.rows[0].scores.miou / 2)
+    assert found.worst[8 / 255].miou <= min(row.scores.miou for row in found.rows)
+    assert (found.clean.macc, found.clean.aacc) == (labelled.clean.macc, labelled.clean.aacc)
+    assert found.as_json()["settings"]["miou_classes"] == "labelled_or_predicted"
+
+
 def test_binary_model_of_one_logit(batch: Batch) -> None:
     class OneLogit(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
@@ -397,6 +413,7 @@ def test_the_model_and_the_generator_are_left_alone(net: nn.Module, pairs: Pairs
         ({"batch_size": 0}, "batch_size is 0"),
         ({"images": 0}, "images is 0"),
         ({"sanity": -1}, "sanity is -1"),
+        ({"miou_classes": "all"}, "miou_classes is 'all', wanted one of labelled, labelled_or_predicted"),
         ({"norm": "l1"}, "norm is 'l1', wanted one of linf, l2"),
     ],
 )

@@ -62,13 +62,16 @@ def test_table_and_json(files: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_options_reach_the_evaluation(files: Path, tmp_path: Path) -> None:
+def test_options_reach_the_evaluation(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--norm", "l2", "--eps", "2.5", "--images", "2", "--batch-size", "1", "--restarts", "2", "--seed", "3"]
     more += ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25", "--amp", "bf16", "--sanity", "0", "--attacks", "pgd"]
+    more += ["--miou-classes", "labelled_or_predicted"]
     assert cli.main(command(files, tmp_path, *more)) == 0
+    assert capsys.readouterr().out.startswith("mIoU (labelled or predicted classes) / mAcc / aAcc in %, 2 images")
     settings = json.loads((tmp_path / "evaluation.json").read_text())["settings"]
     wanted = {"norm": "l2", "eps": [2.5], "batch_size": 1, "restarts": 2, "seed": 3, "autocast": "bfloat16", "steps": 3}
     wanted |= {"mean": [0.5] * 3, "std": [0.25] * 3, "attacks": {"pgd": {"method": "pgd"}}, "ignore_index": 9}
+    wanted["miou_classes"] = "labelled_or_predicted"
     assert {name: settings[name] for name in wanted} == wanted
 
 

@@ -221,6 +221,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         seed=args.seed,
         sanity=args.sanity,
         miou_classes=args.miou_classes,
+        model_description={"name": args.model, "args": args.model_args},
         progress=sys.stderr.isatty(),
         **keywords,
     )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from folders import write_folder, write_labels
+from torch import Tensor
 
 from eroseg_ext import cli, evaluate
 from eroseg_ext.nets import SmallDeepLab
@@ -148,6 +149,32 @@ def test_an_interrupted_evaluation_goes_on(
     results = [(tmp_path / out / "evaluation.json").read_bytes() for out in ("whole", "cut")]
     assert results[0] == results[1]
     assert not list((tmp_path / "cut").glob("*.part"))
+
+
+class Turned(SmallDeepLab):
+    """Its classes in another order, if asked."""
+
+    def __init__(self, turn: int, width: int = 8) -> None:
+        super().__init__(8, width)
+        self.turn = turn
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).roll(self.turn, 1)
+
+
+def test_other_arguments_make_another_model(files: Path, tmp_path: Path) -> None:
+    """The same weights, class and repr: only --model-args differ."""
+    found = []
+    for turn, out in ((0, "together"), (1, "together"), (1, "alone"), (1, "alone")):
+        arguments = ["--model", f"{__name__}:Turned", "--model-args", json.dumps({"turn": turn}), "--sanity", "0"]
+        assert cli.main(command(files, tmp_path / out, *arguments, "--attacks", "pgd")) == 0
+        found.append(json.loads((tmp_path / out / "evaluation.json").read_text()))
+    assert found[0]["clean"] != found[1]["clean"]
+    assert found[1] == found[2] == found[3]
+    assert found[1]["settings"]["model_description"] == {"name": f"{__name__}:Turned", "args": {"turn": 1}}
+    # The model, and three images clean and attacked, of each.
+    count = [len((tmp_path / out / "results.jsonl").read_text().splitlines()) for out in ("together", "alone")]
+    assert count == [14, 7]
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,9 @@ class EvaluationSettings:
             raise ValueError(f"model_description is not what JSON can hold: {error}") from error
         budgets = self.budgets
         require(len(budgets) > 0 and len(set(budgets)) == len(budgets), "eps", self.eps, "one or several numbers")
+        # Twice the radius and its square have to be float32.
+        for eps in budgets:
+            check_number("eps", eps, 0, 1e18)
         check_integer("batch_size", self.batch_size, 1)
         check_integer("seed", self.seed, 0, 2**63 - 1)
         check_integer("sanity", self.sanity, 0)
@@ -114,14 +117,17 @@ class EvaluationSettings:
         if self.images is not None:
             check_integer("images", self.images, 1)
         for eps in budgets:
-            check_number("eps", eps, 0, float("inf"))
             for name, row in rows.items():
                 if not isinstance(row, Mapping):
                     raise TypeError(f"attacks[{name!r}] is a {type(row).__name__}, wanted a dict of settings")
                 for setting in row:
                     if setting in (*NOT_OF_APGD, *_OF_THE_DATA_AND_MODEL, "eps", "model_mode", "progress"):
                         raise ValueError(f"attacks[{name!r}] sets {setting}, which is not a row's to set")
-                checked(**self.attack_keywords(name, eps))
+                attack = checked(**self.attack_keywords(name, eps))
+                passes = attack.steps * attack.restarts
+                require(
+                    passes <= 10**6, "steps x restarts", passes, "at most 1000000, as numbers of each step are kept"
+                )
 
     @property
     def budgets(self) -> tuple[float, ...]:
@@ -260,6 +266,8 @@ def evaluate(
     folder = None if out is None else Path(out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "evaluation.json").is_dir():
+            raise ValueError(f"out {folder} cannot be used, its evaluation.json is a folder")
     path = None if folder is None else folder / "results.jsonl"
     alone = nullcontext() if folder is None else locked(folder)
     with alone, Journal(path) as journal, frozen(unwrapped(model), "eval"), torch.random.fork_rng():
@@ -278,6 +286,9 @@ class _Evaluator:
         self._data = data
         self._journal = journal
         self._logits = Logits(model, mean=config.mean, std=config.std, autocast=config.autocast)
+        channels = len(self._load(0)[0])
+        if config.mean is not None and len(config.mean) not in (1, channels):
+            raise ValueError(f"mean has {len(config.mean)} numbers, wanted {channels}, one per channel of images")
         kept = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
         self._device = kept[0].device if kept else _item(data, 0)[0].device
         self._ops = backend.select(self._device, config.backend)

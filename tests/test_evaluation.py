@@ -402,7 +402,7 @@ def test_a_damaged_result_is_told_and_made_anew(net: nn.Module, pairs: Pairs, tm
     first = evaluate(net, pairs, out=tmp_path, **QUICK)
     whole = (tmp_path / "results.jsonl").read_text()
     key = lines(tmp_path)[1]["key"]
-    damaged = re.sub(rf'("key": "{key}".*?"counts": \[\[\[\d+, )(\d+)', lambda found: f"{found[1]}1{found[2]}", whole)
+    damaged = re.sub(rf'("key": "{key}".*?"counts": \[\[\d+, )(\d+)', lambda found: f"{found[1]}1{found[2]}", whole)
     assert len(damaged) == len(whole) + 1
     (tmp_path / "results.jsonl").write_text(damaged)
     with pytest.warns(UserWarning, match=r"results\.jsonl is damaged at line 2: what was there is made anew"):

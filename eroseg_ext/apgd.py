@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eroseg_ext import backend, inputs, methods
-from eroseg_ext.attack import AttackInfo
+from eroseg_ext.attack import AttackInfo, NotFiniteError, uniform_in_l2_ball
 from eroseg_ext.checks import check_choice
 from eroseg_ext.model import Logits, Model, Pass, frozen, unwrapped
 from eroseg_ext.settings import AttackSettings
@@ -139,11 +139,12 @@ def strong_attack(
 
     Returns:
         Images like ``images``, ``|result - images| <= eps`` and within ``clip``, to rounding: of all iterates in the
-        ball of eps the one with the fewest right pixels. ``eps=0`` and an image without valid pixels return the input.
+        ball of eps the one with the fewest right pixels, of equally many the earliest, over the restarts too. ``eps=0``
+        and an image without valid pixels return the input.
 
     Raises:
         ValueError, TypeError: an argument is not as described; one sentence names it. Nothing was done then.
-        RuntimeError: the model's logits or gradients are NaN or infinite.
+        NotFiniteError: (a RuntimeError) the model's logits or gradients are NaN or infinite.
 
     Source: Croce & Hein, ICML 2020 (APGD); Croce, Singh & Hein, ECCV 2024 (radii of SEA).
     """
@@ -269,18 +270,19 @@ class _Search:
         if not (config.random_start and self._phases):
             return clean.clone()
         radius = self._phases[0].radius
-        draws = []
+        normal, uniform = [], []
         for index in indices:
             generator = torch.Generator().manual_seed(noise_seed(seed, index, restart))
             shape = clean.shape[1:]
             if config.norm == "linf":
-                draws.append(torch.empty(shape).uniform_(-radius, radius, generator=generator))
+                uniform.append(torch.empty(shape).uniform_(-radius, radius, generator=generator))
             else:
-                # Uniform in the ball: a Gaussian direction, and a radius whose d-th power is uniform.
-                draw = torch.randn(shape, generator=generator)
-                length = torch.rand((), generator=generator).double() ** (1 / max(draw.numel(), 1))
-                draws.append(draw * (radius * length / draw.double().norm()).float())
-        return clean + torch.stack(draws).to(clean.device)
+                normal.append(torch.randn(shape, generator=generator))
+                uniform.append(torch.rand((), generator=generator))
+        noise = torch.stack(uniform).to(clean.device)
+        if config.norm == "l2":
+            noise = uniform_in_l2_ball(torch.stack(normal).to(clean.device), noise, radius, self._mask)
+        return clean + noise
 
     def _ascend(self, images: Tensor, method: methods.Method, phase: Phase, restart: int, bar: tqdm[Any]) -> Tensor:
         """Takes a phase's steps from images that need not be in its ball; returns those that the next starts from."""
@@ -356,7 +358,7 @@ class _Search:
         broken = self._stats[..., 3].isnan()
         if bool(broken.any()):
             restart, step, image = broken.nonzero()[0].tolist()
-            raise RuntimeError(
+            raise NotFiniteError(
                 f"the model's logits, or its gradient in the step before, are NaN or infinite at step {step} for image "
                 f"{image}" + (f" of restart {restart}" if self._config.restarts > 1 else "")
             )

@@ -128,12 +128,14 @@ def attack(
 
     Returns:
         Images like ``images`` (shape, dtype), ``|result - images| <= eps`` and within ``clip``, to rounding; with
-        ``return_info`` also the info. ``eps=0`` and an image without valid pixels return the input bit for bit.
+        ``return_info`` also the info. ``eps=0`` and an image without valid pixels return the input bit for bit. Of
+        iterates (``keep="best"``) or restarts with equally many right pixels the earliest is returned.
 
     Raises:
         ValueError, TypeError: an argument is not as described; one sentence names it. Nothing was done then.
-        RuntimeError: the model's logits or gradients are NaN or infinite; names step and image. Raised at the end of
-            the call, so that the loop needs no synchronisation. Or, with ``graph``, the model cannot be captured.
+        NotFiniteError: (a RuntimeError) the model's logits or gradients are NaN or infinite; names step and image.
+            Raised at the end of the call, so that the loop needs no synchronisation.
+        RuntimeError: with ``graph``, the model cannot be captured.
 
     Source: arXiv 2601.14950 for ``eroseg``; the other methods' sources are in :func:`eroseg_ext.reference.pixel_grad`.
     """
@@ -178,12 +180,29 @@ class _Best:
         return self._sign * self._score
 
     def offer(self, index: Tensor, images: Tensor, right: Tensor) -> None:
-        """Keeps those of ``images`` (numbers ``index`` of the batch) that beat what is held; ties keep the later."""
+        """Keeps those of ``images`` (numbers ``index`` of the batch) that beat what is held; ties keep the earlier."""
         score = self._sign * right
         held = self._score[index]
-        better = score <= held
+        better = score < held
         self._score[index] = torch.where(better, score, held)
         self.images[index] = torch.where(better.view(-1, 1, 1, 1), images, self.images[index])
+
+
+def uniform_in_l2_ball(normal: Tensor, uniform: Tensor, radius: float, changeable: Tensor) -> Tensor:
+    """Noise uniform in the l_2 ball of the pixels that may change, 0 elsewhere: a Gaussian direction, and a length
+    whose d-th power is uniform, d being the number of values that may change.
+
+    Args:
+        normal: ``[B, K, H, W]``, Gaussian.
+        uniform: ``[B]``, uniform in [0, 1).
+        radius: of the ball.
+        changeable: bool, ``[B, 1, H, W]`` or to be broadcast to it.
+    """
+    noise = normal.where(changeable, 0.0)
+    dimensions = changeable.expand_as(noise).flatten(1).sum(1).clamp(min=1)
+    length = radius * uniform.double() ** (1 / dimensions)
+    norm = noise.double().flatten(1).norm(dim=1).clamp(min=1e-30)
+    return noise * (length / norm).float().view(-1, 1, 1, 1)
 
 
 def _host_waits(device: torch.device) -> bool:
@@ -298,13 +317,8 @@ class _Loop:
         changeable = (self._valid > 0).view(-1, 1, 1, 1)
         if self._mask is not None:
             changeable = changeable & self._mask
-        noise = noise.where(changeable, 0.0)
         if config.norm == "l2":
-            # Uniform in the ball: a Gaussian direction, and a radius whose d-th power is uniform.
-            dimensions = changeable.expand_as(noise).flatten(1).sum(1).clamp(min=1)
-            length = config.eps * radius.double() ** (1 / dimensions)
-            norm = noise.double().flatten(1).norm(dim=1).clamp(min=1e-30)
-            noise = noise * (length / norm).float().view(-1, 1, 1, 1)
+            noise = uniform_in_l2_ball(noise, radius, config.eps, changeable)
         return (clean + noise).clamp(*config.clip).where(changeable, clean)
 
     def _ascend(self, restart: int, part: slice, x_adv_all: Tensor, callback: Callback | None, bar: tqdm[Any]) -> None:

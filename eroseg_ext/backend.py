@@ -95,13 +95,17 @@ def select(device: torch.device, name: str = "auto") -> ModuleType:
 
     Raises:
         RuntimeError: ``fused`` was asked for and is not there; says why.
+        ValueError: EROSEG_CPU_LEVEL names no SIMD level that this CPU has.
     """
     why_not = why_not_fused(device)
     if name == "reference" or (name == "auto" and why_not is not None):
         return reference
     if why_not is not None:
         raise RuntimeError(f"backend is 'fused', but {why_not}")
-    return importlib.import_module("eroseg_ext.ops")
+    fused = importlib.import_module("eroseg_ext.ops")
+    if device.type == "cpu":
+        fused.cpu_level()  # raises for a wrong EROSEG_CPU_LEVEL
+    return fused
 
 
 def report() -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -35,24 +37,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 2 after an error that the user can put right, told in one sentence on stderr; 130 after Ctrl-C.
     """
     try:
-        args = _parser().parse_args(argv)
+        import torch
+
+        from eroseg_ext import backend
+
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+        try:
+            args = _parser().parse_args(argv)
+        except SystemExit as done:  # --help and --version end this way
+            return int(done.code or 0)
+        backend.select(torch.device("cpu"))  # raises for a wrong EROSEG_CPU_LEVEL
         run = {"demo": _demo, "train": _train, "evaluate": _evaluate, "info": _info}[args.command]
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             run(args)
-    except SystemExit as done:  # --help and --version end this way
-        return int(done.code or 0)
     except KeyboardInterrupt:
         print("eroseg: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (_UserError, ValueError, OSError) as error:
-        print(f"eroseg: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _told(str(error) or type(error).__name__)
+    except MemoryError:
+        return _told("there is not enough memory for images, batches or a model of this size")
+    except (Exception, SystemExit) as error:
+        # The user's model can raise anything at any time; its last line tells where.
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return _told(f"{type(error).__name__} in {last.name} ({last.filename}, line {last.lineno}): {error}")
     return 0
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"eroseg: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _told(sentence: str) -> int:
+    print(f"eroseg: {' '.join(sentence.split())}", file=sys.stderr)
+    return EXIT_USER_ERROR
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,19 +92,23 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains a small network for about a minute on scenes it draws (or on --data), attacks it with "
         "every method at equal budget, prints a table and writes pictures.",
     )
-    demo.add_argument("--data", type=Path, metavar="DIR", help=options.DATA)
-    demo.add_argument("--out", type=Path, metavar="DIR", default=Path("eroseg-demo"), help="default: ./eroseg-demo")
+    demo.add_argument("--data", type=options.path, metavar="DIR", help=options.DATA)
+    demo.add_argument(
+        "--out", type=options.path, metavar="DIR", default=Path("eroseg-demo"), help="default: ./eroseg-demo"
+    )
     demo.add_argument("--quick", action="store_true", help="a few seconds: small images, hardly any training")
-    demo.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    demo.add_argument("--seed", type=options.seed, default=0, metavar="N", help="default: 0")
     demo.add_argument("--eps", type=options.budget, default=2 / 255, metavar="E", help="l_inf budget, default: 2/255")
-    demo.add_argument("--steps", type=options.at_least_1, default=10, metavar="T", help="of each attack, default: 10")
+    demo.add_argument("--steps", type=options.steps, default=10, metavar="T", help="of each attack, default: 10")
     demo.add_argument("--train-steps", type=options.at_least_1, metavar="N", help="default: 600, with --quick 40")
-    size = partial(options.size, smallest=32)
+    size = partial(options.size, smallest=32, most_pixels=2**20)
     demo.add_argument("--size", type=size, metavar="HxW", help="size of the images, default: 144x192")
-    demo.add_argument("--ignore-index", type=int, default=255, metavar="I", help="label of void pixels, default: 255")
+    demo.add_argument(
+        "--ignore-index", type=options.label, default=255, metavar="I", help="label of void pixels, default: 255"
+    )
     demo.add_argument("--class-names", type=options.names, metavar="A,B,...", help="names of the classes of --data")
     demo.add_argument("--device", metavar="NAME", help=options.DEVICE)
-    demo.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    demo.add_argument("--json", type=options.path, metavar="FILE", help="also write the results here")
 
     train = commands.add_parser(
         "train",
@@ -97,13 +122,16 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser(
         "info", help="versions, backends and devices", description="Tells versions, backends and devices."
     )
-    info.add_argument("--json", type=Path, metavar="FILE", help="also write it here")
+    info.add_argument("--json", type=options.path, metavar="FILE", help="also write it here")
     return parser
 
 
 def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
     from eroseg_ext import options
+    from eroseg_ext.metrics import MIOU_CLASSES
 
+    classes = partial(options.integer, low=1, high=2**15 - 1)
+    restarts = partial(options.integer, low=1, high=1000)
     evaluate = commands.add_parser(
         "evaluate",
         help="scores of a model, clean, under attack and in the worst case",
@@ -114,18 +142,32 @@ def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
     add = evaluate.add_argument
     options.add_data(evaluate)
     options.add_model(evaluate, default="built-in, as the weights tell")
-    add("--weights", "--checkpoint", type=Path, metavar="FILE", help="state dict, or checkpoint with one as 'model'")
-    add("--classes", type=options.at_least_1, metavar="C", help="of the model, default: as --dataset or weights tell")
+    add(
+        "--weights",
+        "--checkpoint",
+        type=options.path,
+        metavar="FILE",
+        help="state dict, or checkpoint with one as 'model'",
+    )
+    add("--classes", type=classes, metavar="C", help="of the model, default: as --dataset or weights tell")
     add("--attacks", type=options.names, metavar="A,B,...", help="methods, default: eroseg,js:shrinking,cospgd")
     add("--eps", type=options.budgets, default=(8 / 255,), metavar="E,...", help="such as 2/255,4/255 (default: 8/255)")
     add("--norm", choices=("linf", "l2"), default="linf", help="default: linf")
-    add("--steps", type=options.at_least_1, default=100, metavar="T", help="per attack and restart, default: 100")
-    add("--restarts", type=options.at_least_1, default=1, metavar="R", help="default: 1")
-    add("--out", type=Path, default=Path("eroseg-evaluation"), metavar="DIR", help="default: ./eroseg-evaluation")
+    add("--steps", type=options.steps, default=100, metavar="T", help="per attack and restart, default: 100")
+    add("--restarts", type=restarts, default=1, metavar="R", help="default: 1")
+    add(
+        "--out",
+        type=options.path,
+        default=Path("eroseg-evaluation"),
+        metavar="DIR",
+        help="default: ./eroseg-evaluation",
+    )
     add("--images", type=options.at_least_1, metavar="N", help="evaluate on so many evenly spaced images, default: all")
+    miou = "classes that mIoU is the mean of, default: labelled; the other counts a class that no label has as 0"
+    add("--miou-classes", choices=MIOU_CLASSES, default="labelled", help=miou)
     add("--amp", choices=("none", "bf16", "fp16"), default="none", help="autocast of the model, default: none")
     add("--batch-size", type=options.at_least_1, default=8, metavar="B", help="images attacked at once, default: 8")
-    add("--seed", type=int, default=0, metavar="N", help="default: 0")
+    add("--seed", type=options.seed, default=0, metavar="N", help="default: 0")
     add("--sanity", type=int, default=4, metavar="N", help="images for the sanity checks, 0 for none, default: 4")
     add("--device", metavar="NAME", help=options.DEVICE)
 
@@ -217,10 +259,16 @@ def _evaluate(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         seed=args.seed,
         sanity=args.sanity,
+        miou_classes=args.miou_classes,
+        model_description={"name": args.model, "args": args.model_args},
         progress=sys.stderr.isatty(),
         **keywords,
     )
-    print(f"mIoU / mAcc / aAcc in %, {len(result.images)} images, {args.steps} steps, {args.restarts} restart(s)\n")
+    classes_told = args.miou_classes.replace("_", " ")
+    print(
+        f"mIoU ({classes_told} classes) / mAcc / aAcc in %, {len(result.images)} images, {args.steps} steps, "
+        f"{args.restarts} restart(s)\n"
+    )
     print(result.markdown())
     if result.sanity:
         print()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from itertools import groupby
+from dataclasses import asdict, dataclass, field
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from eroseg_ext.checks import check_choice, check_integer, check_number, require
 from eroseg_ext.data import SegmentationFolder, evenly_spaced, one_class
 from eroseg_ext.files import locked, write_json
 from eroseg_ext.journal import Journal, key_of
-from eroseg_ext.metrics import Counts, Scores, WorstCase, counts_of, scores, worst_case
+from eroseg_ext.metrics import MIOU_CLASSES, Counts, Floats, Scores, WorstCase, counts_of, scores, worst_case
 from eroseg_ext.model import Logits, Model, frozen, unwrapped
 from eroseg_ext.sanity import budget
 from eroseg_ext.settings import METHODS
@@ -36,6 +37,10 @@ _OF_THE_DATA_AND_MODEL = ("norm", "ignore_index", "clip", "mean", "std", "autoca
 """Settings that all rows and the sanity checks share."""
 _OF_THE_ATTACKS = ("steps", "restarts")
 """Settings that a row may have otherwise."""
+_PROJECTIONS = 8
+"""Random sums over the pixels, per class, that logits are compared by."""
+_ALIKE = 1e-4
+"""Logits are of one model if these sums differ by no more than this part of their root mean square."""
 
 
 class SegmentationData(Protocol):
@@ -79,6 +84,12 @@ class EvaluationSettings:
     """run the model under torch.autocast with this dtype, also to count its right pixels"""
     backend: str = "auto"
     """of the attacks: ``fused``, ``reference`` or ``auto``"""
+    miou_classes: str = "labelled"
+    """classes that mIoU is the mean of: ``labelled``, those that some label has; or ``labelled_or_predicted``, where a
+    class that is predicted and that no label has counts as 0, as in mmsegmentation and torchmetrics"""
+    model_description: Mapping[str, Any] = field(default_factory=dict)
+    """what else tells the model from others, such as its name and arguments, as JSON can hold it: kept results are of a
+    model with the same description"""
     sanity: int = 4
     """run the sanity checks on so many images; 0 leaves them out"""
     progress: bool = False
@@ -90,22 +101,33 @@ class EvaluationSettings:
         rows = self.rows
         require(len(rows) > 0, "attacks", self.attacks, "at least one method")
         require(CLEAN not in rows, "attacks", self.attacks, f"names of rows other than {CLEAN!r}")
+        try:
+            json.dumps(self.model_description, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"model_description is not what JSON can hold: {error}") from error
         budgets = self.budgets
         require(len(budgets) > 0 and len(set(budgets)) == len(budgets), "eps", self.eps, "one or several numbers")
+        # Twice the radius and its square have to be float32.
+        for eps in budgets:
+            check_number("eps", eps, 0, 1e18)
         check_integer("batch_size", self.batch_size, 1)
-        check_integer("seed", self.seed, 0)
+        check_integer("seed", self.seed, 0, 2**63 - 1)
         check_integer("sanity", self.sanity, 0)
+        check_choice("miou_classes", self.miou_classes, MIOU_CLASSES)
         if self.images is not None:
             check_integer("images", self.images, 1)
         for eps in budgets:
-            check_number("eps", eps, 0, float("inf"))
             for name, row in rows.items():
                 if not isinstance(row, Mapping):
                     raise TypeError(f"attacks[{name!r}] is a {type(row).__name__}, wanted a dict of settings")
                 for setting in row:
                     if setting in (*NOT_OF_APGD, *_OF_THE_DATA_AND_MODEL, "eps", "model_mode", "progress"):
                         raise ValueError(f"attacks[{name!r}] sets {setting}, which is not a row's to set")
-                checked(**self.attack_keywords(name, eps))
+                attack = checked(**self.attack_keywords(name, eps))
+                passes = attack.steps * attack.restarts
+                require(
+                    passes <= 10**6, "steps x restarts", passes, "at most 1000000, as numbers of each step are kept"
+                )
 
     @property
     def budgets(self) -> tuple[float, ...]:
@@ -199,10 +221,16 @@ def evaluate(
     >>> print(result.markdown())
 
     Every attack is :func:`eroseg_ext.strong_attack` with another method's gradient. With ``out`` each finished batch is
-    on the disk at once, in ``out/results.jsonl``: an evaluation that was interrupted, even killed, goes on where it was
-    when it is called again, and gives the same result as one that was not. Results are found again by a hash of the
-    model's weights and of its answer to one image, of the images and labels, and of the attack's settings, so a changed
-    setting never mixes with others, and a further attack or eps computes only what is new.
+    on the disk at once, image by image in ``out/results.jsonl``: an evaluation that was interrupted, even killed, goes
+    on where it was when it is called again, and gives the same result as one that was not. A further attack or eps
+    computes only what is new.
+
+    A kept result is used again for the same image, labels and number of the image, the same settings of the attack and
+    versions of this package and torch, and the same model: of the same weights, class and ``repr``, with the same
+    ``model_description``, and with the same logits, to 1e-4 of their size, of the first image, its mirror image and
+    noise, computed by one thread. So a model that only differs in an attribute or in the order of its classes is told
+    apart, as far as it answers these three otherwise, and the number of threads does not matter. Nor does the batch
+    size: an image's result is taken to depend on its neighbours by the last bits of sums at most.
 
     Args:
         model: nn.Module or any differentiable callable, as :func:`eroseg_ext.attack` takes it; run in eval mode and
@@ -214,9 +242,10 @@ def evaluate(
         **settings: the fields of :class:`EvaluationSettings`.
 
     Returns:
-        Scores in percent: mIoU and mAcc over the classes that some label has, aAcc over all valid pixels. The worst
-        case chooses for each image the clean image or one of the attacks: exactly for aAcc and mAcc, by greedy search
-        for mIoU, with a lower bound of what any choice could reach.
+        Scores in percent: mIoU over the classes that some label has (``miou_classes`` has the other convention), mAcc
+        over these too, aAcc over all valid pixels. The worst case chooses for each image the clean image or one of the
+        attacks: exactly for aAcc and mAcc, by greedy search for mIoU, with a lower bound of what any choice could
+        reach.
 
     Raises:
         ValueError, TypeError: an argument is not as described, another process writes into ``out``, or a label is no
@@ -237,6 +266,8 @@ def evaluate(
     folder = None if out is None else Path(out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "evaluation.json").is_dir():
+            raise ValueError(f"out {folder} cannot be used, its evaluation.json is a folder")
     path = None if folder is None else folder / "results.jsonl"
     alone = nullcontext() if folder is None else locked(folder)
     with alone, Journal(path) as journal, frozen(unwrapped(model), "eval"), torch.random.fork_rng():
@@ -255,6 +286,9 @@ class _Evaluator:
         self._data = data
         self._journal = journal
         self._logits = Logits(model, mean=config.mean, std=config.std, autocast=config.autocast)
+        channels = len(self._load(0)[0])
+        if config.mean is not None and len(config.mean) not in (1, channels):
+            raise ValueError(f"mean has {len(config.mean)} numbers, wanted {channels}, one per channel of images")
         kept = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
         self._device = kept[0].device if kept else _item(data, 0)[0].device
         self._ops = backend.select(self._device, config.backend)
@@ -267,7 +301,7 @@ class _Evaluator:
         chosen = evenly_spaced(len(data), config.images)
         self._indices = chosen
         self._batches = [chosen[i : i + config.batch_size] for i in range(0, len(chosen), config.batch_size)]
-        self._digests = [[_digest(data, index) for index in batch] for batch in self._batches]
+        self._digests = {index: _digest(data, index) for index in chosen}
         self._model_digest = self._describe_model()
 
     def run(self) -> Evaluation:
@@ -281,12 +315,12 @@ class _Evaluator:
             for name, eps in plan:
                 bar.set_description(name if name == CLEAN else f"{name} {budget(eps, config.norm)}")
                 parts = []
-                for number in range(len(self._batches)):
-                    found = self._unit(name, eps, number)
-                    seconds[name] += found["seconds"]
-                    parts.append(_dense(found["counts"], found["classes"]))
-                    bar.update(len(self._batches[number]))
-                counts[name, eps] = np.concatenate(parts)
+                for batch in self._batches:
+                    for found in self._unit(name, eps, batch):
+                        seconds[name] += found["seconds"]
+                        parts.append(_dense(found["counts"], found["classes"]))
+                    bar.update(len(batch))
+                counts[name, eps] = np.stack(parts)
                 if not counts[name, eps].any():
                     raise ValueError(f"data has no pixel with a label other than ignore_index={config.ignore_index}")
                 if name == CLEAN:
@@ -294,10 +328,11 @@ class _Evaluator:
                     checks = self._sanity()
         worst = {}
         for eps in config.budgets:
-            worst[eps] = worst_case(np.stack([counts[CLEAN, 0.0], *(counts[row, eps] for row in config.rows)]))
+            candidates = np.stack([counts[CLEAN, 0.0], *(counts[row, eps] for row in config.rows)])
+            worst[eps] = worst_case(candidates, config.miou_classes)
         return Evaluation(
-            clean=scores(counts[CLEAN, 0.0]),
-            rows=tuple(AttackRow(name, eps, scores(counts[name, eps])) for name, eps in plan[1:]),
+            clean=scores(counts[CLEAN, 0.0], config.miou_classes),
+            rows=tuple(AttackRow(name, eps, scores(counts[name, eps], config.miou_classes)) for name, eps in plan[1:]),
             worst=worst,
             sanity=tuple(checks),
             seconds={
@@ -319,20 +354,25 @@ class _Evaluator:
 
     def _plain_settings(self) -> dict[str, Any]:
         config = self._config
-        names = (*_OF_THE_ATTACKS, *_OF_THE_DATA_AND_MODEL, "seed", "batch_size", "sanity")
+        others = ("seed", "batch_size", "sanity", "miou_classes", "model_description")
+        names = (*_OF_THE_ATTACKS, *_OF_THE_DATA_AND_MODEL, *others)
         plain = {name: _plain(getattr(config, name)) for name in names}
         rows = {name: {key: _plain(value) for key, value in row.items()} for name, row in config.rows.items()}
         size = self._data.size if isinstance(self._data, SegmentationFolder) else None
         return {"attacks": rows, "eps": list(config.budgets), "size": _plain(size), **plain}
 
-    def _unit(self, name: str, eps: float, number: int) -> dict[str, Any]:
-        """Counts of one batch under one attack: from the journal, or made now and put there."""
-        config, batch = self._config, self._batches[number]
+    def _unit(self, name: str, eps: float, batch: list[int]) -> list[dict[str, Any]]:
+        """Counts of a batch's images under one attack: from the journal, or made now and put there.
+
+        A batch of which anything is missing is made as a whole, as it would have been without an interruption.
+        """
+        config = self._config
         keywords = {} if name == CLEAN else config.attack_keywords(name, eps)
         # With every default as it is now: another version may have others.
         resolved = {} if name == CLEAN else {**asdict(checked(**keywords)), "radii": keywords.get("radii", "fixed")}
-        key = self._key({"attack": {key: _plain(value) for key, value in resolved.items()}}, batch, number)
-        if key not in self._journal:
+        about = {"attack": {key: _plain(value) for key, value in resolved.items()}}
+        keys = [self._key(about, [index]) for index in batch]
+        if not all(key in self._journal for key in keys):
             start = time.perf_counter()
             # For models that draw random numbers: this batch gets the same ones, whatever was computed before it.
             torch.manual_seed(noise_seed(config.seed, batch[0], 0))
@@ -347,18 +387,19 @@ class _Evaluator:
                 counts += self._count(pixels, labels, [batch[i] for i in part])
             sparse = [_sparse(part) for part in torch.stack(counts).cpu().numpy()]
             under = name if name == CLEAN else f"{name}, eps {budget(eps, config.norm)}"
-            took = round(time.perf_counter() - start, 3)
-            what = f"{under}, images {batch[0]} to {batch[-1]}"
-            self._journal.put(key, what, {"classes": len(counts[0]), "counts": sparse, "seconds": took})
-        return dict(self._journal[key])
+            took = round((time.perf_counter() - start) / len(batch), 4)
+            for key, index, found in zip(keys, batch, sparse, strict=True):
+                if key not in self._journal:
+                    value = {"classes": len(counts[0]), "counts": found, "seconds": took}
+                    self._journal.put(key, f"{under}, image {index}", value)
+        return [self._journal[key] for key in keys]
 
-    def _key(self, what: dict[str, Any], batch: list[int], number: int) -> str:
-        """Everything that counts depend on; the batch too, since a sum's last bits may depend on its neighbours."""
+    def _key(self, what: dict[str, Any], images: list[int]) -> str:
+        """Of everything that a result on these images depends on."""
         shared = {name: _plain(getattr(self._config, name)) for name in ("seed", *_OF_THE_DATA_AND_MODEL)}
         about = {
             "model": self._model_digest,
-            "images": self._digests[number],
-            "numbers": batch,
+            "images": [[index, self._digests[index]] for index in images],
             **{name: self._environment[name] for name in ("eroseg_ext", "torch", "device", "fused")},
         }
         return key_of({**shared, **about, **what})
@@ -406,33 +447,67 @@ class _Evaluator:
         return [counts_of(self._ops.confusion(logits[i], labels[i], classes, ignore_index=void)) for i in rows]
 
     def _describe_model(self) -> str:
-        """A hash of the weights, of the modules' own description, and of the answer to the first image.
+        """What tells the model apart: a hash of its weights, description and logits.
 
-        Weights and description leave out what a module only keeps as an attribute. The answer is rounded, so that its
-        last bits, which may vary from run to run, do not matter.
+        The logits' last bits may vary from run to run. So those of each model are kept in the journal, and if the ones
+        found now are near enough, those that are kept take their place in the hash.
         """
-        digest = hashlib.sha256()
-        torch.manual_seed(self._config.seed)
-        image, _ = self._load(self._indices[0])
-        logits = self._answer(image[None].to(self._device), self._indices[0]).double()
-        digest.update(f"{logits.shape[1]} {logits.abs().mean():.2e} {logits.std():.2e}".encode())
-        if isinstance(self._model, nn.Module):
-            digest.update(re.sub("0x[0-9a-f]+", "", f"{type(self._model).__qualname__} {self._model}").encode())
-            for name, value in self._model.state_dict().items():
+        config, model = self._config, self._model
+        about: dict[str, Any] = {
+            **{name: _plain(getattr(config, name)) for name in ("seed", "clip", "mean", "std", "autocast")},
+            **self._environment,
+            "image": self._digests[self._indices[0]],
+            "description": config.model_description,
+        }
+        if isinstance(model, nn.Module):
+            digest = hashlib.sha256()
+            digest.update(re.sub("0x[0-9a-f]+", "", f"{type(model).__qualname__} {model}").encode())
+            for name, value in model.state_dict().items():
                 if isinstance(value, Tensor):
                     digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
                     digest.update(_bytes(value))
-        else:
-            digest.update(_bytes(logits))
-        return digest.hexdigest()[:32]
+            about["weights"] = digest.hexdigest()
+        logits = self._projected_logits()
+        for number in count():
+            key = key_of({"logits of": about, "number": number})
+            if key not in self._journal:
+                self._journal.put(key, "the model's logits", logits.tolist())
+            kept = np.array(self._journal[key])
+            if _alike(logits, kept):
+                break
+        return key_of({"model": about, "logits": kept.tolist()})
+
+    def _projected_logits(self) -> Floats:
+        """Clean logits of three images in few numbers: sums with random signs over the pixels ``[3, C, _PROJECTIONS]``.
+
+        Such a sum changes if the logits change anywhere. The images are the first one, its mirror image, and noise,
+        each alone and by one thread, so that only the machine can change a bit.
+        """
+        image, _ = self._load(self._indices[0])
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (image[0].numel(), _PROJECTIONS), generator=generator) * 2.0 - 1
+        low, high = self._config.clip
+        noise = low + (high - low) * torch.rand(image.shape, generator=generator)
+        found = []
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for pixels in (image, image.flip(-1), noise):
+                torch.manual_seed(self._config.seed)
+                logits = self._answer(pixels[None].to(self._device), self._indices[0])[0]
+                # What is not finite is told when the images are evaluated.
+                flat = logits.float().cpu().flatten(1).nan_to_num(posinf=1.0, neginf=-1.0)
+                found.append(flat @ signs / max(len(signs), 1) ** 0.5)
+        finally:
+            torch.set_num_threads(threads)
+        return torch.stack(found).double().numpy()
 
     def _sanity(self) -> list[sanity.Check]:
         config = self._config
         if config.sanity == 0:
             return []
         numbers = [self._indices[i] for i in evenly_spaced(len(self._indices), config.sanity)]
-        digests = [_digest(self._data, number) for number in numbers]
-        key = self._key({"sanity": [digests, list(config.budgets)]}, numbers, 0)
+        key = self._key({"sanity": list(config.budgets)}, numbers)
         if key not in self._journal:
             loaded = [self._load(number) for number in numbers]
             loaded = [pair for pair in loaded if pair[0].shape == loaded[0][0].shape]
@@ -454,16 +529,25 @@ def _sparse(counts: Counts) -> list[list[int]]:
     return [[index, *row] for index, row in enumerate(counts.tolist()) if any(row)]
 
 
-def _dense(images: list[list[list[int]]], classes: int) -> Counts:
-    counts = np.zeros((len(images), classes, 3), np.int64)
-    for number, rows in enumerate(images):
-        for index, *row in rows:
-            counts[number, index] = row
+def _dense(sparse: list[list[int]], classes: int) -> Counts:
+    counts = np.zeros((classes, 3), np.int64)
+    for index, *row in sparse:
+        counts[index] = row
     return counts
+
+
+def _alike(logits: Floats, kept: Floats) -> bool:
+    """Whether projected logits are one model's."""
+    if logits.shape != kept.shape:
+        return False
+    size = np.sqrt(np.square(kept).mean((1, 2), keepdims=True))
+    return bool((np.abs(logits - kept) <= _ALIKE * size).all())
 
 
 def _plain(value: Any) -> Any:
     """A setting as JSON has it."""
+    if isinstance(value, Mapping):
+        return dict(value)
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return list(value) if isinstance(value, (list, tuple)) else value

@@ -34,7 +34,8 @@ def build(name: str, classes: int | None, model_args: Mapping[str, Any] | None =
         model_args: keywords for the callable; they win.
 
     Raises:
-        ValueError: the callable cannot be imported or called so, or gives no nn.Module; one sentence.
+        ValueError: the callable cannot be imported or called so, or gives no nn.Module; one sentence, which names the
+            type and text of what it raised.
     """
     given = dict(model_args or {})
     if name in BUILT_IN:
@@ -43,9 +44,11 @@ def build(name: str, classes: int | None, model_args: Mapping[str, Any] | None =
     if not attribute:
         raise ValueError(f"model is {name!r}, wanted {', '.join(BUILT_IN)} or an import path package.module:callable")
     try:
+        if module.startswith("."):
+            raise ImportError("the path of its module is relative")
         make = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model is {name!r}, which cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # a module can raise anything when it is imported
+        raise ValueError(f"model is {name!r}, which cannot be imported: {_told(error)}") from error
     return _called(name, make, {**_known(make, classes), **given})
 
 
@@ -92,7 +95,7 @@ def load_network(
     if name is None or name in BUILT_IN:
         stripped = _stripped(state, ())
         first, last = stripped.get("stem.0.weight"), stripped.get("classifier.weight")
-        if first is None or last is None or first.dim() == 0 or last.dim() == 0:
+        if first is None or last is None or first.dim() != 4 or last.dim() != 4:
             raise ValueError(
                 f"{weights} holds the weights of another network than the built-in one, model must name it"
             )
@@ -156,11 +159,16 @@ def _known(make: Any, classes: int | None) -> dict[str, int]:
     return known
 
 
+def _told(error: BaseException) -> str:
+    """An exception's type and text in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def _called(name: str, make: Any, keywords: dict[str, Any]) -> nn.Module:
     try:
         model = make(**keywords)
-    except TypeError as error:
-        raise ValueError(f"model {name!r} cannot be made with {keywords}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"model {name!r} cannot be made with {keywords}: {_told(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {name!r} gives a {type(model).__name__}, wanted an nn.Module")
     return model

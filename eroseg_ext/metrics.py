@@ -2,8 +2,12 @@
 
 Counts are int64 arrays ``[N, C, 3]``: of image n and class c the right pixels, the pixels with that label, and the
 pixels with that prediction, void left out. That is all that accuracy and intersection over union need, and it adds up
-over images. Scores are in percent. A class counts if some label has it, however few; so the mean is over the same
-classes whatever the attack makes the model predict, and none is NaN.
+over images. Scores are in percent.
+
+By default a class counts if some label has it, however few; so the mean is over the same classes whatever the attack
+makes the model predict, and none is NaN. A class that is predicted and that no label has is then left out of mIoU,
+while mmsegmentation and torchmetrics average it in as 0: ``"labelled_or_predicted"`` does so too. mAcc is in either
+case over the classes that some label has, as only they have an accuracy.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from torch import Tensor
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 RIGHT, LABELS, PREDICTED = 0, 1, 2
+MIOU_CLASSES = ("labelled", "labelled_or_predicted")
+"""Over which classes mIoU is the mean: those that some label has, or also those that are only predicted, as 0."""
 
 
 def counts_of(matrix: Tensor) -> Tensor:
@@ -36,7 +42,7 @@ class Scores:
     aacc: float
     """share of right pixels"""
     iou: tuple[float | None, ...]
-    """intersection over union by class; None for classes that no label has"""
+    """intersection over union by class; None for classes that are not part of the mean"""
 
 
 @dataclass(frozen=True)
@@ -57,17 +63,18 @@ class WorstCase:
     """by image, the number of the attack behind ``aacc``; the first on ties"""
 
 
-def scores(counts: Counts) -> Scores:
-    """Scores of counts ``[N, C, 3]`` over all N images."""
+def scores(counts: Counts, miou_classes: str = "labelled") -> Scores:
+    """Scores of counts ``[N, C, 3]`` over all N images, mIoU over one of ``MIOU_CLASSES``."""
     total = counts.sum(0)
-    present = total[:, LABELS] > 0
-    if not present.any():
+    labelled = total[:, LABELS] > 0
+    if not labelled.any():
         return Scores(np.nan, np.nan, np.nan, (None,) * len(total))
-    right, labels = total[present, RIGHT], total[present, LABELS]
-    iou = right / _union(total[present])
+    counted = labelled if miou_classes == "labelled" else _union(total) > 0
+    iou = total[counted, RIGHT] / _union(total[counted])
     by_class: list[float | None] = [None] * len(total)
-    for index, value in zip(np.flatnonzero(present), iou, strict=True):
+    for index, value in zip(np.flatnonzero(counted), iou, strict=True):
         by_class[index] = float(100 * value)
+    right, labels = total[labelled, RIGHT], total[labelled, LABELS]
     return Scores(
         miou=float(100 * iou.mean()),
         macc=float(100 * (right / labels).mean()),
@@ -77,16 +84,18 @@ def scores(counts: Counts) -> Scores:
 
 
 def miou_and_accuracy(matrix: Tensor) -> dict[str, float]:
-    """``miou`` and ``accuracy`` (aAcc) in percent of a confusion matrix int64 ``[C, C]`` whose rows are labels."""
+    """``miou`` (over the classes that some label has) and ``accuracy`` (aAcc) in percent of a confusion matrix int64
+    ``[C, C]`` whose rows are labels."""
     found = scores(counts_of(matrix)[None].cpu().numpy())
     return {"miou": found.miou, "accuracy": found.aacc}
 
 
-def worst_case(candidates: Counts) -> WorstCase:
+def worst_case(candidates: Counts, miou_classes: str = "labelled") -> WorstCase:
     """The worst case over A attacks on the same N images.
 
     Args:
         candidates: counts ``[A, N, C, 3]``; the clean images may be one of the attacks.
+        miou_classes: one of ``MIOU_CLASSES``, as for :func:`scores`.
 
     Source: Croce, Singh & Hein, ECCV 2024, for the accuracy and the greedy search for mIoU; the bound on mIoU by
     Dinkelbach's method for ratios of sums (Management Science, 1967).
@@ -96,15 +105,19 @@ def worst_case(candidates: Counts) -> WorstCase:
     if not present.any():
         none = (0,) * images
         return WorstCase(np.nan, np.nan, np.nan, np.nan, none, none)
+    predicted_only = ~present & (candidates[..., PREDICTED] > 0).any((0, 1))
+    counted = present if miou_classes == "labelled" else present | predicted_only
+    greedy = candidates[:, :, counted]
     candidates = candidates[:, :, present]
     right = candidates[..., RIGHT]
     labels = candidates[0, :, :, LABELS].sum(0)
     fewest = right.sum(2).argmin(0)
     lowest_macc = (right / labels).mean(2).min(0).sum()
-    miou, chosen = _greedy_miou(candidates, fewest)
+    miou, chosen = _greedy_miou(greedy, fewest)
     return WorstCase(
         miou=100 * miou,
-        miou_bound=100 * float(_lowest_iou(candidates).mean()),
+        # A class that no label has can only add a 0 to the mean.
+        miou_bound=100 * float(_lowest_iou(candidates).sum() / counted.sum()),
         macc=float(100 * lowest_macc),
         aacc=float(100 * right.sum(2).min(0).sum() / labels.sum()),
         chosen_miou=tuple(chosen.tolist()),
@@ -114,6 +127,12 @@ def worst_case(candidates: Counts) -> WorstCase:
 
 def _union(counts: Counts) -> Counts:
     return counts[..., LABELS] + counts[..., PREDICTED] - counts[..., RIGHT]
+
+
+def _mean_iou(hits: Counts, unions: Counts) -> Floats:
+    """mIoU of ``[..., C]`` hits and unions, over the classes that occur."""
+    total: Floats = (hits / np.maximum(unions, 1)).sum(-1)
+    return total / (unions > 0).sum(-1)
 
 
 def _greedy_miou(candidates: Counts, fewest: npt.NDArray[np.intp]) -> tuple[float, npt.NDArray[np.intp]]:
@@ -129,14 +148,14 @@ def _greedy_miou(candidates: Counts, fewest: npt.NDArray[np.intp]) -> tuple[floa
     for start in (*(np.full(images, attack) for attack in range(attacks)), fewest):
         chosen = start.astype(np.intp)
         hits, unions = hit[chosen, every].sum(0), union[chosen, every].sum(0)
-        lowest, changed = float((hits / unions).mean()), True
+        lowest, changed = float(_mean_iou(hits, unions)), True
         while changed:
             changed = False
             for image in range(images):
                 held = chosen[image]
                 new_hits = hits - hit[held, image] + hit[:, image]
                 new_unions = unions - union[held, image] + union[:, image]
-                mious = (new_hits / new_unions).mean(1)
+                mious = _mean_iou(new_hits, new_unions)
                 attack = int(mious.argmin())
                 if mious[attack] < lowest:
                     chosen[image], lowest, changed = attack, float(mious[attack]), True

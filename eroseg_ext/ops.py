@@ -38,7 +38,10 @@ _eroseg = torch.ops.eroseg
 
 
 def cpu_level() -> str:
-    """The SIMD level of the CPU kernels in use: ``avx512``, ``avx2`` or ``baseline``."""
+    """The SIMD level of the CPU kernels in use: ``avx512``, ``avx2`` or ``baseline``.
+
+    Raises ValueError if the environment variable EROSEG_CPU_LEVEL names none that this CPU has.
+    """
     return _C.cpu_level()
 
 

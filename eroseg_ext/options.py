@@ -13,6 +13,14 @@ from eroseg_ext.loading import BUILT_IN
 
 Options = argparse.ArgumentParser | argparse._ArgumentGroup
 
+MAX_PIXELS = 2**24
+"""Of an image that is asked for: 4096x4096. Far more would be told of by the system's memory, not by us."""
+MAX_BUDGET = 1e6
+"""In the l_2 norm; no image of ``MAX_PIXELS`` pixels is farther from another."""
+MAX_COUNT = 10**6
+MAX_STEPS = 10**4
+MAX_SEED = 2**63 - 1
+
 DATA = "folder with images/NAME.* and labels/NAME.png"
 DEVICE = "where to run, default: cuda if there is one, else cpu"
 
@@ -20,9 +28,9 @@ DEVICE = "where to run, default: cuda if there is one, else cpu"
 def add_data(options: Options) -> None:
     """Adds ``--data``, ``--dataset``, ``--ignore-index`` and ``--size``; None where they are not given."""
     add = options.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help=f"{DATA}, or as the data set's publisher packs it")
+    add("--data", type=path, required=True, metavar="DIR", help=f"{DATA}, or as the data set's publisher packs it")
     add("--dataset", choices=DATASETS, help=f"class map and layout of files, default: {FOLDER}")
-    add("--ignore-index", type=int, metavar="I", help=f"label of void pixels of --dataset {FOLDER}, default: 255")
+    add("--ignore-index", type=label, metavar="I", help=f"label of void pixels of --dataset {FOLDER}, default: 255")
     add("--size", type=size, metavar="HxW", help="resize images and labels, default: their own sizes")
 
 
@@ -43,8 +51,8 @@ def budget(text: str) -> float:
         value = float(above) / float(below or 1)
     except (ValueError, ZeroDivisionError):
         value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no budget, wanted a number such as 8/255 or 0.03")
+    if not 0 <= value <= MAX_BUDGET:
+        raise argparse.ArgumentTypeError(f"{text} is no budget, wanted a number such as 8/255 or 0.03, at most 1e6")
     return value
 
 
@@ -74,27 +82,66 @@ def json_object(text: str) -> dict[str, Any]:
     """Keywords with their values."""
     try:
         value = json.loads(text)
-    except ValueError:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'{text} is not a JSON object, wanted one such as {{"name": 1}}')
+        raise argparse.ArgumentTypeError(f'{text} is not a JSON object, wanted one such as {{"name": 1}}, without NaN')
+    return value
+
+
+def integer(text: str, low: int, high: int) -> int:
+    """A whole number from low to high."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = None
+    if value is None or not low <= value <= high:
+        wanted = f"at least {low}" if value is not None and value < low else f"{low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text} is not allowed, wanted a whole number of {wanted}")
     return value
 
 
 def at_least_1(text: str) -> int:
-    """A count."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed, wanted a whole number of at least 1")
-    return int(text)
+    """A count, of at most ``MAX_COUNT``."""
+    return integer(text, 1, MAX_COUNT)
 
 
-def size(text: str, smallest: int = 1) -> tuple[int, int]:
+def steps(text: str) -> int:
+    """Steps of an attack, which keeps numbers of each."""
+    return integer(text, 1, MAX_STEPS)
+
+
+def seed(text: str) -> int:
+    """A seed of torch's generators."""
+    return integer(text, 0, MAX_SEED)
+
+
+def label(text: str) -> int:
+    """A label as tensors can hold it."""
+    return integer(text, -(2**63), 2**63 - 1)
+
+
+def path(text: str) -> Path:
+    """A path; the empty one would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty, wanted a path")
+    return Path(text)
+
+
+def size(text: str, smallest: int = 1, most_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width), both at least ``smallest``."""
     height, _, width = text.lower().partition("x")
-    if not (height.isdecimal() and width.isdecimal()) or min(int(height), int(width)) < smallest:
+    try:
+        sides = int(height), int(width)
+    except ValueError:
+        sides = 0, 0
+    if min(sides) < smallest or sides[0] * sides[1] > most_pixels:
         least = f" of at least {smallest}x{smallest}" if smallest > 1 else ""
-        raise argparse.ArgumentTypeError(f"{text} is not a size, wanted HEIGHTxWIDTH{least}")
-    return int(height), int(width)
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a size, wanted HEIGHTxWIDTH{least} of at most {most_pixels} pixels"
+        )
+    return sides
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from eroseg_ext import attack, reference, strong_attack
 from eroseg_ext.apgd import NOT_OF_APGD, RADII, _checkpoints, noise_seed, phases
+from eroseg_ext.attack import NotFiniteError
 from eroseg_ext.demo import DemoSettings, load_task, train
 from eroseg_ext.scenes import generated_scenes
 from eroseg_ext.settings import METHODS
@@ -118,6 +119,63 @@ def test_noise_depends_on_seed_and_index_only(pixelwise: nn.Module, batch: Batch
     turned = strong_attack(pixelwise, images.flip(0), labels.flip(0), steps=5, restarts=2, indices=[9, 8, 7])
     assert same_bits(together, turned.flip(0))
     assert not torch.equal(together, strong_attack(pixelwise, images, labels, steps=5, restarts=2, seed=1))
+
+
+def first_seen(images: Tensor, labels: Tensor, **settings: Any) -> Tensor:
+    """The first images that the model is given, less the clean ones."""
+    seen: list[Tensor] = []
+
+    def model(x: Tensor) -> Tensor:
+        seen.append(x.detach().clone())
+        return torch.cat([x, x[:, :1]], 1)
+
+    strong_attack(model, images, labels, steps=1, **settings)
+    return seen[0] - images
+
+
+def test_starts_of_l2_are_uniform_in_the_ball_of_the_pixels_that_may_change(batch: Batch) -> None:
+    """With one pixel of three channels to change, a third of the ball's radius holds 1/27 of its volume."""
+    images, labels = torch.full((400, *batch[0].shape[1:]), 0.5), batch[1][:1].repeat(400, 1, 1).cpu()
+    mask = torch.zeros(1, 1, *images.shape[-2:], dtype=torch.bool)
+    mask[..., 7, 9] = True
+    start = first_seen(images, labels, norm="l2", eps=0.3, mask=mask.expand(400, -1, -1, -1))
+    assert not start[~mask.expand_as(start)].any()
+    volume = (start.flatten(1).norm(dim=1).double() / 0.3) ** 3
+    assert volume.max() <= 1 + 1e-5
+    # The mean of 400 uniform numbers has a standard deviation of 0.014.
+    assert volume.mean().item() == pytest.approx(0.5, abs=0.06)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_starts_are_drawn_image_by_image(batch: Batch, norm: str) -> None:
+    """The numbers of an image's own generator on the CPU, whatever the batch."""
+    images, labels = torch.full_like(batch[0], 0.5), batch[1]
+    found = first_seen(images, labels, norm=norm, eps=EPS[norm], seed=5, indices=[4, 8, 1]).cpu()
+    for i, index in enumerate((4, 8, 1)):
+        generator = torch.Generator().manual_seed(noise_seed(5, index, 0))
+        if norm == "linf":
+            wanted = torch.empty(images.shape[1:]).uniform_(-EPS[norm], EPS[norm], generator=generator)
+        else:
+            draw = torch.randn(images.shape[1:], generator=generator)
+            length = torch.rand((), generator=generator).double() ** (1 / draw.numel())
+            wanted = draw * (EPS[norm] * length / draw.double().norm()).float()
+        torch.testing.assert_close(found[i], wanted, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("find", [attack, strong_attack])
+def test_of_equally_good_iterates_the_earliest_is_kept(batch: Batch, find: Any) -> None:
+    """All pixels stay right, so the random start, which the model sees first, is as good as any later iterate."""
+    seen: list[Tensor] = []
+
+    class Sure(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.detach().clone())
+            return torch.cat([x[:, :1] + 9, x], 1)
+
+    best = {"keep": "best"} if find is attack else {}
+    found = find(Sure(), batch[0], torch.zeros_like(batch[1]), steps=3, restarts=2, **best)
+    assert torch.equal(found, seen[0])
+    assert not torch.equal(seen[1], seen[0])
 
 
 def test_leaves_the_global_generator_and_the_model_alone(net: nn.Module, batch: Batch) -> None:
@@ -299,5 +357,5 @@ def test_broken_gradients_are_told(batch: Batch) -> None:
         def forward(self, images: Tensor) -> Tensor:
             return torch.cat([0 * (images - images.detach()).sqrt(), images[:, :1]], 1)
 
-    with pytest.raises(RuntimeError, match="NaN or infinite at step 1 for image 0"):
+    with pytest.raises(NotFiniteError, match="NaN or infinite at step 1 for image 0"):
         strong_attack(Root(), *batch, steps=3)

@@ -135,6 +135,22 @@ def test_classes_that_no_label_has(pixelwise: nn.Module, batch: Batch) -> None:
     json.dumps(result.as_json(), allow_nan=False)
 
 
+def test_classes_that_are_only_predicted_may_count(pixelwise: nn.Module, batch: Batch, tmp_path: Path) -> None:
+    pairs = Pairs(batch[0].cpu(), torch.where((batch[1] == 1) | (batch[1] == 3), 0, batch[1]).cpu())
+    labelled = evaluate(pixelwise, pairs, out=tmp_path, **QUICK)
+    kept = (tmp_path / "results.jsonl").read_bytes()
+    found = evaluate(pixelwise, pairs, out=tmp_path, miou_classes="labelled_or_predicted", **QUICK)
+    # The counts are the same: nothing was computed anew.
+    assert (tmp_path / "results.jsonl").read_bytes() == kept
+    assert [value is None for value in labelled.clean.iou] == [False, True, False, True]
+    assert found.clean.iou[1] == found.clean.iou[3] == 0
+    assert found.clean.miou == pytest.approx(labelled.clean.miou / 2)
+    assert found.rows[0].scores.miou == pytest.approx(labelled.rows[0].scores.miou / 2)
+    assert found.worst[8 / 255].miou <= min(row.scores.miou for row in found.rows)
+    assert (found.clean.macc, found.clean.aacc) == (labelled.clean.macc, labelled.clean.aacc)
+    assert found.as_json()["settings"]["miou_classes"] == "labelled_or_predicted"
+
+
 def test_binary_model_of_one_logit(batch: Batch) -> None:
     class OneLogit(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
@@ -192,8 +208,8 @@ def test_budget_in_words() -> None:
 def test_a_second_call_computes_nothing(net: nn.Module, pairs: Pairs, tmp_path: Path) -> None:
     first = evaluate(net, pairs, out=tmp_path, batch_size=2, **{**QUICK, "sanity": 2})
     before = (tmp_path / "results.jsonl").read_bytes()
-    # Clean and three attacks on two batches, and the sanity checks.
-    assert len(lines(tmp_path)) == 9
+    # The model, clean and three attacks on three images, and the sanity checks.
+    assert len(lines(tmp_path)) == 14
     written = (tmp_path / "evaluation.json").read_bytes()
     again = evaluate(net, pairs, out=tmp_path, batch_size=2, **{**QUICK, "sanity": 2})
     assert (tmp_path / "results.jsonl").read_bytes() == before
@@ -221,7 +237,8 @@ def test_files_read_in_another_way_are_computed_anew(pixelwise: nn.Module, tmp_p
 def test_a_further_attack_computes_only_that(net: nn.Module, pairs: Pairs, tmp_path: Path) -> None:
     evaluate(net, pairs, attacks=["eroseg"], out=tmp_path, **QUICK)
     result = evaluate(net, pairs, attacks=["js", "eroseg"], out=tmp_path, **QUICK)
-    assert len(lines(tmp_path)) == 3
+    # The model, and three images clean and under each attack.
+    assert len(lines(tmp_path)) == 10
     assert result.as_json() == evaluate(net, pairs, attacks=["js", "eroseg"], **QUICK).as_json()
 
 
@@ -238,7 +255,7 @@ def change(settings: dict[str, Any], **changed: Any) -> dict[str, Any]:
         {"seed": 1},
         {"norm": "l2"},
         {"ignore_index": 1},
-        {"batch_size": 2},
+        {"model_description": {"name": "another"}},
         {"clip": (-1.0, 1.0)},
         {"mean": (0.5,), "std": (0.5,)},
         {"autocast": torch.bfloat16},
@@ -257,31 +274,78 @@ def test_a_changed_setting_never_mixes(
     mixed = evaluate(pixelwise, pairs, out=tmp_path, **change(plain, **changed))
     alone = evaluate(pixelwise, pairs, **change(plain, **changed))
     assert mixed.as_json() == alone.as_json()
-    assert sum(line["what"].startswith("pgd") for line in lines(tmp_path)) > 1
+    assert sum(line["what"].startswith("pgd") for line in lines(tmp_path)) == 6
 
 
-def test_a_changed_model_or_image_never_mixes(pairs: Pairs, tmp_path: Path) -> None:
-    class Scaled(nn.Module):
-        """The factor is no weight, and does not show in the module's description."""
+class Rearranged(nn.Module):
+    """Four classes in the order, scaled and shifted as attributes say, which are no weights and show in no repr."""
 
-        def __init__(self, factor: float) -> None:
+    def __init__(self, order: tuple[int, ...] = (0, 1, 2, 3), factor: float = 1.0, bias: float = 0.0) -> None:
+        super().__init__()
+        self.order, self.factor, self.bias = order, factor, bias
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.factor * torch.cat([4 * images, images[:, :1] + 1], 1)
+        logits[:, 2] += self.bias
+        return logits[:, self.order]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"factor": 1.001}, {"factor": -1.0}, {"order": (1, 0, 2, 3)}, {"order": (0, 1, 3, 2)}, {"bias": 0.005}],
+    ids=str,
+)
+def test_a_changed_attribute_never_mixes(pairs: Pairs, tmp_path: Path, changed: dict[str, Any]) -> None:
+    quick = {**QUICK, "attacks": ["mce"]}
+    evaluate(Rearranged(), pairs, out=tmp_path, **quick)
+    before = len(lines(tmp_path))
+    mixed = evaluate(Rearranged(**changed), pairs, out=tmp_path, **quick)
+    assert mixed.as_json() == evaluate(Rearranged(**changed), pairs, **quick).as_json()
+    assert len(lines(tmp_path)) == 2 * before
+    # Neither of the two is computed again.
+    for settings in ({}, changed):
+        evaluate(Rearranged(**settings), pairs, out=tmp_path, **quick)
+    assert len(lines(tmp_path)) == 2 * before
+
+
+def test_a_changed_image_never_mixes(pairs: Pairs, tmp_path: Path) -> None:
+    evaluate(Rearranged(), pairs, attacks=["mce"], out=tmp_path, **QUICK)
+    before = len(lines(tmp_path))
+    pairs.labels[1, 10, 10] = (pairs.labels[1, 10, 10] + 1) % CLASSES
+    evaluate(Rearranged(), pairs, attacks=["mce"], out=tmp_path, **QUICK)
+    # That image, clean and attacked.
+    assert len(lines(tmp_path)) == before + 2
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_threads_batches_and_rounding_do_not_matter(
+    net: nn.Module, pairs: Pairs, tmp_path: Path, autocast: torch.dtype | None
+) -> None:
+    class Rounded(nn.Module):
+        """Last bits that are others in every run, as another load of the machine may leave them."""
+
+        def __init__(self, error: float) -> None:
             super().__init__()
-            self.factor = factor
+            self.net = net
+            self.error = error
 
         def forward(self, images: Tensor) -> Tensor:
-            return torch.cat([images, images[:, :1].square()], 1) * self.factor
+            logits = self.net(images)
+            return logits + self.error * torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
 
-    def keys() -> set[str]:
-        return {line["key"] for line in lines(tmp_path)}
-
-    evaluate(Scaled(1.0), pairs, attacks=["mce"], out=tmp_path, **QUICK)
-    found = keys()
-    evaluate(Scaled(1.1), pairs, attacks=["mce"], out=tmp_path, **QUICK)
-    assert len(keys()) == 2 * len(found)
-    found = keys()
-    pairs.labels[1, 10, 10] = (pairs.labels[1, 10, 10] + 1) % CLASSES
-    evaluate(Scaled(1.0), pairs, attacks=["mce"], out=tmp_path, **QUICK)
-    assert keys() > found
+    first = evaluate(Rounded(0.0), pairs, out=tmp_path, autocast=autocast, batch_size=3, **QUICK)
+    kept = (tmp_path / "results.jsonl").read_bytes()
+    threads = torch.get_num_threads()
+    try:
+        for count, batch_size, error in ((2, 3, 0.0), (1, 2, 0.0), (3, 1, 1e-6)):
+            torch.set_num_threads(count)
+            settings = {**QUICK, "autocast": autocast, "batch_size": batch_size}
+            again = evaluate(Rounded(error), pairs, out=tmp_path, **settings)
+            assert torch.get_num_threads() == count
+            assert (again.rows, again.environment) == (first.rows, first.environment)
+            assert (tmp_path / "results.jsonl").read_bytes() == kept
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_changed_weights_never_mix(net: nn.Module, pairs: Pairs, tmp_path: Path) -> None:
@@ -289,7 +353,7 @@ def test_changed_weights_never_mix(net: nn.Module, pairs: Pairs, tmp_path: Path)
     with torch.no_grad():
         net[0].bias[0] += 1e-6
     evaluate(net, pairs, attacks=["mce"], out=tmp_path, **QUICK)
-    assert len({line["key"] for line in lines(tmp_path)}) == len(lines(tmp_path)) == 4
+    assert len({line["key"] for line in lines(tmp_path)}) == len(lines(tmp_path)) == 14
 
 
 PROGRAM = """
@@ -330,7 +394,7 @@ def test_killed_at_any_time_it_ends_like_any_other(tmp_path: Path) -> None:
     # Nothing that was finished has been done again, and each piece is there once.
     assert path.read_bytes().startswith(done[: done.rfind(b"\n") + 1])
     keys = [line["key"] for line in lines(killed)]
-    assert len(keys) == len(set(keys)) == 7 * 3 + 1
+    assert len(keys) == len(set(keys)) == 1 + 7 * 5 + 1
     assert set(keys) == {line["key"] for line in lines(tmp_path / "whole")}
 
 
@@ -338,7 +402,7 @@ def test_a_damaged_result_is_told_and_made_anew(net: nn.Module, pairs: Pairs, tm
     first = evaluate(net, pairs, out=tmp_path, **QUICK)
     whole = (tmp_path / "results.jsonl").read_text()
     key = lines(tmp_path)[1]["key"]
-    damaged = re.sub(rf'("key": "{key}".*?"counts": \[\[\[\d+, )(\d+)', lambda found: f"{found[1]}1{found[2]}", whole)
+    damaged = re.sub(rf'("key": "{key}".*?"counts": \[\[\d+, )(\d+)', lambda found: f"{found[1]}1{found[2]}", whole)
     assert len(damaged) == len(whole) + 1
     (tmp_path / "results.jsonl").write_text(damaged)
     with pytest.warns(UserWarning, match=r"results\.jsonl is damaged at line 2: what was there is made anew"):
@@ -397,6 +461,10 @@ def test_the_model_and_the_generator_are_left_alone(net: nn.Module, pairs: Pairs
         ({"batch_size": 0}, "batch_size is 0"),
         ({"images": 0}, "images is 0"),
         ({"sanity": -1}, "sanity is -1"),
+        ({"seed": 2**63}, "seed is"),
+        ({"model_description": {"a": object()}}, "model_description is not what JSON can hold"),
+        ({"model_description": {"a": math.nan}}, "model_description is not what JSON can hold"),
+        ({"miou_classes": "all"}, "miou_classes is 'all', wanted one of labelled, labelled_or_predicted"),
         ({"norm": "l1"}, "norm is 'l1', wanted one of linf, l2"),
     ],
 )

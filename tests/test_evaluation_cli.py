@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from folders import write_folder, write_labels
+from torch import Tensor
 
 from eroseg_ext import cli, evaluate
 from eroseg_ext.nets import SmallDeepLab
@@ -62,13 +63,16 @@ def test_table_and_json(files: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_options_reach_the_evaluation(files: Path, tmp_path: Path) -> None:
+def test_options_reach_the_evaluation(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--norm", "l2", "--eps", "2.5", "--images", "2", "--batch-size", "1", "--restarts", "2", "--seed", "3"]
     more += ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25", "--amp", "bf16", "--sanity", "0", "--attacks", "pgd"]
+    more += ["--miou-classes", "labelled_or_predicted"]
     assert cli.main(command(files, tmp_path, *more)) == 0
+    assert capsys.readouterr().out.startswith("mIoU (labelled or predicted classes) / mAcc / aAcc in %, 2 images")
     settings = json.loads((tmp_path / "evaluation.json").read_text())["settings"]
     wanted = {"norm": "l2", "eps": [2.5], "batch_size": 1, "restarts": 2, "seed": 3, "autocast": "bfloat16", "steps": 3}
     wanted |= {"mean": [0.5] * 3, "std": [0.25] * 3, "attacks": {"pgd": {"method": "pgd"}}, "ignore_index": 9}
+    wanted["miou_classes"] = "labelled_or_predicted"
     assert {name: settings[name] for name in wanted} == wanted
 
 
@@ -145,6 +149,32 @@ def test_an_interrupted_evaluation_goes_on(
     results = [(tmp_path / out / "evaluation.json").read_bytes() for out in ("whole", "cut")]
     assert results[0] == results[1]
     assert not list((tmp_path / "cut").glob("*.part"))
+
+
+class Turned(SmallDeepLab):
+    """Its classes in another order, if asked."""
+
+    def __init__(self, turn: int, width: int = 8) -> None:
+        super().__init__(8, width)
+        self.turn = turn
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).roll(self.turn, 1)
+
+
+def test_other_arguments_make_another_model(files: Path, tmp_path: Path) -> None:
+    """The same weights, class and repr: only --model-args differ."""
+    found = []
+    for turn, out in ((0, "together"), (1, "together"), (1, "alone"), (1, "alone")):
+        arguments = ["--model", f"{__name__}:Turned", "--model-args", json.dumps({"turn": turn}), "--sanity", "0"]
+        assert cli.main(command(files, tmp_path / out, *arguments, "--attacks", "pgd")) == 0
+        found.append(json.loads((tmp_path / out / "evaluation.json").read_text()))
+    assert found[0]["clean"] != found[1]["clean"]
+    assert found[1] == found[2] == found[3]
+    assert found[1]["settings"]["model_description"] == {"name": f"{__name__}:Turned", "args": {"turn": 1}}
+    # The model, and three images clean and attacked, of each.
+    count = [len((tmp_path / out / "results.jsonl").read_text().splitlines()) for out in ("together", "alone")]
+    assert count == [14, 7]
 
 
 @pytest.mark.parametrize(

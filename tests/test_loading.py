@@ -115,7 +115,10 @@ def test_a_prefix_that_is_the_networks_own_stays(tmp_path: Path) -> None:
         ({}, "model has no weights, wanted a file of them"),
         ({"name": "tiny"}, "model has no weights"),
         ({"name": "small_net"}, "model is 'small_net', wanted small, tiny or an import path"),
-        ({"name": "no.such:thing"}, "model is 'no.such:thing', which cannot be imported: No module named 'no'"),
+        (
+            {"name": "no.such:thing"},
+            "model is 'no.such:thing', which cannot be imported: ModuleNotFoundError: No module named 'no'",
+        ),
         ({"name": "eroseg_ext.nets:Nothing"}, "which cannot be imported: .*Nothing"),
         ({"name": "eroseg_ext.nets:SmallDeepLab"}, "cannot be made with {}: .*classes"),
         ({"name": "pathlib:Path"}, "gives a PosixPath, wanted an nn.Module"),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eroseg_ext.metrics import counts_of, scores, worst_case
+from eroseg_ext.metrics import MIOU_CLASSES, counts_of, scores, worst_case
 
 
 def random_counts(seed: int, attacks: int, images: int, classes: int, absent: bool = False) -> np.ndarray:
@@ -41,25 +41,40 @@ def test_scores_of_a_small_case() -> None:
     assert found.aacc == pytest.approx(100 * 9 / 15)
 
 
+def test_a_class_that_is_only_predicted_may_count_as_0() -> None:
+    # The same case, as mmsegmentation and torchmetrics average it; a class that nothing has never counts.
+    found = scores(np.array([[[5, 7, 6], [4, 8, 6], [0, 0, 3], [0, 0, 0]]]), "labelled_or_predicted")
+    assert found.iou == (pytest.approx(100 * 5 / 8), pytest.approx(100 * 4 / 10), 0, None)
+    assert found.miou == pytest.approx(100 * (5 / 8 + 4 / 10) / 3)
+    assert found.macc == pytest.approx(100 * (5 / 7 + 4 / 8) / 2)
+    assert found.aacc == pytest.approx(100 * 9 / 15)
+
+
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10_000), attacks=st.integers(1, 3), images=st.integers(1, 5), absent=st.booleans())
-def test_worst_case_against_every_choice(seed: int, attacks: int, images: int, absent: bool) -> None:
+@given(
+    seed=st.integers(0, 10_000),
+    attacks=st.integers(1, 3),
+    images=st.integers(1, 5),
+    absent=st.booleans(),
+    classes=st.sampled_from(MIOU_CLASSES),
+)
+def test_worst_case_against_every_choice(seed: int, attacks: int, images: int, absent: bool, classes: str) -> None:
     candidates = random_counts(seed, attacks, images, 4, absent)
     every = [
-        scores(np.stack([candidates[attack, image] for image, attack in enumerate(choice)]))
+        scores(np.stack([candidates[attack, image] for image, attack in enumerate(choice)]), classes)
         for choice in itertools.product(range(attacks), repeat=images)
     ]
-    worst = worst_case(candidates)
+    worst = worst_case(candidates, classes)
     lowest = min(found.miou for found in every)
     assert worst.aacc == pytest.approx(min(found.aacc for found in every))
     assert worst.macc == pytest.approx(min(found.macc for found in every))
     assert worst.miou >= lowest - 1e-9
     assert worst.miou_bound <= lowest + 1e-9
     for attack in range(attacks):
-        assert worst.miou <= scores(candidates[attack]).miou + 1e-9
+        assert worst.miou <= scores(candidates[attack], classes).miou + 1e-9
     # The choices told are those behind the figures.
     chosen = np.stack([candidates[attack, image] for image, attack in enumerate(worst.chosen_miou)])
-    assert scores(chosen).miou == pytest.approx(worst.miou)
+    assert scores(chosen, classes).miou == pytest.approx(worst.miou)
     chosen = np.stack([candidates[attack, image] for image, attack in enumerate(worst.chosen_aacc)])
     assert scores(chosen).aacc == pytest.approx(worst.aacc)
 

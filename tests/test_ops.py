@@ -495,9 +495,45 @@ def test_lower_simd_levels_are_the_reference_too(level: str, tmp_path: Path) -> 
     command = [sys.executable, "-c", LEVEL_CHECK]
     # From another folder: python -c would find the sources in this one before the package that is installed.
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    if done.stdout.strip() != level:
+    if f"EROSEG_CPU_LEVEL is '{level}', wanted one that this CPU has" in done.stderr:
         pytest.skip(f"this CPU has no {level}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == level
+
+
+WRONG_LEVEL = """
+import torch
+from eroseg_ext import attack, cli
+x, labels = torch.rand(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)
+import eroseg_ext.ops
+for call in (
+    lambda: attack(lambda images: images, x, labels),
+    lambda: torch.ops.eroseg.confidence(x, labels, 255, 0),
+    lambda: torch.ops.eroseg.linf_step_(x, x.clone(), x.clone(), 0.1, 0.1, 0.0, 1.0, None),
+    lambda: torch.ops.eroseg.erode(labels.float(), None, 1, torch.ones(1), None),
+):
+    try:
+        call()
+    except (ValueError, RuntimeError) as error:
+        print(error)
+raise SystemExit(cli.main(["info"]))
+"""
+
+
+def test_a_wrong_simd_level_is_told(tmp_path: Path) -> None:
+    """By an attack, by the operators and by the command."""
+    done = subprocess.run(
+        [sys.executable, "-c", WRONG_LEVEL],
+        env=os.environ | {"EROSEG_CPU_LEVEL": "typo"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    sentence = "EROSEG_CPU_LEVEL is 'typo', wanted one that this CPU has: "
+    assert [line.partition("baseline")[0].partition("avx")[0] for line in done.stdout.splitlines()] == [sentence] * 4
+    assert done.stderr.startswith(f"eroseg: {sentence}")
+    assert done.stderr.count("\n") == 1
 
 
 def op_arguments() -> dict[str, tuple[Any, ...]]:

@@ -2,6 +2,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "kernels.h"
 
@@ -22,20 +25,26 @@ extern const Kernels kKernels;
 namespace {
 
 const Kernels& pick() {
-  const char* wanted = std::getenv("EROSEG_CPU_LEVEL");
-  const auto allowed = [wanted](const Kernels& level) {
-    return wanted == nullptr || std::strcmp(wanted, level.level) == 0;
-  };
+  // Best first.
+  std::vector<const Kernels*> levels;
 #if defined(__x86_64__)
   // Feature by feature: not every compiler knows the names of the x86-64 levels.
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  if (v4 && allowed(avx512::kKernels)) return avx512::kKernels;
-  if (v3 && allowed(avx2::kKernels)) return avx2::kKernels;
+  if (v4) levels.push_back(&avx512::kKernels);
+  if (v3) levels.push_back(&avx2::kKernels);
 #endif
-  return baseline::kKernels;
+  levels.push_back(&baseline::kKernels);
+  const char* wanted = std::getenv("EROSEG_CPU_LEVEL");
+  if (wanted == nullptr || *wanted == '\0') return *levels.front();
+  std::string names;
+  for (const Kernels* level : levels) {
+    if (std::strcmp(wanted, level->level) == 0) return *level;
+    names += (names.empty() ? "" : ", ") + std::string(level->level);
+  }
+  throw std::runtime_error("EROSEG_CPU_LEVEL is '" + std::string(wanted) + "', wanted one that this CPU has: " + names);
 }
 
 }  // namespace

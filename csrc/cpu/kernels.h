@@ -55,7 +55,8 @@ struct Kernels {
   void (*l2_step)(const Step&, int64_t image, int64_t begin, int64_t end, float scale, float shrink);
 };
 
-// The kernels of the best level that this CPU has, or of the one that the environment variable EROSEG_CPU_LEVEL names.
+// The kernels of the best level that this CPU has, or of the one that the environment variable EROSEG_CPU_LEVEL names;
+// std::runtime_error, with a sentence for the user, if it names none.
 const Kernels& kernels();
 
 }  // namespace eroseg::cpu

@@ -14,12 +14,16 @@
 namespace eroseg::cpu {
 namespace {
 
+// What a parallel loop throws loses its text: a wrong EROSEG_CPU_LEVEL has to be told before it.
+void check_level() { kernels(); }
+
 // Calls f(image, row_begin, row_end, scratch) over bands of rows of all images. A band is a task; there are a few per
 // thread, for balance, but none lower than min_rows unless an image is. What a band computes does not depend on where
 // its bounds are, so neither does any result on the number of threads.
 template <class F>
 void for_each_band(const Shape& shape, int64_t min_rows, const F& f) {
   if (shape.batch * shape.pixels() == 0) return;
+  check_level();
   constexpr int64_t kTasksPerThread = 4;
   const int64_t tasks = kTasksPerThread * torch::stable::get_num_threads();
   const int64_t bands_wanted = (tasks + shape.batch - 1) / shape.batch;
@@ -138,6 +142,7 @@ Tensor erode(const Tensor& scores, const MaybeTensor& valid, int64_t radius, con
   const int32_t* classes = data_or_null<int32_t>(predicted);
   auto* to = static_cast<float*>(out.mutable_data_ptr());
   if (pixels == 0) return out;
+  check_level();
   torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     for (int64_t i = begin; i < end; ++i) {
@@ -154,6 +159,7 @@ constexpr int64_t kPiece = 32768;
 
 template <class F>
 void for_each_piece(int64_t batch, int64_t elements, const F& f) {
+  check_level();
   const int64_t pieces = (elements + kPiece - 1) / kPiece;
   torch::stable::parallel_for(0, batch * pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from eroseg_ext import options
@@ -16,14 +15,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options; those that are not given are left to the settings' defaults."""
     files = parser.add_argument_group("data and results")
     options.add_data(files)
-    _add(files, "val", Path, "DIR", "folder to validate on, in the form of --data")
+    _add(files, "val", options.path, "DIR", "folder to validate on, in the form of --data")
     _add(files, "classes", int, "C", "of --dataset folder, default: found by reading the labels")
-    files.add_argument("--out", type=Path, required=True, metavar="DIR", help="for checkpoints, weights, log, curves")
+    files.add_argument(
+        "--out", type=options.path, required=True, metavar="DIR", help="for checkpoints, weights, log, curves"
+    )
     _add(files, "resume", None, None, "continue the run in --out; start it where there is none")
 
     model = parser.add_argument_group("model")
     options.add_model(model, default="small")
-    _add(model, "init", Path, "FILE", "weights to start from: state dict, or checkpoint with one as 'model'")
+    _add(model, "init", options.path, "FILE", "weights to start from: state dict, or checkpoint with one as 'model'")
 
     images = parser.add_argument_group("images")
     _add(images, "crop", options.size, "HxW", "random crops to train on, default: --size, else the first image's")

@@ -164,18 +164,24 @@ class TrainSettings:
         check_choice("amp", self.amp, ("none", "bf16"))
         for name in ("flip", "cache", "resume", "progress"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
-        for name in ("epochs", "batch_size", "accumulate", "attack_steps", "val_every", "log_every"):
+        for name in ("batch_size", "accumulate", "val_every", "log_every"):
             check_integer(name, getattr(self, name), 1)
-        for name in ("seed", "val_attack_steps", "compare_reference"):
-            check_integer(name, getattr(self, name), 0)
-        for name in ("classes", "threads", "val_images", "checkpoint_every"):
+        # Beyond these, memory ends or a library fails before anything is told.
+        check_integer("epochs", self.epochs, 1, 10**6)
+        check_integer("attack_steps", self.attack_steps, 1, 10**4)
+        check_integer("val_attack_steps", self.val_attack_steps, 0, 10**4)
+        check_integer("compare_reference", self.compare_reference, 0, 1000)
+        check_integer("seed", self.seed, 0, 2**63 - 1)
+        if self.threads is not None:
+            check_integer("threads", self.threads, 1, 1024)
+        for name in ("classes", "val_images", "checkpoint_every"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
         if self.classes is not None:
             check_integer("classes", self.classes, 1, 2**15 - 1)
         check_integer("ignore_index", self.ignore_index, -(2**63), 2**63 - 1)
         if self.workers is not None:
-            check_integer("workers", self.workers, 0)
+            check_integer("workers", self.workers, 0, 256)
         for name in ("learning_rate", "weight_decay", "step_size", "front_loss"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0, math.inf)
@@ -183,15 +189,15 @@ class TrainSettings:
             check_number(name, getattr(self, name), 0, math.inf)
         check_number("adv_fraction", self.adv_fraction, 0, 1)
         check_number("ema", self.ema, 0, 1)
-        check_number("timeout", self.timeout, 1, math.inf)
+        check_number("timeout", self.timeout, 1, 1e7)
         require(self.ema < 1, "ema", self.ema, "a decay below 1, such as 0.999")
         for name in ("size", "crop"):
             self._check_size(name)
         require(
-            len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1],
+            len(self.scale) == 2 and 0.01 <= self.scale[0] <= self.scale[1] <= 100,
             "scale",
             self.scale,
-            "a pair (low, high) with 0 < low <= high",
+            "a pair (low, high) with 0.01 <= low <= high <= 100",
         )
         self._check_class_weights()
         if self.attack == NO_ATTACK:
@@ -199,6 +205,8 @@ class TrainSettings:
                 self.compare_reference == 0, "compare_reference", self.compare_reference, "0, since attack is 'none'"
             )
         self.attack_settings()
+        if self.mean is not None:
+            require(len(self.mean) in (1, 3), "mean", self.mean, "one number, or one for each of red, green and blue")
 
     def _check_size(self, name: str) -> None:
         size = getattr(self, name)

@@ -32,6 +32,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "balance": 0.0,
     },
 }
+OTHER_NAMES = {
+    "alpha": "step_size",
+    "eps_iter": "step_size",
+    "eps_step": "step_size",
+    "iterations": "steps",
+    "nb_iter": "steps",
+    "max_iter": "steps",
+}
+"""What other libraries call a setting, where its name here is not similar."""
 CALL_ARGUMENTS = ("mask", "generator", "callback", "return_info")
 RHO_RANGES = {"geometric": (0.4, 0.05), "linear": (0.1, 1.0)}
 """First and last fraction of sensitive pixels of the schedules that fix it in advance."""
@@ -179,7 +188,8 @@ class AttackSettings:
                 raise TypeError(f"{name} is an argument of each call, not a setting that is bound")
             if name not in names:
                 choices = [*names, *CALL_ARGUMENTS, "preset"]
-                raise TypeError(f"{name} is not a setting of attack(){near_misses(name, choices)}")
+                near = f" (did you mean {OTHER_NAMES[name]}?)" if name in OTHER_NAMES else near_misses(name, choices)
+                raise TypeError(f"{name} is not a setting of attack(){near}")
         if preset is not None:
             check_choice("preset", preset, tuple(PRESETS))
             keywords = PRESETS[preset] | keywords

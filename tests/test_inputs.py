@@ -253,6 +253,7 @@ def test_an_unknown_method_lists_the_methods_and_the_near_misses(
         ("returninfo", r"\(did you mean return_info"),
         ("masks", r"\(did you mean .*mask"),
         ("presets", r"\(did you mean preset"),
+        ("alpha", r"\(did you mean step_size\?\)"),
         ("xyz", "^xyz is not a setting of attack\\(\\)$"),
     ],
 )
@@ -359,6 +360,26 @@ def test_objects_check_their_settings_when_made(
 ) -> None:
     with pytest.raises(kind, match=message):
         eroseg_ext.SegPGD(net, **settings)
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("eps", "eps"), ("alpha", "step_size"), ("settings", "settings")])
+def test_an_object_refuses_what_it_would_ignore(net: nn.Module, name: str, wanted: str) -> None:
+    attacker = eroseg_ext.PGD(net, eps=8 / 255)
+    with pytest.raises(AttributeError, match=rf"^{name} cannot be set on PGD, .* atk.replace\({wanted}=0.01\)$"):
+        setattr(attacker, name, 0.01)
+    assert attacker.settings.eps == 8 / 255
+
+
+def test_replace_keeps_the_other_settings(net: nn.Module) -> None:
+    attacker = eroseg_ext.MaskedCE(net, balanced=True, steps=7)
+    replaced = attacker.replace(eps=2 / 255)
+    assert type(replaced) is eroseg_ext.MaskedCE
+    assert replaced.model is net
+    assert replaced.settings == AttackSettings(method="mce_bal", steps=7, eps=2 / 255)
+    assert attacker.settings.eps == 8 / 255
+    assert eroseg_ext.EroSeg(net, radius=0).replace(preset="progressive").settings.front == "hard"
+    with pytest.raises(TypeError, match=r"^alpha is not a setting of attack\(\) \(did you mean step_size\?\)$"):
+        attacker.replace(alpha=1 / 255)
 
 
 def test_settings_are_frozen() -> None:

@@ -23,7 +23,9 @@ STEPS = 10
 """Steps of the attacks along the ladder of budgets."""
 LADDER_OF_STEPS = (1, 3, 10, 30)
 LARGE_EPS = 64 / 255
-"""A budget that no model withstands: a quarter of the range of pixel values."""
+"""A budget that no model withstands, as a part of the range of pixel values."""
+LARGEST_EPS = 0.99
+"""The largest budget tried, as a part of the range: one of the whole range bounds nothing, and attacks refuse it."""
 LARGE_STEPS = 60
 """Steps in that ball, which is a long way across: after 30 an attack that works can still be on its way."""
 NEAR_ZERO = 5.0
@@ -47,7 +49,7 @@ class Check:
 def budget(eps: float, norm: str = "linf") -> str:
     """``eps`` in words: in l_inf as 255ths where it is a multiple of a quarter of one."""
     quarters = eps * 255 * 4
-    whole = norm == "linf" and abs(quarters - round(quarters)) < 1e-6
+    whole = norm == "linf" and eps < 1 and abs(quarters - round(quarters)) < 1e-6
     return f"{round(quarters) / 4:g}/255" if whole else f"{eps:.4g}"
 
 
@@ -101,7 +103,10 @@ class _Checker:
         self._norm = settings.get("norm", "linf")
         self._linf = self._norm == "linf"
         # An l_2 ball as large as the l_inf ball's, were it filled: its norm over an image of so many values.
-        self._large = LARGE_EPS if self._linf else LARGE_EPS * images[0].numel() ** 0.5
+        low, high = settings.get("clip", (0.0, 1.0))
+        extent = high - low if self._linf else (high - low) * images[0].numel() ** 0.5
+        self._large = LARGE_EPS * extent
+        self._largest = LARGEST_EPS * extent
         self._eps = eps if eps > 0 else self._large / 4
         self._settings = settings
         self._valid = labels != settings.get("ignore_index", 255)
@@ -168,7 +173,7 @@ class _Checker:
         return False, f"with eps 0 the accuracy is {attacked:.2f} %, wanted the clean one, {clean:.2f} %"
 
     def falls_with_eps(self) -> tuple[bool, str]:
-        budgets = [factor * self._eps for factor in (0.25, 0.5, 1.0, 2.0, 4.0)]
+        budgets = [min(factor * self._eps, self._largest) for factor in (0.25, 0.5, 1.0, 2.0, 4.0)]
         found = [self._accuracy(self._images), *(self._attacked(eps, STEPS) for eps in budgets)]
         return _falls(found, f"from eps 0 over {', '.join(budget(eps, self._norm) for eps in budgets)}")
 
@@ -177,7 +182,7 @@ class _Checker:
         return _falls(found, f"over {', '.join(map(str, LADDER_OF_STEPS))} steps")
 
     def large_eps(self) -> tuple[bool, str]:
-        eps = max(self._large, 4 * self._eps)
+        eps = min(max(self._large, 4 * self._eps), self._largest)
         left = self._attacked(eps, LARGE_STEPS)
         words = f"eps {budget(eps, self._norm)} leaves an accuracy of {left:.2f} %"
         if left <= NEAR_ZERO:

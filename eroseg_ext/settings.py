@@ -46,6 +46,13 @@ RHO_RANGES = {"geometric": (0.4, 0.05), "linear": (0.1, 1.0)}
 """First and last fraction of sensitive pixels of the schedules that fix it in advance."""
 
 
+def check_below_range(name: str, value: float | None, extent: float, what: str) -> None:
+    """Raises ValueError for a length that is no smaller than the pixel values' whole extent: it bounds nothing."""
+    if value is not None:
+        wanted = f"a number below {extent:.6g}, {what}: lengths are in pixel values, such as 8/255 for images in [0, 1]"
+        require(value < extent, name, value, wanted)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttackSettings:
     """What :func:`eroseg_ext.attack` takes as keywords. Lengths in the image are in pixel values of ``clip``'s range.
@@ -56,9 +63,9 @@ class AttackSettings:
     method: str = "eroseg"
     """``eroseg``, ``pgd``, ``segpgd``, ``cospgd``, ``mce``, ``mce_bal``, ``js`` or ``tsallis``"""
     eps: float = 8 / 255
-    """radius of the ball, >= 0; with ``norm="l2"`` the l_2 norm over an image"""
+    """radius of the ball, >= 0 and less than the range of ``clip``; with ``norm="l2"`` the l_2 norm over an image"""
     step_size: float | None = None
-    """default eps / 4"""
+    """default eps / 4; also less than the range of ``clip``"""
     steps: int = 10
     norm: str = "linf"
     """``linf`` or ``l2``"""
@@ -158,6 +165,9 @@ class AttackSettings:
         require(self.front_min <= self.front_max, "front_min", self.front_min, f"at most front_max = {self.front_max}")
         check_pair("clip", self.clip)
         require(self.clip[0] < self.clip[1], "clip", self.clip, "a pair (low, high) with low < high")
+        if self.norm == "linf":
+            for name, value in (("eps", self.eps), ("step_size", self.step_size)):
+                check_below_range(name, value, self.range, f"the range of clip={tuple(self.clip)}")
         if self.rho_range is not None:
             check_pair("rho_range", self.rho_range)
             require(all(0 < rho <= 1 for rho in self.rho_range), "rho_range", self.rho_range, "two fractions in (0, 1]")
@@ -169,6 +179,12 @@ class AttackSettings:
             check_sequence("std", self.std)
             require(len(self.mean) == len(self.std), "std", self.std, f"{len(self.mean)} numbers, as mean has")
             require(all(value > 0 for value in self.std), "std", self.std, "numbers > 0")
+            low, high = self.clip
+            within = f"numbers within clip={tuple(self.clip)}, in whose units mean and std are"
+            require(all(low <= value <= high for value in self.mean), "mean", self.mean, within)
+            # Of 0 to 255, or of 0 to 1, while clip is the other: the widest input that is common is 0 to 255.
+            wanted = f"numbers from {self.range / 256:.3g} to {self.range:g}, in the units of clip={tuple(self.clip)}"
+            require(all(self.range / 256 <= v <= self.range for v in self.std), "std", self.std, wanted)
         require(
             self.autocast in (None, torch.float16, torch.bfloat16),
             "autocast",
@@ -199,6 +215,11 @@ class AttackSettings:
     def alpha(self) -> float:
         """The step size in force."""
         return self.eps / 4 if self.step_size is None else self.step_size
+
+    @property
+    def range(self) -> float:
+        """How far the pixel values of ``clip`` reach."""
+        return self.clip[1] - self.clip[0]
 
     def rho(self, step: int) -> float:
         """The fraction of sensitive pixels of ``step``, under the schedules ``geometric`` and ``linear``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -197,6 +198,21 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"mean": [0.5] * 3, "std": [0.2, 0.2, 0]}, r"^std is \[0.2, 0.2, 0\], wanted numbers > 0$"),
     ({"mean": 0.5, "std": 0.5}, r"^mean is 0.5, wanted a list of numbers, one per image channel$"),
     ({"autocast": torch.float32}, r"^autocast is torch.float32, wanted None, torch.float16 or torch.bfloat16$"),
+    ({"eps": 8}, r"^eps is 8, wanted a number below 1, the range of clip=\(0.0, 1.0\): lengths are in pixel values"),
+    ({"eps": 1.0}, r"^eps is 1.0, wanted a number below 1, the range of clip"),
+    ({"step_size": 2}, r"^step_size is 2, wanted a number below 1, the range of clip=\(0.0, 1.0\): lengths are in"),
+    ({"eps": 255, "clip": (0, 255)}, r"^eps is 255, wanted a number below 255, the range of clip=\(0, 255\)"),
+    ({"eps": 38, "norm": "l2"}, r"^eps is 38, wanted a number below 37.94\d*, the l_2 norm of the range of clip"),
+    ({"step_size": 38, "norm": "l2"}, r"^step_size is 38, wanted a number below 37.94\d*, the l_2 norm of the range"),
+    (
+        {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]},
+        r"^mean is \[123.675, 116.28, 103.53\], wanted numbers within clip=\(0.0, 1.0\), in whose units mean and std are$",
+    ),
+    ({"mean": [0] * 3, "std": [58.395] * 3}, r"^std is \[58.395, .*\], wanted numbers from 0.00391 to 1, in the units of"),
+    (
+        {"mean": [0.485] * 3, "std": [0.229] * 3, "clip": (0, 255)},
+        r"^std is \[0.229, .*\], wanted numbers from 0.996 to 255, in the units of clip=\(0, 255\)$",
+    ),
     ({"targeted": 1}, r"^targeted is 1, wanted True or False$"),
     ({"early_stop": None}, r"^early_stop is None, wanted True or False$"),
     ({"norm": "linf "}, r"^norm is 'linf ', wanted one of linf, l2 \(did you mean linf\?\)$"),
@@ -360,6 +376,47 @@ def test_objects_check_their_settings_when_made(
 ) -> None:
     with pytest.raises(kind, match=message):
         eroseg_ext.SegPGD(net, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eps": 0.6}, r"^eps is 0.6, more than half of 1, the range of clip=\(0.0, 1.0\): is it in the units of images\?"),
+        ({"step_size": 0.6}, "^step_size is 0.6, more than half of 1"),
+        ({"eps": 20, "norm": "l2"}, "^eps is 20, more than half of 37.94.*, the l_2 norm of the range of clip"),
+        ({"clip": (0, 255), "eps": 8}, r"^images has values from .*, a 255th of the range of clip=\(0, 255\) at most"),
+    ],
+)
+def test_lengths_that_are_hardly_meant_are_warned_of(
+    net: nn.Module, arguments: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    for call in (attack, attacked_by_object, *([] if "step_size" in settings else [eroseg_ext.strong_attack])):
+        with pytest.warns(UserWarning, match=message) as seen:
+            call(net, **arguments, **settings)
+        assert [warning.filename for warning in seen] == [__file__]
+
+
+def attacked_by_object(model: nn.Module, images: Tensor, labels: Tensor, **settings: Any) -> Tensor:
+    return eroseg_ext.PGD(model, **settings)(images, labels)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eps": 0.5},
+        {"eps": 18, "norm": "l2"},
+        {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+        {"mean": [0] * 3, "std": [1 / 255] * 3},
+        {"mean": [-1] * 3, "std": [2] * 3, "clip": (-1, 1)},
+    ],
+    ids=str,
+)
+def test_lengths_in_the_images_units_are_not_warned_of(
+    net: nn.Module, arguments: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attack(net, **arguments, **settings)
 
 
 @pytest.mark.parametrize(("name", "wanted"), [("eps", "eps"), ("alpha", "step_size"), ("settings", "settings")])

@@ -33,6 +33,8 @@ class AttackInfo:
     """``[B]`` float64, right pixels of the returned images"""
     valid: Tensor
     """``[B]`` float64, valid pixels"""
+    without_gradient: Tensor
+    """``[B]`` bool, images with pixels left to attack whose gradient was 0 everywhere in the first step"""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,10 @@ def attack(
         ValueError, TypeError: an argument is not as described; one sentence names it. Nothing was done then.
         RuntimeError: the model's logits or gradients are NaN or infinite; names step and image. Raised at the end of
             the call, so that the loop needs no synchronisation. Or, with ``graph``, the model cannot be captured.
+
+    Warns:
+        UserWarning: the output looks like probabilities, an image's gradient is 0 everywhere in the first step, or a
+            length can hardly be in the images' units.
 
     Source: arXiv 2601.14950 for ``eroseg``; the other methods' sources are in :func:`eroseg_ext.reference.pixel_grad`.
     """
@@ -255,7 +261,9 @@ class _Loop:
         # The row after the last step is for the final images, so that one look at the end covers every forward pass.
         self._stats = torch.zeros(config.restarts, self._steps + 1, batch, 4, dtype=torch.float64, device=device)
         self._tau = torch.zeros(config.restarts, self._steps, batch, device=device)
+        self._nan_gradients = torch.zeros(config.restarts, self._steps + 1, batch, dtype=torch.bool, device=device)
         self._broken_images = torch.zeros(batch, dtype=torch.bool, device=device)
+        self._without_gradient = torch.zeros(batch, dtype=torch.bool, device=device)
 
     def run(
         self, generator: torch.Generator | None, callback: Callback | None, return_info: bool
@@ -274,6 +282,7 @@ class _Loop:
                         self._judge(self._best, restart, part, x_adv[part])
                 self._broken_images |= x_adv.isnan().flatten(1).any(1)
         self._raise_unless_finite()
+        inputs.warn_without_gradient(self._without_gradient, self._index.tolist())
         adversarial = x_adv if self._best is None else self._best.images
         # Images of void pixels only have no gradient of their own, but -0.0 becomes 0.0 in a step, and batch statistics
         # (model_mode "train") couple the images.
@@ -281,7 +290,7 @@ class _Loop:
         if self._best is None or not return_info:
             return adversarial, None
         tau = self._tau if config.method == "eroseg" else None
-        return adversarial, AttackInfo(self._stats[:, :-1], tau, self._best.right, self._valid)
+        return adversarial, AttackInfo(self._stats[:, :-1], tau, self._best.right, self._valid, self._without_gradient)
 
     def _start(self, generator: torch.Generator | None) -> Tensor:
         """The first iterate of a restart; images without a valid pixel start, and so end, at the clean image."""
@@ -335,6 +344,12 @@ class _Loop:
             if tau is not None:
                 self._tau[restart, step, rows] = tau
             grad = model.gradient(grad_logits)
+            is_nan, is_zero = inputs.gradient_flags(grad)
+            if leavers is not None:
+                is_nan = is_nan & leavers.going
+            self._nan_gradients[restart, step, rows] = is_nan
+            if step == 0:
+                self._without_gradient[rows] |= is_zero & going
             if config.early_stop:
                 x_adv_all[rows] = x_adv
             self._step_(x_adv, clean, grad, mask)
@@ -390,14 +405,19 @@ class _Loop:
             return torch.cat([(z[:, 0] > 0).long() if z.shape[1] == 1 else z.argmax(1) for z in logits])
 
     def _raise_unless_finite(self) -> None:
-        broken_logits = self._stats[..., 3].isnan()
-        if bool(broken_logits.any() | self._broken_images.any()):
-            if broken_logits.any():
-                restart, step, image = broken_logits.nonzero()[0].tolist()
-                where = "after the last step" if step == self._steps else f"at step {step}"
-                raise NotFiniteError(
-                    f"the model's logits are NaN or infinite {where} for image {image}"
-                    + (f" of restart {restart}" if self._config.restarts > 1 else "")
+        # In the order of events: a step's logits come before its gradient, which breaks the next step's logits.
+        broken = torch.stack([self._stats[..., 3].isnan(), self._nan_gradients], 2)
+        if bool(broken.any() | self._broken_images.any()):
+            if not broken.any():
+                image = self._broken_images.nonzero()[0].item()
+                raise NotFiniteError(f"the model's gradient with respect to image {image} is infinite")
+            restart, step, of_gradient, image = broken.nonzero()[0].tolist()
+            where = "after the last step" if step == self._steps else f"at step {step}"
+            raise NotFiniteError(
+                (
+                    f"the model's gradient with respect to image {image} is NaN {where}"
+                    if of_gradient
+                    else f"the model's logits are NaN or infinite {where} for image {image}"
                 )
-            image = self._broken_images.nonzero()[0].item()
-            raise NotFiniteError(f"the model's gradient with respect to image {image} is NaN")
+                + (f" of restart {restart}" if self._config.restarts > 1 else "")
+            )

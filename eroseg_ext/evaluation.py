@@ -139,6 +139,8 @@ class AttackRow:
     attack: str
     eps: float
     scores: Scores
+    without_gradient: tuple[str, ...] = ()
+    """names of the images whose gradient was 0 everywhere in the attack's first step: their scores are noise's"""
 
 
 @dataclass(frozen=True)
@@ -164,26 +166,64 @@ class Evaluation:
             "settings": self.settings,
             "environment": self.environment,
             "images": list(self.images),
-            "clean": asdict(self.clean),
-            "rows": [{"attack": row.attack, "eps": row.eps, **asdict(row.scores)} for row in self.rows],
-            "worst": [{"eps": eps, **asdict(worst)} for eps, worst in self.worst.items()],
+            "failed_checks": list(self.failed_checks),
+            "clean": {**asdict(self.clean), "checks_passed": self._passed(of_clean=True)},
+            "rows": [
+                {
+                    "attack": row.attack,
+                    "eps": row.eps,
+                    **asdict(row.scores),
+                    "checks_passed": self._passed(),
+                    "without_gradient": list(row.without_gradient),
+                }
+                for row in self.rows
+            ],
+            "worst": [
+                {"eps": eps, **asdict(worst), "checks_passed": self._passed()} for eps, worst in self.worst.items()
+            ],
             "sanity": [asdict(check) for check in self.sanity],
         }
 
+    @property
+    def failed_checks(self) -> tuple[str, ...]:
+        """Names of the sanity checks that failed; the figures are no measure of robustness then."""
+        return tuple(check.name for check in self.sanity if not check.passed)
+
+    def _passed(self, of_clean: bool = False) -> bool | None:
+        """Whether all checks passed that figures rest on, the clean or the attacks'; None where no check was run."""
+        if not self.sanity:
+            return None
+        return not (set(self.failed_checks) & sanity.OF_CLEAN if of_clean else self.failed_checks)
+
     def markdown(self) -> str:
-        """A table of one row per attack, one column per eps, and below it the worst case with its bound."""
+        """A table of one row per attack, one column per eps, and below it the worst case with its bound.
+
+        Lines whose figures cannot be believed say so, and a sentence below the table why.
+        """
         budgets = list(self.worst)
         norm, size = self.settings["norm"], self.settings["size"]
         resized = f", at {size[0]}x{size[1]}" if size else ""
         head = [f"attack{resized}", *(f"eps {budget(eps, norm)}" for eps in budgets), "s per image"]
         lines = [head, ["---"] * len(head)]
-        lines.append(["none", *([_triple(self.clean)] * len(budgets)), f"{self.seconds[CLEAN]:.2f}"])
+        mark = " (checks failed)" if self._passed() is False else ""
+        of_clean = mark if self._passed(of_clean=True) is False else ""
+        lines.append([f"none{of_clean}", *([_triple(self.clean)] * len(budgets)), f"{self.seconds[CLEAN]:.2f}"])
+        failed = ", ".join(self.failed_checks)
+        notes = [f"checks failed: {failed}; these figures are no measure of robustness"] if mark else []
         for name in dict.fromkeys(row.attack for row in self.rows):
-            found = {row.eps: row.scores for row in self.rows if row.attack == name}
-            lines.append([f"`{name}`", *(_triple(found[eps]) for eps in budgets), f"{self.seconds[name]:.2f}"])
-        lines.append(["**worst case**", *(f"**{_triple(self.worst[eps])}**" for eps in budgets), ""])
-        lines.append(["lower bound of its mIoU", *(f"{self.worst[eps].miou_bound:.2f}" for eps in budgets), ""])
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            found = {row.eps: row for row in self.rows if row.attack == name}
+            without = list(dict.fromkeys(image for row in found.values() for image in row.without_gradient))
+            said = f" (no gradient on {len(without)} of {len(self.images)} images)" if without else ""
+            triples = (_triple(found[eps].scores) for eps in budgets)
+            lines.append([f"`{name}`{mark}{said}", *triples, f"{self.seconds[name]:.2f}"])
+            if without:
+                more = f" and {len(without) - 8} more" if len(without) > 8 else ""
+                notes.append(f"`{name}` finds a gradient of 0 everywhere on {', '.join(without[:8])}{more}")
+        lines.append([f"**worst case**{mark}", *(f"**{_triple(self.worst[eps])}**" for eps in budgets), ""])
+        bounds = (f"{self.worst[eps].miou_bound:.2f}" for eps in budgets)
+        lines.append([f"lower bound of its mIoU{mark}", *bounds, ""])
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n\n".join([table, *notes])
 
 
 def _triple(found: Scores | WorstCase) -> str:
@@ -275,6 +315,7 @@ class _Evaluator:
         plan: list[tuple[str, float]] = [(CLEAN, 0.0)]
         plan += [(row, eps) for eps in config.budgets for row in config.rows]
         counts: dict[tuple[str, float], Counts] = {}
+        without: dict[tuple[str, float], list[int]] = {}
         seconds = dict.fromkeys((CLEAN, *config.rows), 0.0)
         with tqdm(total=len(plan) * len(self._indices), unit="image", disable=not config.progress) as bar:
             checks: list[sanity.Check] = []
@@ -285,6 +326,7 @@ class _Evaluator:
                     found = self._unit(name, eps, number)
                     seconds[name] += found["seconds"]
                     parts.append(_dense(found["counts"], found["classes"]))
+                    without.setdefault((name, eps), []).extend(found["without_gradient"])
                     bar.update(len(self._batches[number]))
                 counts[name, eps] = np.concatenate(parts)
                 if not counts[name, eps].any():
@@ -297,7 +339,15 @@ class _Evaluator:
             worst[eps] = worst_case(np.stack([counts[CLEAN, 0.0], *(counts[row, eps] for row in config.rows)]))
         return Evaluation(
             clean=scores(counts[CLEAN, 0.0]),
-            rows=tuple(AttackRow(name, eps, scores(counts[name, eps])) for name, eps in plan[1:]),
+            rows=tuple(
+                AttackRow(
+                    name,
+                    eps,
+                    scores(counts[name, eps]),
+                    tuple(_name(self._data, number) for number in without[name, eps]),
+                )
+                for name, eps in plan[1:]
+            ),
             worst=worst,
             sanity=tuple(checks),
             seconds={
@@ -338,18 +388,27 @@ class _Evaluator:
             torch.manual_seed(noise_seed(config.seed, batch[0], 0))
             images = [self._load(index) for index in batch]
             counts: list[Tensor] = []
+            without: list[int] = []
             for part in _same_size_runs(images):
                 pixels = torch.stack([images[i][0] for i in part]).to(self._device)
                 labels = torch.stack([images[i][1] for i in part]).to(self._device)
                 if name != CLEAN:
                     numbers = [batch[i] for i in part]
-                    pixels = strong_attack(self._model, pixels, labels, seed=config.seed, indices=numbers, **keywords)
+                    pixels, info = strong_attack(
+                        self._model, pixels, labels, seed=config.seed, indices=numbers, return_info=True, **keywords
+                    )
+                    flags = info.without_gradient.tolist()
+                    without += [number for number, flag in zip(numbers, flags, strict=True) if flag]
                 counts += self._count(pixels, labels, [batch[i] for i in part])
             sparse = [_sparse(part) for part in torch.stack(counts).cpu().numpy()]
             under = name if name == CLEAN else f"{name}, eps {budget(eps, config.norm)}"
             took = round(time.perf_counter() - start, 3)
             what = f"{under}, images {batch[0]} to {batch[-1]}"
-            self._journal.put(key, what, {"classes": len(counts[0]), "counts": sparse, "seconds": took})
+            self._journal.put(
+                key,
+                what,
+                {"classes": len(counts[0]), "counts": sparse, "seconds": took, "without_gradient": without},
+            )
         return dict(self._journal[key])
 
     def _key(self, what: dict[str, Any], batch: list[int], number: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -135,4 +136,21 @@ def check_first_logits(logits: Tensor, largest_label: int, ignore_index: int) ->
         warn(
             "the model's output looks like probabilities (every pixel's classes sum to 1), wanted logits: remove the "
             "model's softmax, or the attack is weaker than it could be"
+        )
+
+
+def gradient_flags(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Which images' gradients have a NaN, and which are 0 everywhere, ``[B]`` bool each; never synchronises."""
+    low, high = grad.amin((1, 2, 3)), grad.amax((1, 2, 3))
+    return high.isnan(), (low == 0) & (high == 0)
+
+
+def warn_without_gradient(without_gradient: Tensor, numbers: Sequence[int]) -> None:
+    """Warns of the images, by number, that no gradient reached in the first step with pixels left to attack."""
+    if without_gradient.any():
+        found = [str(number) for number, flag in zip(numbers, without_gradient.tolist(), strict=True) if flag]
+        named = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        warn(
+            f"the model's gradient with respect to image {named} is 0 everywhere in the first step, so the attack is no "
+            "better than noise: the model rounds or detaches its input, or its output is saturated"
         )

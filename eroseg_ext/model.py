@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Model = Callable[[Tensor], Any]
+NO_GRADIENT = "the model's logits do not depend on images by autograd, wanted a differentiable model"
 LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -141,7 +142,7 @@ class Pass:
         leaf = images.detach().requires_grad_()
         logits = self._forward(leaf)
         if not logits.requires_grad:
-            raise ValueError("the model's logits do not depend on images by autograd, wanted a differentiable model")
+            raise ValueError(NO_GRADIENT)
         self._under_way = leaf, logits
         return logits.detach()
 
@@ -150,5 +151,8 @@ class Pass:
         assert self._under_way is not None
         leaf, logits = self._under_way
         self._under_way = None  # or the logits would live on beside those of the next forward pass
-        (grad,) = torch.autograd.grad(logits, leaf, grad_logits)
+        # Of a callable's parameters, which nobody froze, the logits may depend where they do not of the images.
+        grad: Tensor | None = torch.autograd.grad(logits, leaf, grad_logits, allow_unused=True)[0]
+        if grad is None:
+            raise ValueError(NO_GRADIENT)
         return grad

@@ -31,7 +31,8 @@ class Attack:
 
     Raises:
         ValueError, TypeError: a setting is not allowed; one sentence names it.
-        AttributeError: an attribute other than ``model`` is set afterwards; :meth:`replace` makes an attack with other settings.
+        AttributeError: an attribute other than ``model`` is set afterwards; :meth:`replace` makes an attack with other
+            settings.
     """
 
     method: str

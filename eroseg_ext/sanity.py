@@ -35,6 +35,9 @@ SLACK = 1.0
 MASKED = 0.1
 """Share of pixels without a gradient from which on the gradient counts as masked."""
 
+OF_CLEAN = frozenset({"deterministic", "logits"})
+"""Checks without which not even the clean scores can be believed."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -162,8 +165,10 @@ class _Checker:
         if broken > 0:
             return False, f"{100 * broken:.2f} % of the gradient is NaN or infinite"
         zero = float((gradient == 0).all(1).double().mean())
-        if zero >= MASKED:
-            return False, f"{100 * zero:.1f} % of the input pixels have a gradient of exactly 0: gradients are masked"
+        whole = int((gradient == 0).flatten(1).all(1).sum())
+        if zero >= MASKED or whole:
+            verdict = f"{100 * zero:.1f} % of the input pixels have a gradient of exactly 0: gradients are masked"
+            return False, verdict + (f", on {whole} of {len(gradient)} images everywhere" if whole else "")
         return True, f"{100 * zero:.2f} % of the input pixels have a gradient of exactly 0"
 
     def zero_eps(self) -> tuple[bool, str]:

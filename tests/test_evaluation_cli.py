@@ -203,6 +203,26 @@ def test_labels_of_a_single_class_are_told(tmp_path: Path, capsys: pytest.Captur
         evaluate(torch.nn.Conv2d(3, 2, 1), tmp_path / "mask", steps=1, attacks=["pgd"], sanity=0)
 
 
+class Rounded(SmallDeepLab):
+    """Its input is quantised: no gradient reaches an attack."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward((images * 32).round() / 32)
+
+
+def test_strict(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rounded = ["--model", f"{__name__}:Rounded", "--model-args", '{"classes": 8, "width": 8}', "--attacks", "pgd"]
+    arguments = command(files, tmp_path, *rounded, "--sanity", "1", "--images", "1")
+    assert cli.main(arguments) == 0
+    assert "| `pgd` (checks failed) (no gradient on 1 of 1 images) |" in capsys.readouterr().out
+    assert cli.main([*arguments, "--strict"]) == cli.EXIT_CHECKS_FAILED == 3
+    error = capsys.readouterr().err
+    assert error.startswith("eroseg: --strict: failed are gradients, ")
+    assert error.endswith("pgd without gradients\n")
+    assert cli.main(command(files, tmp_path, "--sanity", "0", "--strict")) == 2
+    assert capsys.readouterr().err == "eroseg: --strict needs the sanity checks, which --sanity 0 leaves out\n"
+
+
 def test_broken_model_is_told(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = torch.load(files / "weights.pt")["model"]
     state["classifier.bias"][0] = torch.nan

@@ -133,9 +133,9 @@ def strong_attack(
             which lies in the ball of that step's phase.
         **settings: fields of :class:`eroseg_ext.AttackSettings` with its defaults, but ``steps=100`` and, for
             eroseg, ``front_min=0.1``: ``method``, ``eps``, ``steps`` (gradients per restart), ``restarts``, ``norm``,
-            ``ignore_index``, ``random_start``, ``clip``, ``mean``, ``std``, ``autocast``, ``backend``, ``model_mode``,
-            ``progress`` and what ``method`` takes. Step sizes, the best iterate and the untargeted goal are this
-            attack's own.
+            ``ignore_index``, ``random_start``, ``clip``, ``mean``, ``std``, ``autocast``, ``output``,
+            ``output_key``, ``logits``, ``align_corners``, ``backend``, ``model_mode``, ``progress`` and what
+            ``method`` takes. Step sizes, the best iterate and the untargeted goal are this attack's own.
 
     Returns:
         Images like ``images``, ``|result - images| <= eps`` and within ``clip``, to rounding: of all iterates in the
@@ -153,7 +153,7 @@ def strong_attack(
     if len(numbers) != len(images):
         raise ValueError(f"indices has {len(numbers)} numbers, wanted {len(images)}, one per image")
     model = unwrapped(model)
-    logits = Logits(model, mean=config.mean, std=config.std, autocast=config.autocast)
+    logits = Logits.under(model, config)
     ops = backend.select(images.device, config.backend)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model, config.model_mode):
         search = _Search(config, radii, logits, ops, images, labels, mask)
@@ -327,7 +327,7 @@ class _Search:
         """Right pixels ``[B]`` of the images, and the gradient with respect to them."""
         logits = self._pass.logits(images)
         if not self._logits_checked:
-            inputs.check_first_logits(logits, self._largest_label, self._ignore_index)
+            inputs.check_first_logits(logits, self._largest_label, self._ignore_index, self._config.output)
             self._logits_checked = True
         grad_logits, stats = method.gradient(logits, step)
         self._stats[restart, step] = stats

@@ -106,7 +106,8 @@ def attack(
     >>> adversarial = eroseg_ext.attack(model, images, labels, eps=8 / 255, steps=10)
 
     The model is any callable from images ``[B, K, H, W]`` to logits ``[B, C, h, w]``, or to a dict with ``"out"``, an
-    object with ``.logits``, or a tuple with logits first. Logits smaller than the labels are upsampled bilinearly.
+    object with ``.logits``, or a tuple with logits first; ``output_key`` or ``logits`` find them in any other output.
+    Logits smaller than the labels are upsampled bilinearly. Probabilities are no logits: see ``output``.
     After the call the model is as it was: mode, requires_grad, .grad and BatchNorm statistics.
 
     Args:
@@ -123,9 +124,11 @@ def attack(
             ``step_size=None`` (eps / 4), ``steps=10``, ``norm="linf"``, ``targeted=False``, ``ignore_index=255``,
             ``random_start=True``, ``restarts=1``, ``keep="last"``, ``early_stop=False``, ``clip=(0, 1)``,
             ``mean=None, std=None`` (the model wants normalised input; eps and clip stay in pixel values),
-            ``autocast=None``, ``micro_batch=None``, ``backend="auto"``, ``model_mode="eval"``, ``graph=False``,
-            ``progress=False``; for eroseg ``confidence``, ``front``, ``direction``, ``radius``, ``slope``, ``within``,
-            ``threshold``, ``schedule``, ``reach``, ``front_first``, ``front_min``, ``front_max``, ``balance``,
+            ``autocast=None``, ``output="logits"`` (or ``"probabilities"``, ``"sigmoid"``), ``output_key=None``,
+            ``logits=None``, ``align_corners=False``, ``micro_batch=None``, ``backend="auto"``, ``model_mode="eval"``,
+            ``graph=False``, ``progress=False``; for eroseg ``confidence``, ``front``, ``direction``, ``radius``,
+            ``slope``, ``within``, ``threshold``, ``schedule``, ``reach``, ``front_first``, ``front_min``,
+            ``front_max``, ``balance``,
             ``rho_range``; for cospgd ``variant``; for tsallis ``q``.
 
     Returns:
@@ -138,8 +141,8 @@ def attack(
             the call, so that the loop needs no synchronisation. Or, with ``graph``, the model cannot be captured.
 
     Warns:
-        UserWarning: the output looks like probabilities, an image's gradient is 0 everywhere in the first step, or a
-            length can hardly be in the images' units.
+        UserWarning: the output looks like probabilities, or is of a size that no stride gives; an image's gradient is 0
+            everywhere in the first step; or a length can hardly be in the images' units.
 
     Source: arXiv 2601.14950 for ``eroseg``; the other methods' sources are in :func:`eroseg_ext.reference.pixel_grad`.
     """
@@ -161,7 +164,7 @@ def run_attack(
     """:func:`attack` for settings that have been checked, with the graphs of earlier calls with the same settings."""
     inputs.check(images, labels, mask, config)
     model = unwrapped(model)
-    logits = Logits(model, mean=config.mean, std=config.std, autocast=config.autocast)
+    logits = Logits.under(model, config)
     ops = backend.select(images.device, config.backend)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model, config.model_mode):
         if config.graph:
@@ -329,7 +332,7 @@ class _Loop:
         for step in range(self._steps):
             logits = model.logits(x_adv)
             if not self._logits_checked:
-                inputs.check_first_logits(logits, self._largest_label, self._ignore_index)
+                inputs.check_first_logits(logits, self._largest_label, self._ignore_index, self._config.output)
                 self._logits_checked = True
             grad_logits, stats = method.gradient(logits, step)
             right, tau = stats[:, 1], method.tau

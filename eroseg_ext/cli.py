@@ -212,7 +212,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         data = NamedDataset(args.dataset, args.data, size=args.size)
         classes, ignore_index = args.classes or data.to_class.classes, VOID
     model = load_network(args.model, args.weights, classes=classes, model_args=args.model_args).to(device)
-    keywords = {} if args.attacks is None else {"attacks": args.attacks}
+    optional = ("attacks", "output", "output_key", "align_corners")
+    keywords = {name: getattr(args, name) for name in optional if getattr(args, name) is not None}
     result = evaluate(
         model.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
         data,

@@ -6,7 +6,7 @@ import hashlib
 import re
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -25,6 +25,7 @@ from eroseg_ext.data import SegmentationFolder, evenly_spaced, one_class
 from eroseg_ext.files import locked, write_json
 from eroseg_ext.journal import Journal, key_of
 from eroseg_ext.metrics import Counts, Scores, WorstCase, counts_of, scores, worst_case
+from eroseg_ext.model import SETTINGS as OF_THE_MODEL
 from eroseg_ext.model import Logits, Model, frozen, unwrapped
 from eroseg_ext.sanity import budget
 from eroseg_ext.settings import METHODS
@@ -32,7 +33,7 @@ from eroseg_ext.settings import METHODS
 DEFAULT_ATTACKS = ("eroseg", "js:shrinking", "cospgd")
 """Of all methods and radii the three whose worst case was lowest on three trained networks, see ``bench/NOTES.md``."""
 CLEAN = "clean"
-_OF_THE_DATA_AND_MODEL = ("norm", "ignore_index", "clip", "mean", "std", "autocast", "backend")
+_OF_THE_DATA_AND_MODEL = ("norm", "ignore_index", "clip", "backend", *OF_THE_MODEL)
 """Settings that all rows and the sanity checks share."""
 _OF_THE_ATTACKS = ("steps", "restarts")
 """Settings that a row may have otherwise."""
@@ -77,6 +78,14 @@ class EvaluationSettings:
     std: Sequence[float] | None = None
     autocast: torch.dtype | None = None
     """run the model under torch.autocast with this dtype, also to count its right pixels"""
+    output: str = "logits"
+    """what the model returns: ``logits``, ``probabilities`` (of a softmax) or scores of a ``sigmoid``"""
+    output_key: int | str | None = None
+    """which entry of the model's output are the logits, where it returns several: a number or a name"""
+    logits: Callable[[Any], Tensor] | None = None
+    """instead of ``output_key``: a callable from the model's output to the logits"""
+    align_corners: bool = False
+    """of the bilinear upsampling of logits that are smaller than the labels"""
     backend: str = "auto"
     """of the attacks: ``fused``, ``reference`` or ``auto``"""
     sanity: int = 4
@@ -294,7 +303,7 @@ class _Evaluator:
         self._model = model
         self._data = data
         self._journal = journal
-        self._logits = Logits(model, mean=config.mean, std=config.std, autocast=config.autocast)
+        self._logits = Logits.under(model, config)
         kept = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
         self._device = kept[0].device if kept else _item(data, 0)[0].device
         self._ops = backend.select(self._device, config.backend)
@@ -380,7 +389,7 @@ class _Evaluator:
         config, batch = self._config, self._batches[number]
         keywords = {} if name == CLEAN else config.attack_keywords(name, eps)
         # With every default as it is now: another version may have others.
-        resolved = {} if name == CLEAN else {**asdict(checked(**keywords)), "radii": keywords.get("radii", "fixed")}
+        resolved = {} if name == CLEAN else {**vars(checked(**keywords)), "radii": keywords.get("radii", "fixed")}
         key = self._key({"attack": {key: _plain(value) for key, value in resolved.items()}}, batch, number)
         if key not in self._journal:
             start = time.perf_counter()
@@ -525,6 +534,8 @@ def _plain(value: Any) -> Any:
     """A setting as JSON has it."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
+    if callable(value):
+        return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     return list(value) if isinstance(value, (list, tuple)) else value
 
 

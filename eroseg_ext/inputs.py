@@ -108,13 +108,14 @@ def narrowed(labels: Tensor, config: AttackSettings) -> tuple[Tensor, AttackSett
     return labels, config, high
 
 
-def check_first_logits(logits: Tensor, largest_label: int, ignore_index: int) -> None:
+def check_first_logits(logits: Tensor, largest_label: int, ignore_index: int, output: str) -> None:
     """Checks what only a forward pass tells: labels against the number of classes, and what the logits look like.
 
     Args:
         logits: ``[b, C, H, W]`` of the first images, detached.
         largest_label: the largest label of all images that is not void.
         ignore_index: the label of void pixels, as the caller has it.
+        output: the setting of that name.
 
     Raises:
         ValueError: a label is no class.
@@ -131,11 +132,15 @@ def check_first_logits(logits: Tensor, largest_label: int, ignore_index: int) ->
             f"ignore_index={ignore_index}"
         )
     first = logits[:1]
-    sums = first.sum(1, dtype=torch.float32)
-    if logits.shape[1] > 1 and float(first.amin()) >= 0 and float((sums - 1).abs().max()) < 1e-2:
+    if output == "logits" and float(first.amin()) >= 0 and float(first.amax()) <= 1:
+        sums = first.sum(1, dtype=torch.float32)
+        if logits.shape[1] > 1 and float((sums - 1).abs().max()) < 1e-2:
+            found, layer, setting = "every pixel's classes sum to 1", "softmax", "probabilities"
+        else:
+            found, layer, setting = "all values lie within [0, 1]", "sigmoid", "sigmoid"
         warn(
-            "the model's output looks like probabilities (every pixel's classes sum to 1), wanted logits: remove the "
-            "model's softmax, or the attack is weaker than it could be"
+            f"the model's output looks like probabilities ({found}), wanted logits: remove the model's {layer}, or "
+            f"pass output={setting!r}; else pixels may be counted wrongly, and the attack is weaker than it could be"
         )
 
 
@@ -146,11 +151,11 @@ def gradient_flags(grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def warn_without_gradient(without_gradient: Tensor, numbers: Sequence[int]) -> None:
-    """Warns of the images, by number, that no gradient reached in the first step with pixels left to attack."""
+    """Warns of the images, by number, that the gradient of the first step did not reach."""
     if without_gradient.any():
         found = [str(number) for number, flag in zip(numbers, without_gradient.tolist(), strict=True) if flag]
         named = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
         warn(
-            f"the model's gradient with respect to image {named} is 0 everywhere in the first step, so the attack is no "
-            "better than noise: the model rounds or detaches its input, or its output is saturated"
+            f"the model's gradient with respect to image {named} is 0 everywhere in the first step, so the attack is "
+            "no better than noise: the model rounds or detaches its input, or its output is saturated"
         )

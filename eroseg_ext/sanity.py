@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from eroseg_ext.apgd import noise_seed, strong_attack
+from eroseg_ext.model import SETTINGS as OF_THE_MODEL
 from eroseg_ext.model import Logits, Model, frozen, unwrapped
 
 STEPS = 10
@@ -65,7 +66,7 @@ def check(model: Model, images: Tensor, labels: Tensor, *, eps: float, **setting
         labels: ``[B, H, W]``, on the same device.
         eps: largest budget of the evaluation; with 0 a quarter of ``LARGE_EPS`` takes its place.
         **settings: shared settings of :func:`eroseg_ext.strong_attack`: ``norm``, ``ignore_index``, ``clip``, ``mean``,
-            ``std``, ``autocast``, ``backend``.
+            ``std``, ``autocast``, ``backend``, ``output``, ``output_key``, ``logits``, ``align_corners``.
 
     Returns:
         The checks in a fixed order. One that could not be run, because the attack itself failed, has not passed.
@@ -113,8 +114,7 @@ class _Checker:
         self._eps = eps if eps > 0 else self._large / 4
         self._settings = settings
         self._valid = labels != settings.get("ignore_index", 255)
-        shared = {name: settings.get(name) for name in ("mean", "std", "autocast")}
-        self._logits = Logits(model, **shared)
+        self._logits = Logits(model, **{name: settings[name] for name in OF_THE_MODEL if name in settings})
         self._known: dict[tuple[float, int], float] = {}
 
     def deterministic(self) -> tuple[bool, str]:
@@ -133,14 +133,16 @@ class _Checker:
     def are_logits(self) -> tuple[bool, str]:
         with torch.no_grad():
             output = self._predict(self._images)
-        if output.shape[1] == 1:
-            looks = bool(output.amin() >= 0) and bool(output.amax() <= 1)
-            found = "the one output lies within [0, 1]"
-        else:
-            looks = bool(output.amin() >= 0) and bool(((output.sum(1) - 1).abs() < 1e-2).all())
-            found = "every pixel's outputs are not negative and sum to 1"
-        if looks:
-            return False, f"{found}: these are probabilities, whose gradients vanish; remove the softmax"
+        if self._settings.get("output", "logits") != "logits":
+            return True, f"the outputs are made logits, they range from {output.amin():.3g} to {output.amax():.3g}"
+        if bool(output.amin() >= 0) and bool(output.amax() <= 1):
+            sums = output.shape[1] > 1 and bool(((output.sum(1) - 1).abs() < 1e-2).all())
+            found = "every pixel's outputs are not negative and sum to 1" if sums else "all outputs lie within [0, 1]"
+            layer, output_is = ("softmax", "probabilities") if sums else ("sigmoid", "sigmoid")
+            return False, (
+                f"{found}: these are probabilities, whose gradients vanish; remove the {layer}, or set "
+                f"output={output_is!r}"
+            )
         return True, f"the outputs are no probabilities, they range from {output.amin():.3g} to {output.amax():.3g}"
 
     def gradients(self) -> tuple[bool, str]:

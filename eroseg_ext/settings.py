@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from eroseg_ext.checks import (
     check_choice,
@@ -19,6 +20,7 @@ from eroseg_ext.checks import (
     near_misses,
     require,
 )
+from eroseg_ext.outputs import OUTPUTS
 
 METHODS = ("eroseg", "pgd", "segpgd", "cospgd", "mce", "mce_bal", "js", "tsallis")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -88,6 +90,16 @@ class AttackSettings:
     std: Sequence[float] | None = None
     autocast: torch.dtype | None = None
     """run the model under torch.autocast with this dtype (float16 or bfloat16)"""
+    output: str = "logits"
+    """what the model returns: ``logits``, or ``probabilities`` (of a softmax) or scores of a ``sigmoid``, of which the
+    logits are then computed; where they are exactly 0 or 1 no gradient is left, so a model without that layer is better
+    """
+    output_key: int | str | None = None
+    """which entry of the model's output are the logits, where it returns several: a number or a name"""
+    logits: Callable[[Any], Tensor] | None = None
+    """instead of ``output_key``: a callable from the model's output to the logits"""
+    align_corners: bool = False
+    """of the bilinear upsampling of logits that are smaller than the labels"""
     micro_batch: int | None = None
     """attack so many images at a time; results are those of the whole batch for models that treat images alone"""
     backend: str = "auto"
@@ -138,6 +150,7 @@ class AttackSettings:
         check_choice("norm", self.norm, ("linf", "l2"))
         check_choice("keep", self.keep, ("last", "best"))
         check_choice("backend", self.backend, ("auto", "fused", "reference"))
+        check_choice("output", self.output, OUTPUTS)
         check_choice("model_mode", self.model_mode, ("eval", "train", "keep"))
         check_choice("confidence", self.confidence, ("label", "top"))
         check_choice("front", self.front, ("soft", "hard"))
@@ -146,7 +159,7 @@ class AttackSettings:
         check_choice("threshold", self.threshold, ("lagged", "exact"))
         check_choice("schedule", self.schedule, ("movement", "geometric", "linear"))
         check_choice("variant", self.variant, ("softmax", "sigmoid"))
-        for name in ("targeted", "random_start", "early_stop", "graph", "progress"):
+        for name in ("targeted", "random_start", "early_stop", "graph", "progress", "align_corners"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         check_number("eps", self.eps, 0, math.inf)
         if self.step_size is not None:
@@ -185,6 +198,12 @@ class AttackSettings:
             # Of 0 to 255, or of 0 to 1, while clip is the other: the widest input that is common is 0 to 255.
             wanted = f"numbers from {self.range / 256:.3g} to {self.range:g}, in the units of clip={tuple(self.clip)}"
             require(all(self.range / 256 <= v <= self.range for v in self.std), "std", self.std, wanted)
+        key_is_one = self.output_key is None or type(self.output_key) in (int, str)
+        require(key_is_one, "output_key", self.output_key, "a number or a name")
+        require(
+            self.logits is None or callable(self.logits), "logits", self.logits, "a callable from the model's output"
+        )
+        require(self.logits is None or self.output_key is None, "output_key", self.output_key, "None beside logits=")
         require(
             self.autocast in (None, torch.float16, torch.bfloat16),
             "autocast",

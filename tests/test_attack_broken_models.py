@@ -11,6 +11,7 @@ import pytest
 import torch
 from attack_common import (
     Batch,
+    MakeNet,
     name_of,
     run,
     run_info,
@@ -197,6 +198,16 @@ def test_probabilities_are_warned_of_once(net: nn.Module, batch: Batch, backend:
         run(lambda images: net(images).softmax(1), batch, backend=backend, **settings)
     assert [warning.category for warning in seen] == [UserWarning]
     assert "looks like probabilities" in str(seen[0].message)
+    assert "remove the model's softmax, or pass output='probabilities'" in str(seen[0].message)
+
+
+@pytest.mark.parametrize("classes", [1, 4])
+@pytest.mark.parametrize("call", [attack, strong_attack])
+def test_a_sigmoid_is_warned_of(make_net: MakeNet, batch: Batch, call: Callable[..., Any], classes: int) -> None:
+    net, labels = make_net(classes), batch[1].clamp(max=1)
+    with pytest.warns(UserWarning, match="remove the model's sigmoid, or pass output='sigmoid'") as seen:
+        call(lambda images: net(images).sigmoid(), batch[0], labels, steps=1)
+    assert [warning.filename for warning in seen] == [__file__]
 
 
 def test_the_warning_of_probabilities_points_at_the_caller(net: nn.Module, batch: Batch) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -509,6 +510,43 @@ def test_images_without_a_gradient_are_named(net: nn.Module, pairs: Pairs, tmp_p
     assert "`js` finds a gradient of 0 everywhere on image 1" in table
     rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
     assert [row["without_gradient"] for row in rows] == [["image 1"]] * 2
+
+
+def test_a_binary_sigmoid_counts_as_its_logit(pairs: Pairs) -> None:
+    """The threshold of a probability is 0.5, not 0."""
+    pairs.labels = pairs.labels.clamp(max=1).where(pairs.labels != VOID, VOID)
+    settings = {**QUICK, "attacks": ["pgd"], "sanity": 1}
+    bare = evaluate(lambda images: 4 * (images[:, :1] - images[:, 1:2]), pairs, **settings)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        wrong = evaluate(lambda images: (4 * (images[:, :1] - images[:, 1:2])).sigmoid(), pairs, **settings)
+    assert any("output='sigmoid'" in str(warning.message) for warning in seen)
+    assert "logits" in wrong.failed_checks
+    model = Wrapper(lambda images: {"p": [(4 * (images[:, :1] - images[:, 1:2])).sigmoid(), None]})
+    right = evaluate(model, pairs, **settings, output="sigmoid", logits=model.probabilities)
+    assert right.clean == bare.clean != wrong.clean
+    assert right.rows[0].scores.aacc == pytest.approx(bare.rows[0].scores.aacc, abs=0.5)
+    assert right.as_json()["settings"]["logits"].endswith("Wrapper.probabilities")
+    assert "logits" not in right.failed_checks
+    assert model.copies == 0
+
+
+class Wrapper:
+    """A callable with a method that finds what it returned, and that counts the copies of itself."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.copies = 0
+
+    def __call__(self, images: Tensor) -> Any:
+        return self.model(images)
+
+    def probabilities(self, output: Any) -> Tensor:
+        return output["p"][0]
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        self.copies += 1
+        return self
 
 
 def test_a_table_whose_checks_failed_says_so(net: nn.Module, pairs: Pairs) -> None:

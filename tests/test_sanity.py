@@ -130,6 +130,17 @@ def test_probabilities(trained: Trained) -> None:
     assert checks["deterministic"].passed
 
 
+def test_a_sigmoid(trained: Trained) -> None:
+    class Sigmoid(Wrapped):
+        def forward(self, images: Tensor) -> Tensor:
+            return self.model(images).sigmoid()
+
+    checks = found(Sigmoid(trained[0]), trained)
+    assert not checks["logits"].passed
+    assert "remove the sigmoid, or set output='sigmoid'" in checks["logits"].verdict
+    assert found(Sigmoid(trained[0]), trained, output="sigmoid")["logits"].passed
+
+
 def test_stochastic_model(trained: Trained) -> None:
     checks = found(Stochastic(trained[0]), trained)
     assert not checks["deterministic"].passed

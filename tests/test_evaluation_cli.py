@@ -46,7 +46,11 @@ def test_table_and_json(files: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ("eroseg", 7.65),
         ("js", 7.65),
     ]
-    rows = {cells[1].strip(): cells for cells in (line.split("|") for line in printed.splitlines()) if len(cells) > 3}
+    rows = {
+        cells[1].split(" (")[0].strip(): cells
+        for cells in (line.split("|") for line in printed.splitlines())
+        if len(cells) > 3
+    }
     for column in (0, 1):
         found = result["rows"][2 * column]
         assert (

@@ -133,9 +133,9 @@ def strong_attack(
             which lies in the ball of that step's phase.
         **settings: fields of :class:`eroseg_ext.AttackSettings` with its defaults, but ``steps=100`` and, for
             eroseg, ``front_min=0.1``: ``method``, ``eps``, ``steps`` (gradients per restart), ``restarts``, ``norm``,
-            ``ignore_index``, ``random_start``, ``clip``, ``mean``, ``std``, ``autocast``, ``backend``, ``model_mode``,
-            ``progress`` and what ``method`` takes. Step sizes, the best iterate and the untargeted goal are this
-            attack's own.
+            ``ignore_index``, ``random_start``, ``clip``, ``mean``, ``std``, ``autocast``, ``output``,
+            ``output_key``, ``logits``, ``align_corners``, ``backend``, ``model_mode``, ``progress`` and what
+            ``method`` takes. Step sizes, the best iterate and the untargeted goal are this attack's own.
 
     Returns:
         Images like ``images``, ``|result - images| <= eps`` and within ``clip``, to rounding: of all iterates in the
@@ -154,7 +154,7 @@ def strong_attack(
     if len(numbers) != len(images):
         raise ValueError(f"indices has {len(numbers)} numbers, wanted {len(images)}, one per image")
     model = unwrapped(model)
-    logits = Logits(model, mean=config.mean, std=config.std, autocast=config.autocast)
+    logits = Logits.under(model, config)
     ops = backend.select(images.device, config.backend)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model, config.model_mode):
         search = _Search(config, radii, logits, ops, images, labels, mask)
@@ -249,6 +249,8 @@ class _Search:
         # The row after the last step is for the final images, so that one look at the end covers every forward pass.
         self._stats = torch.zeros(config.restarts, steps + 1, batch, 4, dtype=torch.float64, device=device)
         self._tau = torch.zeros(config.restarts, steps, batch, device=device)
+        self._nan_gradients = torch.zeros(config.restarts, steps + 1, batch, dtype=torch.bool, device=device)
+        self._without_gradient = torch.zeros(batch, dtype=torch.bool, device=device)
 
     def run(self, seed: int, indices: list[int]) -> tuple[Tensor, AttackInfo]:
         config = self._config
@@ -261,8 +263,9 @@ class _Search:
                     images = self._ascend(images, method, phase, restart, bar)
                 self._judge(images, restart)
         self._raise_unless_finite()
+        inputs.warn_without_gradient(self._without_gradient, indices)
         tau = self._tau if config.method == "eroseg" else None
-        info = AttackInfo(self._stats[:, :-1], tau, self._best_right, self._valid)
+        info = AttackInfo(self._stats[:, :-1], tau, self._best_right, self._valid, self._without_gradient)
         return self._best_images.to(self._dtype), info
 
     def _start(self, seed: int, indices: list[int], restart: int) -> Tensor:
@@ -326,13 +329,17 @@ class _Search:
         """Right pixels ``[B]`` of the images, and the gradient with respect to them."""
         logits = self._pass.logits(images)
         if not self._logits_checked:
-            inputs.check_first_logits(logits, self._largest_label, self._ignore_index)
+            inputs.check_first_logits(logits, self._largest_label, self._ignore_index, self._config.output)
             self._logits_checked = True
         grad_logits, stats = method.gradient(logits, step)
         self._stats[restart, step] = stats
         if method.tau is not None:
             self._tau[restart, step] = method.tau
-        return stats[:, 1], self._pass.gradient(grad_logits)
+        grad = self._pass.gradient(grad_logits)
+        self._nan_gradients[restart, step], is_zero = inputs.gradient_flags(grad)
+        if step == 0:
+            self._without_gradient |= is_zero & (stats[:, 1] > 0)
+        return stats[:, 1], grad
 
     def _judge(self, images: Tensor, restart: int) -> None:
         """Counts the right pixels of a restart's last iterate."""
@@ -355,12 +362,17 @@ class _Search:
         return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
 
     def _raise_unless_finite(self) -> None:
-        broken = self._stats[..., 3].isnan()
+        # In the order of events: a step's logits come before its gradient, which breaks the next step's logits.
+        broken = torch.stack([self._stats[..., 3].isnan(), self._nan_gradients], 2)
         if bool(broken.any()):
-            restart, step, image = broken.nonzero()[0].tolist()
+            restart, step, of_gradient, image = broken.nonzero()[0].tolist()
             raise NotFiniteError(
-                f"the model's logits, or its gradient in the step before, are NaN or infinite at step {step} for image "
-                f"{image}" + (f" of restart {restart}" if self._config.restarts > 1 else "")
+                (
+                    f"the model's gradient with respect to image {image} is NaN at step {step}"
+                    if of_gradient
+                    else f"the model's logits are NaN or infinite at step {step} for image {image}"
+                )
+                + (f" of restart {restart}" if self._config.restarts > 1 else "")
             )
 
 

@@ -33,6 +33,8 @@ class AttackInfo:
     """``[B]`` float64, right pixels of the returned images"""
     valid: Tensor
     """``[B]`` float64, valid pixels"""
+    without_gradient: Tensor
+    """``[B]`` bool, images with pixels left to attack whose gradient was 0 everywhere in the first step"""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def attack(
     >>> adversarial = eroseg_ext.attack(model, images, labels, eps=8 / 255, steps=10)
 
     The model is any callable from images ``[B, K, H, W]`` to logits ``[B, C, h, w]``, or to a dict with ``"out"``, an
-    object with ``.logits``, or a tuple with logits first. Logits smaller than the labels are upsampled bilinearly.
+    object with ``.logits``, or a tuple with logits first; ``output_key`` or ``logits`` find them in any other output.
+    Logits smaller than the labels are upsampled bilinearly. Probabilities are no logits: see ``output``.
     After the call the model is as it was: mode, requires_grad, .grad and BatchNorm statistics.
 
     Args:
@@ -121,9 +124,11 @@ def attack(
             ``step_size=None`` (eps / 4), ``steps=10``, ``norm="linf"``, ``targeted=False``, ``ignore_index=255``,
             ``random_start=True``, ``restarts=1``, ``keep="last"``, ``early_stop=False``, ``clip=(0, 1)``,
             ``mean=None, std=None`` (the model wants normalised input; eps and clip stay in pixel values),
-            ``autocast=None``, ``micro_batch=None``, ``backend="auto"``, ``model_mode="eval"``, ``graph=False``,
-            ``progress=False``; for eroseg ``confidence``, ``front``, ``direction``, ``radius``, ``slope``, ``within``,
-            ``threshold``, ``schedule``, ``reach``, ``front_first``, ``front_min``, ``front_max``, ``balance``,
+            ``autocast=None``, ``output="logits"`` (or ``"probabilities"``, ``"sigmoid"``), ``output_key=None``,
+            ``logits=None``, ``align_corners=False``, ``micro_batch=None``, ``backend="auto"``, ``model_mode="eval"``,
+            ``graph=False``, ``progress=False``; for eroseg ``confidence``, ``front``, ``direction``, ``radius``,
+            ``slope``, ``within``, ``threshold``, ``schedule``, ``reach``, ``front_first``, ``front_min``,
+            ``front_max``, ``balance``,
             ``rho_range``; for cospgd ``variant``; for tsallis ``q``.
 
     Returns:
@@ -136,6 +141,10 @@ def attack(
         NotFiniteError: (a RuntimeError) the model's logits or gradients are NaN or infinite; names step and image.
             Raised at the end of the call, so that the loop needs no synchronisation.
         RuntimeError: with ``graph``, the model cannot be captured.
+
+    Warns:
+        UserWarning: the output looks like probabilities, or is of a size that no stride gives; an image's gradient is 0
+            everywhere in the first step; or a length can hardly be in the images' units.
 
     Source: arXiv 2601.14950 for ``eroseg``; the other methods' sources are in :func:`eroseg_ext.reference.pixel_grad`.
     """
@@ -157,7 +166,7 @@ def run_attack(
     """:func:`attack` for settings that have been checked, with the graphs of earlier calls with the same settings."""
     inputs.check(images, labels, mask, config)
     model = unwrapped(model)
-    logits = Logits(model, mean=config.mean, std=config.std, autocast=config.autocast)
+    logits = Logits.under(model, config)
     ops = backend.select(images.device, config.backend)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model, config.model_mode):
         if config.graph:
@@ -274,7 +283,9 @@ class _Loop:
         # The row after the last step is for the final images, so that one look at the end covers every forward pass.
         self._stats = torch.zeros(config.restarts, self._steps + 1, batch, 4, dtype=torch.float64, device=device)
         self._tau = torch.zeros(config.restarts, self._steps, batch, device=device)
+        self._nan_gradients = torch.zeros(config.restarts, self._steps + 1, batch, dtype=torch.bool, device=device)
         self._broken_images = torch.zeros(batch, dtype=torch.bool, device=device)
+        self._without_gradient = torch.zeros(batch, dtype=torch.bool, device=device)
 
     def run(
         self, generator: torch.Generator | None, callback: Callback | None, return_info: bool
@@ -293,6 +304,7 @@ class _Loop:
                         self._judge(self._best, restart, part, x_adv[part])
                 self._broken_images |= x_adv.isnan().flatten(1).any(1)
         self._raise_unless_finite()
+        inputs.warn_without_gradient(self._without_gradient, self._index.tolist())
         adversarial = x_adv if self._best is None else self._best.images
         # Images of void pixels only have no gradient of their own, but -0.0 becomes 0.0 in a step, and batch statistics
         # (model_mode "train") couple the images.
@@ -300,7 +312,7 @@ class _Loop:
         if self._best is None or not return_info:
             return adversarial, None
         tau = self._tau if config.method == "eroseg" else None
-        return adversarial, AttackInfo(self._stats[:, :-1], tau, self._best.right, self._valid)
+        return adversarial, AttackInfo(self._stats[:, :-1], tau, self._best.right, self._valid, self._without_gradient)
 
     def _start(self, generator: torch.Generator | None) -> Tensor:
         """The first iterate of a restart; images without a valid pixel start, and so end, at the clean image."""
@@ -334,7 +346,7 @@ class _Loop:
         for step in range(self._steps):
             logits = model.logits(x_adv)
             if not self._logits_checked:
-                inputs.check_first_logits(logits, self._largest_label, self._ignore_index)
+                inputs.check_first_logits(logits, self._largest_label, self._ignore_index, self._config.output)
                 self._logits_checked = True
             grad_logits, stats = method.gradient(logits, step)
             right, tau = stats[:, 1], method.tau
@@ -349,6 +361,12 @@ class _Loop:
             if tau is not None:
                 self._tau[restart, step, rows] = tau
             grad = model.gradient(grad_logits)
+            is_nan, is_zero = inputs.gradient_flags(grad)
+            if leavers is not None:
+                is_nan = is_nan & leavers.going
+            self._nan_gradients[restart, step, rows] = is_nan
+            if step == 0:
+                self._without_gradient[rows] |= is_zero & going
             if config.early_stop:
                 x_adv_all[rows] = x_adv
             self._step_(x_adv, clean, grad, mask)
@@ -404,14 +422,19 @@ class _Loop:
             return torch.cat([(z[:, 0] > 0).long() if z.shape[1] == 1 else z.argmax(1) for z in logits])
 
     def _raise_unless_finite(self) -> None:
-        broken_logits = self._stats[..., 3].isnan()
-        if bool(broken_logits.any() | self._broken_images.any()):
-            if broken_logits.any():
-                restart, step, image = broken_logits.nonzero()[0].tolist()
-                where = "after the last step" if step == self._steps else f"at step {step}"
-                raise NotFiniteError(
-                    f"the model's logits are NaN or infinite {where} for image {image}"
-                    + (f" of restart {restart}" if self._config.restarts > 1 else "")
+        # In the order of events: a step's logits come before its gradient, which breaks the next step's logits.
+        broken = torch.stack([self._stats[..., 3].isnan(), self._nan_gradients], 2)
+        if bool(broken.any() | self._broken_images.any()):
+            if not broken.any():
+                image = self._broken_images.nonzero()[0].item()
+                raise NotFiniteError(f"the model's gradient with respect to image {image} is infinite")
+            restart, step, of_gradient, image = broken.nonzero()[0].tolist()
+            where = "after the last step" if step == self._steps else f"at step {step}"
+            raise NotFiniteError(
+                (
+                    f"the model's gradient with respect to image {image} is NaN {where}"
+                    if of_gradient
+                    else f"the model's logits are NaN or infinite {where} for image {image}"
                 )
-            image = self._broken_images.nonzero()[0].item()
-            raise NotFiniteError(f"the model's gradient with respect to image {image} is NaN")
+                + (f" of restart {restart}" if self._config.restarts > 1 else "")
+            )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import sys
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +16,14 @@ def require(condition: bool, name: str, came: object, wanted: str) -> None:
     """Raises ValueError unless the condition holds."""
     if not condition:
         raise ValueError(f"{name} is {came!r}, wanted {wanted}")
+
+
+def warn(message: str) -> None:
+    """Warns at the line outside this package that led here."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("eroseg_ext", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def near_misses(value: object, choices: Sequence[str]) -> str:

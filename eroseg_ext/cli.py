@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import NoReturn
 
 EXIT_USER_ERROR = 2
+EXIT_CHECKS_FAILED = 3
 EXIT_INTERRUPTED = 130
 
 
 class _UserError(Exception):
     """Something the user can put right; its text is one sentence."""
+
+
+class _ChecksFailed(Exception):
+    """``evaluate --strict`` ended with figures that cannot be believed; its text is one sentence."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the command's name; None (default) takes those of the process.
 
     Returns:
-        0; 2 after an error that the user can put right, told in one sentence on stderr; 130 after Ctrl-C.
+        0; 2 after an error that the user can put right, told in one sentence on stderr; 3 where ``evaluate --strict``
+        finds that checks failed; 130 after Ctrl-C.
     """
     try:
         import torch
@@ -56,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("eroseg: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except _ChecksFailed as failed:
+        print(f"eroseg: {failed}", file=sys.stderr)
+        return EXIT_CHECKS_FAILED
     except (_UserError, ValueError, OSError) as error:
         return _told(str(error) or type(error).__name__)
     except MemoryError:
@@ -169,6 +178,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
     add("--batch-size", type=options.at_least_1, default=8, metavar="B", help="images attacked at once, default: 8")
     add("--seed", type=options.seed, default=0, metavar="N", help="default: 0")
     add("--sanity", type=int, default=4, metavar="N", help="images for the sanity checks, 0 for none, default: 4")
+    add("--strict", action="store_true", help="exit with 3 if a sanity check failed or an image had no gradient")
     add("--device", metavar="NAME", help=options.DEVICE)
 
 
@@ -233,6 +243,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     if args.norm == "linf":
         options.check_linf(*args.eps)
+    if args.strict and args.sanity == 0:
+        raise _UserError("--strict needs the sanity checks, which --sanity 0 leaves out")
     device = usable_device(args.device)
     data: SegmentationFolder
     if args.dataset in (None, FOLDER):
@@ -242,7 +254,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         data = NamedDataset(args.dataset, args.data, size=args.size)
         classes, ignore_index = args.classes or data.to_class.classes, VOID
     model = load_network(args.model, args.weights, classes=classes, model_args=args.model_args).to(device)
-    keywords = {} if args.attacks is None else {"attacks": args.attacks}
+    optional = ("attacks", "output", "output_key", "align_corners")
+    keywords = {name: getattr(args, name) for name in optional if getattr(args, name) is not None}
     result = evaluate(
         model.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
         data,
@@ -274,6 +287,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         print()
     for check in result.sanity:
         print(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.verdict}")
+    without = [f"{row.attack} without gradients" for row in result.rows if row.without_gradient]
+    if args.strict and (result.failed_checks or without):
+        raise _ChecksFailed(f"--strict: failed are {', '.join(dict.fromkeys([*result.failed_checks, *without]))}")
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import count, groupby
@@ -26,6 +26,7 @@ from eroseg_ext.data import SegmentationFolder, evenly_spaced, one_class
 from eroseg_ext.files import locked, write_json
 from eroseg_ext.journal import Journal, key_of
 from eroseg_ext.metrics import MIOU_CLASSES, Counts, Floats, Scores, WorstCase, counts_of, scores, worst_case
+from eroseg_ext.model import SETTINGS as OF_THE_MODEL
 from eroseg_ext.model import Logits, Model, frozen, unwrapped
 from eroseg_ext.sanity import budget
 from eroseg_ext.settings import METHODS
@@ -33,7 +34,7 @@ from eroseg_ext.settings import METHODS
 DEFAULT_ATTACKS = ("eroseg", "js:shrinking", "cospgd")
 """Of all methods and radii the three whose worst case was lowest on three trained networks, see ``bench/NOTES.md``."""
 CLEAN = "clean"
-_OF_THE_DATA_AND_MODEL = ("norm", "ignore_index", "clip", "mean", "std", "autocast", "backend")
+_OF_THE_DATA_AND_MODEL = ("norm", "ignore_index", "clip", "backend", *OF_THE_MODEL)
 """Settings that all rows and the sanity checks share."""
 _OF_THE_ATTACKS = ("steps", "restarts")
 """Settings that a row may have otherwise."""
@@ -82,6 +83,14 @@ class EvaluationSettings:
     std: Sequence[float] | None = None
     autocast: torch.dtype | None = None
     """run the model under torch.autocast with this dtype, also to count its right pixels"""
+    output: str = "logits"
+    """what the model returns: ``logits``, ``probabilities`` (of a softmax) or scores of a ``sigmoid``"""
+    output_key: int | str | None = None
+    """which entry of the model's output are the logits, where it returns several: a number or a name"""
+    logits: Callable[[Any], Tensor] | None = None
+    """instead of ``output_key``: a callable from the model's output to the logits"""
+    align_corners: bool = False
+    """of the bilinear upsampling of logits that are smaller than the labels"""
     backend: str = "auto"
     """of the attacks: ``fused``, ``reference`` or ``auto``"""
     miou_classes: str = "labelled"
@@ -161,6 +170,8 @@ class AttackRow:
     attack: str
     eps: float
     scores: Scores
+    without_gradient: tuple[str, ...] = ()
+    """names of the images whose gradient was 0 everywhere in the attack's first step: their scores are noise's"""
 
 
 @dataclass(frozen=True)
@@ -186,26 +197,64 @@ class Evaluation:
             "settings": self.settings,
             "environment": self.environment,
             "images": list(self.images),
-            "clean": asdict(self.clean),
-            "rows": [{"attack": row.attack, "eps": row.eps, **asdict(row.scores)} for row in self.rows],
-            "worst": [{"eps": eps, **asdict(worst)} for eps, worst in self.worst.items()],
+            "failed_checks": list(self.failed_checks),
+            "clean": {**asdict(self.clean), "checks_passed": self._passed(of_clean=True)},
+            "rows": [
+                {
+                    "attack": row.attack,
+                    "eps": row.eps,
+                    **asdict(row.scores),
+                    "checks_passed": self._passed(),
+                    "without_gradient": list(row.without_gradient),
+                }
+                for row in self.rows
+            ],
+            "worst": [
+                {"eps": eps, **asdict(worst), "checks_passed": self._passed()} for eps, worst in self.worst.items()
+            ],
             "sanity": [asdict(check) for check in self.sanity],
         }
 
+    @property
+    def failed_checks(self) -> tuple[str, ...]:
+        """Names of the sanity checks that failed; the figures are no measure of robustness then."""
+        return tuple(check.name for check in self.sanity if not check.passed)
+
+    def _passed(self, of_clean: bool = False) -> bool | None:
+        """Whether all checks passed that figures rest on, the clean or the attacks'; None where no check was run."""
+        if not self.sanity:
+            return None
+        return not (set(self.failed_checks) & sanity.OF_CLEAN if of_clean else self.failed_checks)
+
     def markdown(self) -> str:
-        """A table of one row per attack, one column per eps, and below it the worst case with its bound."""
+        """A table of one row per attack, one column per eps, and below it the worst case with its bound.
+
+        Lines whose figures cannot be believed say so, and a sentence below the table why.
+        """
         budgets = list(self.worst)
         norm, size = self.settings["norm"], self.settings["size"]
         resized = f", at {size[0]}x{size[1]}" if size else ""
         head = [f"attack{resized}", *(f"eps {budget(eps, norm)}" for eps in budgets), "s per image"]
         lines = [head, ["---"] * len(head)]
-        lines.append(["none", *([_triple(self.clean)] * len(budgets)), f"{self.seconds[CLEAN]:.2f}"])
+        mark = " (checks failed)" if self._passed() is False else ""
+        of_clean = mark if self._passed(of_clean=True) is False else ""
+        lines.append([f"none{of_clean}", *([_triple(self.clean)] * len(budgets)), f"{self.seconds[CLEAN]:.2f}"])
+        failed = ", ".join(self.failed_checks)
+        notes = [f"checks failed: {failed}; these figures are no measure of robustness"] if mark else []
         for name in dict.fromkeys(row.attack for row in self.rows):
-            found = {row.eps: row.scores for row in self.rows if row.attack == name}
-            lines.append([f"`{name}`", *(_triple(found[eps]) for eps in budgets), f"{self.seconds[name]:.2f}"])
-        lines.append(["**worst case**", *(f"**{_triple(self.worst[eps])}**" for eps in budgets), ""])
-        lines.append(["lower bound of its mIoU", *(f"{self.worst[eps].miou_bound:.2f}" for eps in budgets), ""])
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            found = {row.eps: row for row in self.rows if row.attack == name}
+            without = list(dict.fromkeys(image for row in found.values() for image in row.without_gradient))
+            said = f" (no gradient on {len(without)} of {len(self.images)} images)" if without else ""
+            triples = (_triple(found[eps].scores) for eps in budgets)
+            lines.append([f"`{name}`{mark}{said}", *triples, f"{self.seconds[name]:.2f}"])
+            if without:
+                more = f" and {len(without) - 8} more" if len(without) > 8 else ""
+                notes.append(f"`{name}` finds a gradient of 0 everywhere on {', '.join(without[:8])}{more}")
+        lines.append([f"**worst case**{mark}", *(f"**{_triple(self.worst[eps])}**" for eps in budgets), ""])
+        bounds = (f"{self.worst[eps].miou_bound:.2f}" for eps in budgets)
+        lines.append([f"lower bound of its mIoU{mark}", *bounds, ""])
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n\n".join([table, *notes])
 
 
 def _triple(found: Scores | WorstCase) -> str:
@@ -285,7 +334,7 @@ class _Evaluator:
         self._model = model
         self._data = data
         self._journal = journal
-        self._logits = Logits(model, mean=config.mean, std=config.std, autocast=config.autocast)
+        self._logits = Logits.under(model, config)
         channels = len(self._load(0)[0])
         if config.mean is not None and len(config.mean) not in (1, channels):
             raise ValueError(f"mean has {len(config.mean)} numbers, wanted {channels}, one per channel of images")
@@ -309,6 +358,7 @@ class _Evaluator:
         plan: list[tuple[str, float]] = [(CLEAN, 0.0)]
         plan += [(row, eps) for eps in config.budgets for row in config.rows]
         counts: dict[tuple[str, float], Counts] = {}
+        without: dict[tuple[str, float], list[int]] = {key: [] for key in plan}
         seconds = dict.fromkeys((CLEAN, *config.rows), 0.0)
         with tqdm(total=len(plan) * len(self._indices), unit="image", disable=not config.progress) as bar:
             checks: list[sanity.Check] = []
@@ -316,9 +366,11 @@ class _Evaluator:
                 bar.set_description(name if name == CLEAN else f"{name} {budget(eps, config.norm)}")
                 parts = []
                 for batch in self._batches:
-                    for found in self._unit(name, eps, batch):
+                    for index, found in zip(batch, self._unit(name, eps, batch), strict=True):
                         seconds[name] += found["seconds"]
                         parts.append(_dense(found["counts"], found["classes"]))
+                        if found["without_gradient"]:
+                            without[name, eps].append(index)
                     bar.update(len(batch))
                 counts[name, eps] = np.stack(parts)
                 if not counts[name, eps].any():
@@ -332,7 +384,15 @@ class _Evaluator:
             worst[eps] = worst_case(candidates, config.miou_classes)
         return Evaluation(
             clean=scores(counts[CLEAN, 0.0], config.miou_classes),
-            rows=tuple(AttackRow(name, eps, scores(counts[name, eps], config.miou_classes)) for name, eps in plan[1:]),
+            rows=tuple(
+                AttackRow(
+                    name,
+                    eps,
+                    scores(counts[name, eps], config.miou_classes),
+                    tuple(_name(self._data, number) for number in without[name, eps]),
+                )
+                for name, eps in plan[1:]
+            ),
             worst=worst,
             sanity=tuple(checks),
             seconds={
@@ -369,7 +429,7 @@ class _Evaluator:
         config = self._config
         keywords = {} if name == CLEAN else config.attack_keywords(name, eps)
         # With every default as it is now: another version may have others.
-        resolved = {} if name == CLEAN else {**asdict(checked(**keywords)), "radii": keywords.get("radii", "fixed")}
+        resolved = {} if name == CLEAN else {**vars(checked(**keywords)), "radii": keywords.get("radii", "fixed")}
         about = {"attack": {key: _plain(value) for key, value in resolved.items()}}
         keys = [self._key(about, [index]) for index in batch]
         if not all(key in self._journal for key in keys):
@@ -378,12 +438,17 @@ class _Evaluator:
             torch.manual_seed(noise_seed(config.seed, batch[0], 0))
             images = [self._load(index) for index in batch]
             counts: list[Tensor] = []
+            without: list[int] = []
             for part in _same_size_runs(images):
                 pixels = torch.stack([images[i][0] for i in part]).to(self._device)
                 labels = torch.stack([images[i][1] for i in part]).to(self._device)
                 if name != CLEAN:
                     numbers = [batch[i] for i in part]
-                    pixels = strong_attack(self._model, pixels, labels, seed=config.seed, indices=numbers, **keywords)
+                    pixels, info = strong_attack(
+                        self._model, pixels, labels, seed=config.seed, indices=numbers, return_info=True, **keywords
+                    )
+                    flags = info.without_gradient.tolist()
+                    without += [number for number, flag in zip(numbers, flags, strict=True) if flag]
                 counts += self._count(pixels, labels, [batch[i] for i in part])
             sparse = [_sparse(part) for part in torch.stack(counts).cpu().numpy()]
             under = name if name == CLEAN else f"{name}, eps {budget(eps, config.norm)}"
@@ -391,7 +456,7 @@ class _Evaluator:
             for key, index, found in zip(keys, batch, sparse, strict=True):
                 if key not in self._journal:
                     value = {"classes": len(counts[0]), "counts": found, "seconds": took}
-                    self._journal.put(key, f"{under}, image {index}", value)
+                    self._journal.put(key, f"{under}, image {index}", value | {"without_gradient": index in without})
         return [self._journal[key] for key in keys]
 
     def _key(self, what: dict[str, Any], images: list[int]) -> str:
@@ -550,6 +615,8 @@ def _plain(value: Any) -> Any:
         return dict(value)
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
+    if callable(value):
+        return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     return list(value) if isinstance(value, (list, tuple)) else value
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from eroseg_ext.settings import AttackSettings
+from eroseg_ext.checks import warn
+from eroseg_ext.settings import AttackSettings, check_below_range
 
 LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -40,6 +41,7 @@ def check(images: Tensor, labels: Tensor | None, mask: Tensor | None, config: At
     if config.mean is not None and len(config.mean) not in (1, channels):
         raise ValueError(f"mean has {len(config.mean)} numbers, wanted {channels}, one per channel of images")
     _check_range(images, config.clip)
+    _check_lengths(images, config)
 
 
 def _check_map(name: str, value: object, images: Tensor, shape: list[int]) -> None:
@@ -62,6 +64,26 @@ def _check_range(images: Tensor, clip: tuple[float, float]) -> None:
             f"images has values from {low:.6g} to {high:.6g}, wanted them within clip={tuple(clip)}: pass unnormalised "
             "images with mean= and std=, or another clip"
         )
+    if 0 < high - low <= (clip[1] - clip[0]) / 255:
+        warn(
+            f"images has values from {low:.6g} to {high:.6g}, a 255th of the range of clip={tuple(clip)} at most: are "
+            "images in the units of clip, which eps is in too?"
+        )
+
+
+def _check_lengths(images: Tensor, config: AttackSettings) -> None:
+    """Finds lengths in other units than the images'; in l_inf, settings have refused those beyond clip's range."""
+    extent, what = config.range, f"the range of clip={tuple(config.clip)}"
+    if config.norm == "l2":
+        extent *= images[:1].numel() ** 0.5
+        what = f"the l_2 norm of {what} over an image"
+    if len(images) == 0 or extent == 0:
+        return
+    for name in ("eps", "step_size"):
+        value = getattr(config, name)
+        check_below_range(name, value, extent, what)
+        if value is not None and value > extent / 2:
+            warn(f"{name} is {value:g}, more than half of {extent:.6g}, {what}: is it in the units of images?")
 
 
 NARROW_VOID = 255
@@ -86,13 +108,14 @@ def narrowed(labels: Tensor, config: AttackSettings) -> tuple[Tensor, AttackSett
     return labels, config, high
 
 
-def check_first_logits(logits: Tensor, largest_label: int, ignore_index: int) -> None:
+def check_first_logits(logits: Tensor, largest_label: int, ignore_index: int, output: str) -> None:
     """Checks what only a forward pass tells: labels against the number of classes, and what the logits look like.
 
     Args:
         logits: ``[b, C, H, W]`` of the first images, detached.
         largest_label: the largest label of all images that is not void.
         ignore_index: the label of void pixels, as the caller has it.
+        output: the setting of that name.
 
     Raises:
         ValueError: a label is no class.
@@ -109,11 +132,30 @@ def check_first_logits(logits: Tensor, largest_label: int, ignore_index: int) ->
             f"ignore_index={ignore_index}"
         )
     first = logits[:1]
-    sums = first.sum(1, dtype=torch.float32)
-    if logits.shape[1] > 1 and float(first.amin()) >= 0 and float((sums - 1).abs().max()) < 1e-2:
-        warnings.warn(
-            "the model's output looks like probabilities (every pixel's classes sum to 1), wanted logits: remove the "
-            "model's softmax, or the attack is weaker than it could be",
-            UserWarning,
-            stacklevel=6,
+    if output == "logits" and float(first.amin()) >= 0 and float(first.amax()) <= 1:
+        sums = first.sum(1, dtype=torch.float32)
+        if logits.shape[1] > 1 and float((sums - 1).abs().max()) < 1e-2:
+            found, layer, setting = "every pixel's classes sum to 1", "softmax", "probabilities"
+        else:
+            found, layer, setting = "all values lie within [0, 1]", "sigmoid", "sigmoid"
+        warn(
+            f"the model's output looks like probabilities ({found}), wanted logits: remove the model's {layer}, or "
+            f"pass output={setting!r}; else pixels may be counted wrongly, and the attack is weaker than it could be"
+        )
+
+
+def gradient_flags(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Which images' gradients have a NaN, and which are 0 everywhere, ``[B]`` bool each; never synchronises."""
+    low, high = grad.amin((1, 2, 3)), grad.amax((1, 2, 3))
+    return high.isnan(), (low == 0) & (high == 0)
+
+
+def warn_without_gradient(without_gradient: Tensor, numbers: Sequence[int]) -> None:
+    """Warns of the images, by number, that the gradient of the first step did not reach."""
+    if without_gradient.any():
+        found = [str(number) for number, flag in zip(numbers, without_gradient.tolist(), strict=True) if flag]
+        named = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        warn(
+            f"the model's gradient with respect to image {named} is 0 everywhere in the first step, so the attack is "
+            "no better than noise: the model rounds or detaches its input, or its output is saturated"
         )

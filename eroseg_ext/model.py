@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from eroseg_ext.outputs import Reader
+
 Model = Callable[[Tensor], Any]
-LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NO_GRADIENT = "the model's logits do not depend on images by autograd, wanted a differentiable model"
+SETTINGS = ("mean", "std", "autocast", "output", "output_key", "logits", "align_corners")
+"""What :class:`Logits` takes, under the names that the settings of attack, training and evaluation have for it."""
 
 
 def unwrapped(model: Model) -> Model:
@@ -57,34 +60,11 @@ def frozen(model: Model, mode: str) -> Iterator[None]:
             module.training = training
 
 
-def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output: a tensor, an object with ``.logits``, a dict with ``"out"`` or a tuple's first.
-
-    Raises TypeError for any other output.
-    """
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(getattr(output, "logits", None), Tensor):
-        return output.logits
-    if isinstance(output, dict):
-        for key in ("out", "logits"):
-            if isinstance(output.get(key), Tensor):
-                return output[key]
-        came = f"a dict with keys {', '.join(map(str, output))}"
-    elif isinstance(output, (tuple, list)) and output:
-        return logits_of(output[0])
-    else:
-        came = f"a {type(output).__name__}"
-    raise TypeError(
-        f"the model's output is {came}, wanted logits: a tensor, a dict with 'out', an object with .logits, or a tuple"
-    )
-
-
 class Logits:
     """``images in pixel values -> logits at the labels' resolution``, differentiable with respect to the images.
 
-    Normalises by mean and std if given, runs the model (under autocast if asked), takes the logits out of its output
-    and upsamples them bilinearly (``align_corners=False``) if they are smaller than ``size``.
+    Normalises by mean and std if given, runs the model (under autocast if asked), takes the logits out of its output,
+    as ``reading`` tells :class:`eroseg_ext.outputs.Reader`, and upsamples them bilinearly to ``size`` if need be.
     """
 
     def __init__(
@@ -94,12 +74,19 @@ class Logits:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         autocast: torch.dtype | None = None,
+        **reading: Any,
     ) -> None:
         self._model = model
+        self._read = Reader(**reading)
         self._mean = mean
         self._std = std
         self._constants: tuple[Tensor, ...] | None = None
         self._autocast = autocast
+
+    @classmethod
+    def under(cls, model: Model, settings: Any) -> Logits:
+        """As the settings of an attack, a training or an evaluation say; what they do not have keeps its default."""
+        return cls(model, **{name: getattr(settings, name) for name in SETTINGS if hasattr(settings, name)})
 
     def __call__(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         """``images[B, K, H, W]`` -> logits ``[B, C, *size]``; TypeError or ValueError for an output of another form."""
@@ -110,23 +97,11 @@ class Logits:
             mean, std = self._constants
             images = (images - mean) / std
         if self._autocast is None:
-            logits = logits_of(self._model(images))
+            output = self._model(images)
         else:
             with torch.autocast(images.device.type, self._autocast):
-                logits = logits_of(self._model(images))
-        if logits.dim() != 4 or logits.shape[0] != images.shape[0] or logits.shape[1] == 0:
-            raise ValueError(
-                f"the model's logits have shape {list(logits.shape)}, wanted [B, C, H, W] with B = {images.shape[0]}"
-            )
-        if logits.dtype not in LOGIT_DTYPES:
-            raise TypeError(f"the model's logits are {logits.dtype}, wanted float32, float16 or bfloat16")
-        if logits.shape[-2:] != size:
-            if logits.shape[-2] > size[0] or logits.shape[-1] > size[1]:
-                raise ValueError(
-                    f"the model's logits are {list(logits.shape[-2:])} pixels, wanted at most the labels' {list(size)}"
-                )
-            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        return logits
+                output = self._model(images)
+        return self._read(output, images.shape[0], size)
 
 
 class Pass:
@@ -141,7 +116,7 @@ class Pass:
         leaf = images.detach().requires_grad_()
         logits = self._forward(leaf)
         if not logits.requires_grad:
-            raise ValueError("the model's logits do not depend on images by autograd, wanted a differentiable model")
+            raise ValueError(NO_GRADIENT)
         self._under_way = leaf, logits
         return logits.detach()
 
@@ -150,5 +125,8 @@ class Pass:
         assert self._under_way is not None
         leaf, logits = self._under_way
         self._under_way = None  # or the logits would live on beside those of the next forward pass
-        (grad,) = torch.autograd.grad(logits, leaf, grad_logits)
+        # Of a callable's parameters, which nobody froze, the logits may depend where they do not of the images.
+        grad: Tensor | None = torch.autograd.grad(logits, leaf, grad_logits, allow_unused=True)[0]
+        if grad is None:
+            raise ValueError(NO_GRADIENT)
         return grad

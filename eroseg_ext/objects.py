@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,10 @@ from torch import Tensor
 from eroseg_ext.attack import Callback, run_attack
 from eroseg_ext.graphs import Graphs
 from eroseg_ext.model import Model
-from eroseg_ext.settings import AttackSettings
+from eroseg_ext.settings import OTHER_NAMES, AttackSettings
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Attack:
@@ -25,16 +28,40 @@ class Attack:
     Args:
         model: as :func:`eroseg_ext.attack` takes it.
         **settings: as there, without ``method``.
+
+    Raises:
+        ValueError, TypeError: a setting is not allowed; one sentence names it.
+        AttributeError: an attribute other than ``model`` is set afterwards; :meth:`replace` makes an attack with other
+            settings.
     """
 
     method: str
+    model: Model
+    settings: AttackSettings
+    _given: dict[str, Any]
+    _graphs: Graphs
 
     def __init__(self, model: Model, **settings: Any) -> None:
         if "method" in settings:
             raise TypeError(f"method is not a setting of {type(self).__name__}, it is always {self.method!r}")
-        self.model = model
-        self.settings = AttackSettings.create(**settings, method=self.method)
-        self._graphs = Graphs()
+        vars(self).update(
+            model=model,
+            settings=AttackSettings.create(**settings, method=self.method),
+            _given=settings,
+            _graphs=Graphs(),
+        )
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "model":
+            return super().__setattr__(name, value)
+        raise AttributeError(
+            f"{name} cannot be set on {type(self).__name__}, whose settings never change: use atk = atk.replace("
+            f"{OTHER_NAMES.get(name, name)}={value!r:.40})"
+        )
+
+    def replace(self, **settings: Any) -> Self:
+        """The same attack on the same model with other values of these settings; raises as the constructor does."""
+        return type(self)(self.model, **{**self._given, **settings})
 
     def __call__(
         self,
@@ -83,8 +110,9 @@ class MaskedCE(Attack):
     """Croce et al., ECCV 2024; ``balanced=True`` divides by the class's pixel count"""
 
     def __init__(self, model: Model, *, balanced: bool = False, **settings: Any) -> None:
-        self.method = "mce_bal" if balanced else "mce"
+        vars(self)["method"] = "mce_bal" if balanced else "mce"
         super().__init__(model, **settings)
+        self._given["balanced"] = balanced
 
 
 class JSD(Attack):

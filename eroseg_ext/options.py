@@ -10,6 +10,7 @@ from typing import Any
 
 from eroseg_ext.datasets import DATASETS, FOLDER
 from eroseg_ext.loading import BUILT_IN
+from eroseg_ext.outputs import OUTPUTS
 
 Options = argparse.ArgumentParser | argparse._ArgumentGroup
 
@@ -35,13 +36,16 @@ def add_data(options: Options) -> None:
 
 
 def add_model(options: Options, default: str) -> None:
-    """Adds ``--model``, ``--model-args``, ``--mean`` and ``--std``; None where they are not given."""
+    """Adds the options of the model, of its input and its output; None where they are not given."""
     add = options.add_argument
     add("--model", metavar="NAME", help=f"{', '.join(BUILT_IN)} or package.module:callable, default: {default}")
     add("--model-args", type=json_object, metavar="JSON", help='keywords for it, such as {"num_classes": 21}')
     mean = "with --std: the model wants (image - mean) / std; eps stays in pixel values"
     add("--mean", type=numbers, metavar="R,G,B", help=mean)
     add("--std", type=numbers, metavar="R,G,B", help="with --mean")
+    add("--output", choices=OUTPUTS, help="what the model returns, default: logits")
+    add("--output-key", type=output_key, metavar="KEY", help="number or name of the logits in the model's output")
+    add("--align-corners", action="store_true", default=None, help="in upsampling logits smaller than the labels")
 
 
 def budget(text: str) -> float:
@@ -62,9 +66,9 @@ def budgets(text: str) -> tuple[float, ...]:
 
 
 def check_linf(*values: float) -> None:
-    """Raises ValueError if a budget is larger than the range of pixel values: 8, where 8/255 was meant."""
-    if max(values) > 1:
-        raise ValueError(f"--eps is {max(values):g}, wanted a number from 0 to 1 such as 8/255 in the l_inf norm")
+    """Raises ValueError if a budget is no smaller than the range of pixel values: 8, where 8/255 was meant."""
+    if max(values) >= 1:
+        raise ValueError(f"--eps is {max(values):g}, wanted a number from 0 to below 1 such as 8/255 in the l_inf norm")
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -76,6 +80,14 @@ def numbers(text: str) -> tuple[float, ...]:
     if not all(map(math.isfinite, values)):
         raise argparse.ArgumentTypeError(f"{text} is not a list of numbers, wanted some such as 0.5,2")
     return values
+
+
+def output_key(text: str) -> int | str:
+    """A number where it is one, else a name."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def json_object(text: str) -> dict[str, Any]:

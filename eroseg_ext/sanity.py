@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 
 from eroseg_ext.apgd import noise_seed, strong_attack
+from eroseg_ext.model import SETTINGS as OF_THE_MODEL
 from eroseg_ext.model import Logits, Model, frozen, unwrapped
 
 STEPS = 10
 """Steps of the attacks along the ladder of budgets."""
 LADDER_OF_STEPS = (1, 3, 10, 30)
 LARGE_EPS = 64 / 255
-"""A budget that no model withstands: a quarter of the range of pixel values."""
+"""A budget that no model withstands, as a part of the range of pixel values."""
+LARGEST_EPS = 0.99
+"""The largest budget tried, as a part of the range: one of the whole range bounds nothing, and attacks refuse it."""
 LARGE_STEPS = 60
 """Steps in that ball, which is a long way across: after 30 an attack that works can still be on its way."""
 NEAR_ZERO = 5.0
@@ -32,6 +35,9 @@ SLACK = 1.0
 """Points of accuracy by which it may rise where it should fall: short attacks on few images are noisy."""
 MASKED = 0.1
 """Share of pixels without a gradient from which on the gradient counts as masked."""
+
+OF_CLEAN = frozenset({"deterministic", "logits"})
+"""Checks without which not even the clean scores can be believed."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Check:
 def budget(eps: float, norm: str = "linf") -> str:
     """``eps`` in words: in l_inf as 255ths where it is a multiple of a quarter of one."""
     quarters = eps * 255 * 4
-    whole = norm == "linf" and abs(quarters - round(quarters)) < 1e-6
+    whole = norm == "linf" and eps < 1 and abs(quarters - round(quarters)) < 1e-6
     return f"{round(quarters) / 4:g}/255" if whole else f"{eps:.4g}"
 
 
@@ -60,7 +66,7 @@ def check(model: Model, images: Tensor, labels: Tensor, *, eps: float, **setting
         labels: ``[B, H, W]``, on the same device.
         eps: largest budget of the evaluation; with 0 a quarter of ``LARGE_EPS`` takes its place.
         **settings: shared settings of :func:`eroseg_ext.strong_attack`: ``norm``, ``ignore_index``, ``clip``, ``mean``,
-            ``std``, ``autocast``, ``backend``.
+            ``std``, ``autocast``, ``backend``, ``output``, ``output_key``, ``logits``, ``align_corners``.
 
     Returns:
         The checks in a fixed order. One that could not be run, because the attack itself failed, has not passed.
@@ -101,12 +107,14 @@ class _Checker:
         self._norm = settings.get("norm", "linf")
         self._linf = self._norm == "linf"
         # An l_2 ball as large as the l_inf ball's, were it filled: its norm over an image of so many values.
-        self._large = LARGE_EPS if self._linf else LARGE_EPS * images[0].numel() ** 0.5
+        low, high = settings.get("clip", (0.0, 1.0))
+        extent = high - low if self._linf else (high - low) * images[0].numel() ** 0.5
+        self._large = LARGE_EPS * extent
+        self._largest = LARGEST_EPS * extent
         self._eps = eps if eps > 0 else self._large / 4
         self._settings = settings
         self._valid = labels != settings.get("ignore_index", 255)
-        shared = {name: settings.get(name) for name in ("mean", "std", "autocast")}
-        self._logits = Logits(model, **shared)
+        self._logits = Logits(model, **{name: settings[name] for name in OF_THE_MODEL if name in settings})
         self._known: dict[tuple[float, int], float] = {}
 
     def deterministic(self) -> tuple[bool, str]:
@@ -125,14 +133,16 @@ class _Checker:
     def are_logits(self) -> tuple[bool, str]:
         with torch.no_grad():
             output = self._predict(self._images)
-        if output.shape[1] == 1:
-            looks = bool(output.amin() >= 0) and bool(output.amax() <= 1)
-            found = "the one output lies within [0, 1]"
-        else:
-            looks = bool(output.amin() >= 0) and bool(((output.sum(1) - 1).abs() < 1e-2).all())
-            found = "every pixel's outputs are not negative and sum to 1"
-        if looks:
-            return False, f"{found}: these are probabilities, whose gradients vanish; remove the softmax"
+        if self._settings.get("output", "logits") != "logits":
+            return True, f"the outputs are made logits, they range from {output.amin():.3g} to {output.amax():.3g}"
+        if bool(output.amin() >= 0) and bool(output.amax() <= 1):
+            sums = output.shape[1] > 1 and bool(((output.sum(1) - 1).abs() < 1e-2).all())
+            found = "every pixel's outputs are not negative and sum to 1" if sums else "all outputs lie within [0, 1]"
+            layer, output_is = ("softmax", "probabilities") if sums else ("sigmoid", "sigmoid")
+            return False, (
+                f"{found}: these are probabilities, whose gradients vanish; remove the {layer}, or set "
+                f"output={output_is!r}"
+            )
         return True, f"the outputs are no probabilities, they range from {output.amin():.3g} to {output.amax():.3g}"
 
     def gradients(self) -> tuple[bool, str]:
@@ -157,8 +167,10 @@ class _Checker:
         if broken > 0:
             return False, f"{100 * broken:.2f} % of the gradient is NaN or infinite"
         zero = float((gradient == 0).all(1).double().mean())
-        if zero >= MASKED:
-            return False, f"{100 * zero:.1f} % of the input pixels have a gradient of exactly 0: gradients are masked"
+        whole = int((gradient == 0).flatten(1).all(1).sum())
+        if zero >= MASKED or whole:
+            verdict = f"{100 * zero:.1f} % of the input pixels have a gradient of exactly 0: gradients are masked"
+            return False, verdict + (f", on {whole} of {len(gradient)} images everywhere" if whole else "")
         return True, f"{100 * zero:.2f} % of the input pixels have a gradient of exactly 0"
 
     def zero_eps(self) -> tuple[bool, str]:
@@ -168,7 +180,7 @@ class _Checker:
         return False, f"with eps 0 the accuracy is {attacked:.2f} %, wanted the clean one, {clean:.2f} %"
 
     def falls_with_eps(self) -> tuple[bool, str]:
-        budgets = [factor * self._eps for factor in (0.25, 0.5, 1.0, 2.0, 4.0)]
+        budgets = [min(factor * self._eps, self._largest) for factor in (0.25, 0.5, 1.0, 2.0, 4.0)]
         found = [self._accuracy(self._images), *(self._attacked(eps, STEPS) for eps in budgets)]
         return _falls(found, f"from eps 0 over {', '.join(budget(eps, self._norm) for eps in budgets)}")
 
@@ -177,7 +189,7 @@ class _Checker:
         return _falls(found, f"over {', '.join(map(str, LADDER_OF_STEPS))} steps")
 
     def large_eps(self) -> tuple[bool, str]:
-        eps = max(self._large, 4 * self._eps)
+        eps = min(max(self._large, 4 * self._eps), self._largest)
         left = self._attacked(eps, LARGE_STEPS)
         words = f"eps {budget(eps, self._norm)} leaves an accuracy of {left:.2f} %"
         if left <= NEAR_ZERO:

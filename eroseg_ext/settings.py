@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from eroseg_ext.checks import (
     check_choice,
@@ -19,6 +20,7 @@ from eroseg_ext.checks import (
     near_misses,
     require,
 )
+from eroseg_ext.outputs import OUTPUTS
 
 METHODS = ("eroseg", "pgd", "segpgd", "cospgd", "mce", "mce_bal", "js", "tsallis")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -32,9 +34,25 @@ PRESETS: dict[str, dict[str, Any]] = {
         "balance": 0.0,
     },
 }
+OTHER_NAMES = {
+    "alpha": "step_size",
+    "eps_iter": "step_size",
+    "eps_step": "step_size",
+    "iterations": "steps",
+    "nb_iter": "steps",
+    "max_iter": "steps",
+}
+"""What other libraries call a setting, where its name here is not similar."""
 CALL_ARGUMENTS = ("mask", "generator", "callback", "return_info")
 RHO_RANGES = {"geometric": (0.4, 0.05), "linear": (0.1, 1.0)}
 """First and last fraction of sensitive pixels of the schedules that fix it in advance."""
+
+
+def check_below_range(name: str, value: float | None, extent: float, what: str) -> None:
+    """Raises ValueError for a length that is no smaller than the pixel values' whole extent: it bounds nothing."""
+    if value is not None:
+        wanted = f"a number below {extent:.6g}, {what}: lengths are in pixel values, such as 8/255 for images in [0, 1]"
+        require(value < extent, name, value, wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +65,9 @@ class AttackSettings:
     method: str = "eroseg"
     """``eroseg``, ``pgd``, ``segpgd``, ``cospgd``, ``mce``, ``mce_bal``, ``js`` or ``tsallis``"""
     eps: float = 8 / 255
-    """radius of the ball, >= 0; with ``norm="l2"`` the l_2 norm over an image"""
+    """radius of the ball, >= 0 and less than the range of ``clip``; with ``norm="l2"`` the l_2 norm over an image"""
     step_size: float | None = None
-    """default eps / 4"""
+    """default eps / 4; also less than the range of ``clip``"""
     steps: int = 10
     norm: str = "linf"
     """``linf`` or ``l2``"""
@@ -72,6 +90,16 @@ class AttackSettings:
     std: Sequence[float] | None = None
     autocast: torch.dtype | None = None
     """run the model under torch.autocast with this dtype (float16 or bfloat16)"""
+    output: str = "logits"
+    """what the model returns: ``logits``, or ``probabilities`` (of a softmax) or scores of a ``sigmoid``, of which the
+    logits are then computed; where they are exactly 0 or 1 no gradient is left, so a model without that layer is better
+    """
+    output_key: int | str | None = None
+    """which entry of the model's output are the logits, where it returns several: a number or a name"""
+    logits: Callable[[Any], Tensor] | None = None
+    """instead of ``output_key``: a callable from the model's output to the logits"""
+    align_corners: bool = False
+    """of the bilinear upsampling of logits that are smaller than the labels"""
     micro_batch: int | None = None
     """attack so many images at a time; results are those of the whole batch for models that treat images alone"""
     backend: str = "auto"
@@ -122,6 +150,7 @@ class AttackSettings:
         check_choice("norm", self.norm, ("linf", "l2"))
         check_choice("keep", self.keep, ("last", "best"))
         check_choice("backend", self.backend, ("auto", "fused", "reference"))
+        check_choice("output", self.output, OUTPUTS)
         check_choice("model_mode", self.model_mode, ("eval", "train", "keep"))
         check_choice("confidence", self.confidence, ("label", "top"))
         check_choice("front", self.front, ("soft", "hard"))
@@ -130,7 +159,7 @@ class AttackSettings:
         check_choice("threshold", self.threshold, ("lagged", "exact"))
         check_choice("schedule", self.schedule, ("movement", "geometric", "linear"))
         check_choice("variant", self.variant, ("softmax", "sigmoid"))
-        for name in ("targeted", "random_start", "early_stop", "graph", "progress"):
+        for name in ("targeted", "random_start", "early_stop", "graph", "progress", "align_corners"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         check_number("eps", self.eps, 0, math.inf)
         if self.step_size is not None:
@@ -149,6 +178,9 @@ class AttackSettings:
         require(self.front_min <= self.front_max, "front_min", self.front_min, f"at most front_max = {self.front_max}")
         check_pair("clip", self.clip)
         require(self.clip[0] < self.clip[1], "clip", self.clip, "a pair (low, high) with low < high")
+        if self.norm == "linf":
+            for name, value in (("eps", self.eps), ("step_size", self.step_size)):
+                check_below_range(name, value, self.range, f"the range of clip={tuple(self.clip)}")
         if self.rho_range is not None:
             check_pair("rho_range", self.rho_range)
             require(all(0 < rho <= 1 for rho in self.rho_range), "rho_range", self.rho_range, "two fractions in (0, 1]")
@@ -160,6 +192,18 @@ class AttackSettings:
             check_sequence("std", self.std)
             require(len(self.mean) == len(self.std), "std", self.std, f"{len(self.mean)} numbers, as mean has")
             require(all(value > 0 for value in self.std), "std", self.std, "numbers > 0")
+            low, high = self.clip
+            within = f"numbers within clip={tuple(self.clip)}, in whose units mean and std are"
+            require(all(low <= value <= high for value in self.mean), "mean", self.mean, within)
+            # Of 0 to 255, or of 0 to 1, while clip is the other: the widest input that is common is 0 to 255.
+            wanted = f"numbers from {self.range / 256:.3g} to {self.range:g}, in the units of clip={tuple(self.clip)}"
+            require(all(self.range / 256 <= v <= self.range for v in self.std), "std", self.std, wanted)
+        key_is_one = self.output_key is None or type(self.output_key) in (int, str)
+        require(key_is_one, "output_key", self.output_key, "a number or a name")
+        require(
+            self.logits is None or callable(self.logits), "logits", self.logits, "a callable from the model's output"
+        )
+        require(self.logits is None or self.output_key is None, "output_key", self.output_key, "None beside logits=")
         require(
             self.autocast in (None, torch.float16, torch.bfloat16),
             "autocast",
@@ -179,7 +223,8 @@ class AttackSettings:
                 raise TypeError(f"{name} is an argument of each call, not a setting that is bound")
             if name not in names:
                 choices = [*names, *CALL_ARGUMENTS, "preset"]
-                raise TypeError(f"{name} is not a setting of attack(){near_misses(name, choices)}")
+                near = f" (did you mean {OTHER_NAMES[name]}?)" if name in OTHER_NAMES else near_misses(name, choices)
+                raise TypeError(f"{name} is not a setting of attack(){near}")
         if preset is not None:
             check_choice("preset", preset, tuple(PRESETS))
             keywords = PRESETS[preset] | keywords
@@ -189,6 +234,11 @@ class AttackSettings:
     def alpha(self) -> float:
         """The step size in force."""
         return self.eps / 4 if self.step_size is None else self.step_size
+
+    @property
+    def range(self) -> float:
+        """How far the pixel values of ``clip`` reach."""
+        return self.clip[1] - self.clip[0]
 
     def rho(self, step: int) -> float:
         """The fraction of sensitive pixels of ``step``, under the schedules ``geometric`` and ``linear``."""

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from attack_common import (
     Batch,
+    MakeNet,
     name_of,
     run,
     run_info,
 )
-from conftest import VOID
+from conftest import CLASSES, VOID
 from torch import Tensor, nn
 
-from eroseg_ext import attack
+from eroseg_ext import attack, strong_attack
 from eroseg_ext.settings import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,6 +119,78 @@ def test_a_nan_gradient_is_reported_at_the_end(
     assert model.calls == (4 if "keep" in settings else 8 if "restarts" in settings else 3)
 
 
+@pytest.mark.parametrize("call", [attack, strong_attack])
+def test_a_nan_gradient_is_told_from_the_nan_logits_that_follow(
+    net: nn.Module, all_valid: Batch, backend: str, call: Callable[..., Any]
+) -> None:
+    class Root(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return net(images + 0 * (images - images.detach()).sqrt())
+
+    with pytest.raises(RuntimeError, match=r"gradient with respect to image 0 is NaN at step 0$"):
+        call(Root(), *all_valid, steps=3, backend=backend)
+
+
+class Quantised(nn.Module):
+    """Rounds some images of the batch."""
+
+    def __init__(self, model: nn.Module, rounded: list[bool]) -> None:
+        super().__init__()
+        self.model, self.rounded = model, torch.tensor(rounded).view(-1, 1, 1, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(torch.where(self.rounded.to(images.device), (images * 32).round() / 32, images))
+
+
+@pytest.mark.parametrize("call", [attack, strong_attack])
+@pytest.mark.parametrize(("rounded", "named"), [([True] * 3, "0, 1, 2"), ([False, True, False], "1")])
+def test_images_without_a_gradient_are_warned_of(
+    net: nn.Module, all_valid: Batch, backend: str, call: Callable[..., Any], rounded: list[bool], named: str
+) -> None:
+    message = f"^the model's gradient with respect to image {named} is 0 everywhere in the first step"
+    with pytest.warns(UserWarning, match=message) as seen:
+        _, info = call(Quantised(net, rounded), *all_valid, steps=2, backend=backend, return_info=True)
+    assert [warning.filename for warning in seen] == [__file__]
+    assert info.without_gradient.tolist() == rounded
+
+
+@pytest.mark.parametrize("settings", [{}, {"micro_batch": 1}, {"early_stop": True, "restarts": 2}], ids=name_of)
+def test_a_gradient_of_0_is_warned_of_once(net: nn.Module, all_valid: Batch, settings: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="image 0, 2 is 0 everywhere") as seen:
+        run(Quantised(net, [True, False, True]) if "micro_batch" not in settings else Alone(net), all_valid, **settings)
+    assert len(seen) == 1
+
+
+class Alone(nn.Module):
+    """Rounds the images number 0 and 2 of a batch that comes one by one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.calls = model, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return self.model((images * 32).round() / 32 if (self.calls - 1) // 3 != 1 else images)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("targeted", [False, True])
+def test_an_attack_with_nothing_left_to_do_is_not_warned_of(
+    net: nn.Module, batch: Batch, backend: str, method: str, targeted: bool
+) -> None:
+    predicted = net.eval()(batch[0]).argmax(1)
+    done = predicted if targeted else (predicted + 1) % CLASSES
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(net, (batch[0], done), backend=backend, method=method, targeted=targeted, random_start=False)
+        run(net, (batch[0], torch.full_like(done, VOID)), backend=backend, method=method)
+
+
+def test_a_callable_that_detaches_is_refused(net: nn.Module, batch: Batch) -> None:
+    with pytest.raises(ValueError, match=r"do not depend on images by autograd, wanted a differentiable model$"):
+        run(lambda images: net(images.detach()), batch)
+
+
 @pytest.mark.parametrize("settings", [{}, {"micro_batch": 1, "restarts": 2, "keep": "best"}], ids=name_of)
 def test_probabilities_are_warned_of_once(net: nn.Module, batch: Batch, backend: str, settings: dict[str, Any]) -> None:
     with warnings.catch_warnings(record=True) as seen:
@@ -124,6 +198,16 @@ def test_probabilities_are_warned_of_once(net: nn.Module, batch: Batch, backend:
         run(lambda images: net(images).softmax(1), batch, backend=backend, **settings)
     assert [warning.category for warning in seen] == [UserWarning]
     assert "looks like probabilities" in str(seen[0].message)
+    assert "remove the model's softmax, or pass output='probabilities'" in str(seen[0].message)
+
+
+@pytest.mark.parametrize("classes", [1, 4])
+@pytest.mark.parametrize("call", [attack, strong_attack])
+def test_a_sigmoid_is_warned_of(make_net: MakeNet, batch: Batch, call: Callable[..., Any], classes: int) -> None:
+    net, labels = make_net(classes), batch[1].clamp(max=1)
+    with pytest.warns(UserWarning, match="remove the model's sigmoid, or pass output='sigmoid'") as seen:
+        call(lambda images: net(images).sigmoid(), batch[0], labels, steps=1)
+    assert [warning.filename for warning in seen] == [__file__]
 
 
 def test_the_warning_of_probabilities_points_at_the_caller(net: nn.Module, batch: Batch) -> None:

@@ -204,9 +204,9 @@ def test_the_gradient_buffer_is_kept_over_the_steps(net: nn.Module, batch: Batch
     addresses = set()
     original = torch.autograd.grad
 
-    def spy(outputs: Tensor, inputs: Tensor, grad_outputs: Tensor) -> tuple[Tensor, ...]:
+    def spy(outputs: Tensor, inputs: Tensor, grad_outputs: Tensor, **keywords: bool) -> tuple[Tensor, ...]:
         addresses.add(grad_outputs.data_ptr())
-        return original(outputs, inputs, grad_outputs)
+        return original(outputs, inputs, grad_outputs, **keywords)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.autograd, "grad", spy)

@@ -119,7 +119,7 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([], "the following arguments are required"),
         (["dance"], "invalid choice: 'dance'"),
         (["demo", "--eps", "8/0"], "8/0 is no budget, wanted a number such as 8/255"),
-        (["demo", "--eps", "8"], "--eps is 8, wanted a number from 0 to 1 such as 8/255"),
+        (["demo", "--eps", "1"], "--eps is 1, wanted a number from 0 to below 1 such as 8/255"),
         (["demo", "--steps", "0"], "argument --steps: 0 is not allowed, wanted a whole number of at least 1"),
         (["demo", "--size", "100"], "100 is not a size, wanted HEIGHTxWIDTH"),
         (["demo", "--class-names", "a,b"], "--class-names names the classes of --data, which is missing"),

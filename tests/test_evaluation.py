@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -551,3 +552,99 @@ def test_image_and_labels_of_different_sizes(pixelwise: nn.Module) -> None:
     pairs = Pairs(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 5, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"image 0 is an image \[3, 4, 4\] with labels \[4, 5\]"):
         evaluate(pixelwise, pairs, **QUICK)
+
+
+class RoundsSecond(nn.Module):
+    """Rounds every image whose first pixel is marked: it has no gradient."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        marked = (images[:, :1, :1, :1] > 0.9) & (images[:, 1:2, :1, :1] < 0.1)
+        return self.model(torch.where(marked, (images * 32).round() / 32, images))
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_images_without_a_gradient_are_named(net: nn.Module, pairs: Pairs, tmp_path: Path, batch_size: int) -> None:
+    pairs.images[:, :, 0, 0] = 0.5
+    pairs.images[1, :, 0, 0] = torch.tensor([1.0, 0.0, 0.5])
+    for _ in range(2):  # the second time from the disk
+        result = evaluate(RoundsSecond(net), pairs, attacks=["pgd", "js"], batch_size=batch_size, out=tmp_path, **QUICK)
+        assert [row.without_gradient for row in result.rows] == [("image 1",)] * 2
+    table = result.markdown().splitlines()
+    assert table[3].startswith("| `pgd` (no gradient on 1 of 3 images) |")
+    assert "`js` finds a gradient of 0 everywhere on image 1" in table
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
+    assert [row["without_gradient"] for row in rows] == [["image 1"]] * 2
+
+
+def test_a_binary_sigmoid_counts_as_its_logit(pairs: Pairs) -> None:
+    """The threshold of a probability is 0.5, not 0."""
+    pairs.labels = pairs.labels.clamp(max=1).where(pairs.labels != VOID, VOID)
+    settings = {**QUICK, "attacks": ["pgd"], "sanity": 1}
+    bare = evaluate(lambda images: 4 * (images[:, :1] - images[:, 1:2]), pairs, **settings)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        wrong = evaluate(lambda images: (4 * (images[:, :1] - images[:, 1:2])).sigmoid(), pairs, **settings)
+    assert any("output='sigmoid'" in str(warning.message) for warning in seen)
+    assert "logits" in wrong.failed_checks
+    model = Wrapper(lambda images: {"p": [(4 * (images[:, :1] - images[:, 1:2])).sigmoid(), None]})
+    right = evaluate(model, pairs, **settings, output="sigmoid", logits=model.probabilities)
+    assert right.clean == bare.clean != wrong.clean
+    assert right.rows[0].scores.aacc == pytest.approx(bare.rows[0].scores.aacc, abs=0.5)
+    assert right.as_json()["settings"]["logits"].endswith("Wrapper.probabilities")
+    assert "logits" not in right.failed_checks
+    assert model.copies == 0
+
+
+class Wrapper:
+    """A callable with a method that finds what it returned, and that counts the copies of itself."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.copies = 0
+
+    def __call__(self, images: Tensor) -> Any:
+        return self.model(images)
+
+    def probabilities(self, output: Any) -> Tensor:
+        return output["p"][0]
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        self.copies += 1
+        return self
+
+
+def test_a_table_whose_checks_failed_says_so(net: nn.Module, pairs: Pairs) -> None:
+    net.eval()
+
+    def result(model: Any, **settings: Any) -> tuple[list[str], dict[str, Any]]:
+        found = evaluate(model, pairs, attacks=["pgd"], **{**QUICK, "sanity": 1, **settings})
+        return [line.split(" | ")[0] for line in found.markdown().splitlines()], found.as_json()
+
+    lines, found = result(lambda images: net(images).softmax(1))
+    assert "logits" in found["failed_checks"]
+    assert lines[2:6] == [
+        "| none (checks failed)",
+        "| `pgd` (checks failed)",
+        "| **worst case** (checks failed)",
+        "| lower bound of its mIoU (checks failed)",
+    ]
+    assert lines[7].startswith("checks failed: ")
+    assert "logits" in lines[7]
+    assert not any(part["checks_passed"] for part in (found["clean"], *found["rows"], *found["worst"]))
+
+    # The clean figures do not depend on gradients.
+    lines, found = result(lambda images: net((images * 32).round() / 32))
+    assert {"gradients", "large eps"} <= set(found["failed_checks"])
+    assert lines[2] == "| none"
+    assert lines[4] == "| **worst case** (checks failed)"
+    assert found["clean"]["checks_passed"]
+    assert not found["worst"][0]["checks_passed"]
+
+    lines, found = result(net, sanity=0)
+    assert not any("failed" in line for line in lines)
+    assert found["clean"]["checks_passed"] is None
+    assert found["failed_checks"] == []

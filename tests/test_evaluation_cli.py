@@ -47,7 +47,11 @@ def test_table_and_json(files: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ("eroseg", 7.65),
         ("js", 7.65),
     ]
-    rows = {cells[1].strip(): cells for cells in (line.split("|") for line in printed.splitlines()) if len(cells) > 3}
+    rows = {
+        cells[1].split(" (")[0].strip(): cells
+        for cells in (line.split("|") for line in printed.splitlines())
+        if len(cells) > 3
+    }
     for column in (0, 1):
         found = result["rows"][2 * column]
         assert (
@@ -180,11 +184,13 @@ def test_other_arguments_make_another_model(files: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--eps", "8"], "--eps is 8, wanted a number from 0 to 1 such as 8/255 in the l_inf norm"),
+        (["--eps", "8"], "--eps is 8, wanted a number from 0 to below 1 such as 8/255 in the l_inf norm"),
         (["--eps", "2/255,x"], "x is no budget"),
         (["--attacks", "erosg"], "attacks is 'erosg', wanted one of eroseg"),
         (["--steps", "0"], "argument --steps: 0 is not allowed, wanted a whole number of at least 1"),
         (["--mean", "a"], "a is not a list of numbers"),
+        (["--output", "softmax"], "invalid choice: 'softmax'"),
+        (["--mean", "123.675,116.28,103.53", "--std", "58,57,57"], "mean is (123.675, 116.28, 103.53), wanted numbers"),
         (["--mean", "0.5"], "std is None, wanted both mean and std"),
         (["--model-args", "[]"], "[] is not a JSON object"),
         (["--weights", "nowhere.pt"], "nowhere.pt"),
@@ -231,6 +237,50 @@ def test_labels_of_a_single_class_are_told(tmp_path: Path, capsys: pytest.Captur
         assert all(("0 and 255 alone" in line) == (name == "mask") for line in told)
     with pytest.warns(UserWarning, match="in data the labels are 0 and 255 alone, and 255 counts as void"):
         evaluate(torch.nn.Conv2d(3, 2, 1), tmp_path / "mask", steps=1, attacks=["pgd"], sanity=0)
+
+
+class Rounded(SmallDeepLab):
+    """Its input is quantised: no gradient reaches an attack."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward((images * 32).round() / 32)
+
+
+class Probabilities(SmallDeepLab):
+    """[auxiliary, probabilities], as a list."""
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:  # type: ignore[override]
+        logits = super().forward(images)
+        return [0 * logits, logits.softmax(1)]
+
+
+def test_how_to_read_the_output(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", f"{__name__}:Probabilities", "--model-args", '{"classes": 8, "width": 8}', "--attacks", "pgd"]
+    common = [*model, "--images", "1", "--sanity", "1"]
+    assert cli.main(command(files, tmp_path / "a", *common)) == 2
+    assert "several entries that could be the logits" in capsys.readouterr().err
+    assert cli.main(command(files, tmp_path / "a", *common, "--output-key", "1", "--output", "probabilities")) == 0
+    found = json.loads((tmp_path / "a" / "evaluation.json").read_text())
+    wanted = {"output": "probabilities", "output_key": 1, "logits": None, "align_corners": False}
+    assert {name: found["settings"][name] for name in wanted} == wanted
+    assert "ok    logits: the outputs are made logits" in capsys.readouterr().out
+    assert cli.main(command(files, tmp_path / "b", "--attacks", "pgd", "--images", "1", "--sanity", "0")) == 0
+    bare = json.loads((tmp_path / "b" / "evaluation.json").read_text())
+    assert found["clean"]["aacc"] == bare["clean"]["aacc"]
+    assert found["rows"][0]["aacc"] == pytest.approx(bare["rows"][0]["aacc"], abs=1)
+
+
+def test_strict(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rounded = ["--model", f"{__name__}:Rounded", "--model-args", '{"classes": 8, "width": 8}', "--attacks", "pgd"]
+    arguments = command(files, tmp_path, *rounded, "--sanity", "1", "--images", "1")
+    assert cli.main(arguments) == 0
+    assert "| `pgd` (checks failed) (no gradient on 1 of 1 images) |" in capsys.readouterr().out
+    assert cli.main([*arguments, "--strict"]) == cli.EXIT_CHECKS_FAILED == 3
+    error = capsys.readouterr().err
+    assert error.startswith("eroseg: --strict: failed are gradients, ")
+    assert error.endswith("pgd without gradients\n")
+    assert cli.main(command(files, tmp_path, "--sanity", "0", "--strict")) == 2
+    assert capsys.readouterr().err == "eroseg: --strict needs the sanity checks, which --sanity 0 leaves out\n"
 
 
 def test_broken_model_is_told(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

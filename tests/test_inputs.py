@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -197,6 +198,24 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"mean": [0.5] * 3, "std": [0.2, 0.2, 0]}, r"^std is \[0.2, 0.2, 0\], wanted numbers > 0$"),
     ({"mean": 0.5, "std": 0.5}, r"^mean is 0.5, wanted a list of numbers, one per image channel$"),
     ({"autocast": torch.float32}, r"^autocast is torch.float32, wanted None, torch.float16 or torch.bfloat16$"),
+    ({"eps": 8}, r"^eps is 8, wanted a number below 1, the range of clip=\(0.0, 1.0\): lengths are in pixel values"),
+    ({"eps": 1.0}, r"^eps is 1.0, wanted a number below 1, the range of clip"),
+    ({"step_size": 2}, r"^step_size is 2, wanted a number below 1, the range of clip=\(0.0, 1.0\): lengths are in"),
+    ({"eps": 255, "clip": (0, 255)}, r"^eps is 255, wanted a number below 255, the range of clip=\(0, 255\)"),
+    ({"eps": 38, "norm": "l2"}, r"^eps is 38, wanted a number below 37.94\d*, the l_2 norm of the range of clip"),
+    ({"step_size": 38, "norm": "l2"}, r"^step_size is 38, wanted a number below 37.94\d*, the l_2 norm of the range"),
+    (
+        {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]},
+        r"^mean is \[123.675, .*\], wanted numbers within clip=\(0.0, 1.0\), in whose units mean and std are$",
+    ),
+    (
+        {"mean": [0] * 3, "std": [58.395] * 3},
+        r"^std is \[58.395, .*\], wanted numbers from 0.00391 to 1, in the units of",
+    ),
+    (
+        {"mean": [0.485] * 3, "std": [0.229] * 3, "clip": (0, 255)},
+        r"^std is \[0.229, .*\], wanted numbers from 0.996 to 255, in the units of clip=\(0, 255\)$",
+    ),
     ({"targeted": 1}, r"^targeted is 1, wanted True or False$"),
     ({"early_stop": None}, r"^early_stop is None, wanted True or False$"),
     ({"norm": "linf "}, r"^norm is 'linf ', wanted one of linf, l2 \(did you mean linf\?\)$"),
@@ -253,6 +272,7 @@ def test_an_unknown_method_lists_the_methods_and_the_near_misses(
         ("returninfo", r"\(did you mean return_info"),
         ("masks", r"\(did you mean .*mask"),
         ("presets", r"\(did you mean preset"),
+        ("alpha", r"\(did you mean step_size\?\)"),
         ("xyz", "^xyz is not a setting of attack\\(\\)$"),
     ],
 )
@@ -359,6 +379,70 @@ def test_objects_check_their_settings_when_made(
 ) -> None:
     with pytest.raises(kind, match=message):
         eroseg_ext.SegPGD(net, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"eps": 0.6},
+            r"^eps is 0.6, more than half of 1, the range of clip=\(0.0, 1.0\): is it in the units of images\?",
+        ),
+        ({"step_size": 0.6}, "^step_size is 0.6, more than half of 1"),
+        ({"eps": 20, "norm": "l2"}, "^eps is 20, more than half of 37.94.*, the l_2 norm of the range of clip"),
+        ({"clip": (0, 255), "eps": 8}, r"^images has values from .*, a 255th of the range of clip=\(0, 255\) at most"),
+    ],
+)
+def test_lengths_that_are_hardly_meant_are_warned_of(
+    net: nn.Module, arguments: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    for call in (attack, attacked_by_object, *([] if "step_size" in settings else [eroseg_ext.strong_attack])):
+        with pytest.warns(UserWarning, match=message) as seen:
+            call(net, **arguments, **settings)
+        assert [warning.filename for warning in seen] == [__file__]
+
+
+def attacked_by_object(model: nn.Module, images: Tensor, labels: Tensor, **settings: Any) -> Tensor:
+    return eroseg_ext.PGD(model, **settings)(images, labels)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eps": 0.5},
+        {"eps": 18, "norm": "l2"},
+        {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+        {"mean": [0] * 3, "std": [1 / 255] * 3},
+        {"mean": [-1] * 3, "std": [2] * 3, "clip": (-1, 1)},
+    ],
+    ids=str,
+)
+def test_lengths_in_the_images_units_are_not_warned_of(
+    net: nn.Module, arguments: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attack(net, **arguments, **settings)
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("eps", "eps"), ("alpha", "step_size"), ("settings", "settings")])
+def test_an_object_refuses_what_it_would_ignore(net: nn.Module, name: str, wanted: str) -> None:
+    attacker = eroseg_ext.PGD(net, eps=8 / 255)
+    with pytest.raises(AttributeError, match=rf"^{name} cannot be set on PGD, .* atk.replace\({wanted}=0.01\)$"):
+        setattr(attacker, name, 0.01)
+    assert attacker.settings.eps == 8 / 255
+
+
+def test_replace_keeps_the_other_settings(net: nn.Module) -> None:
+    attacker = eroseg_ext.MaskedCE(net, balanced=True, steps=7)
+    replaced = attacker.replace(eps=2 / 255)
+    assert type(replaced) is eroseg_ext.MaskedCE
+    assert replaced.model is net
+    assert replaced.settings == AttackSettings(method="mce_bal", steps=7, eps=2 / 255)
+    assert attacker.settings.eps == 8 / 255
+    assert eroseg_ext.EroSeg(net, radius=0).replace(preset="progressive").settings.front == "hard"
+    with pytest.raises(TypeError, match=r"^alpha is not a setting of attack\(\) \(did you mean step_size\?\)$"):
+        attacker.replace(alpha=1 / 255)
 
 
 def test_settings_are_frozen() -> None:

@@ -130,6 +130,17 @@ def test_probabilities(trained: Trained) -> None:
     assert checks["deterministic"].passed
 
 
+def test_a_sigmoid(trained: Trained) -> None:
+    class Sigmoid(Wrapped):
+        def forward(self, images: Tensor) -> Tensor:
+            return self.model(images).sigmoid()
+
+    checks = found(Sigmoid(trained[0]), trained)
+    assert not checks["logits"].passed
+    assert "remove the sigmoid, or set output='sigmoid'" in checks["logits"].verdict
+    assert found(Sigmoid(trained[0]), trained, output="sigmoid")["logits"].passed
+
+
 def test_stochastic_model(trained: Trained) -> None:
     checks = found(Stochastic(trained[0]), trained)
     assert not checks["deterministic"].passed
@@ -204,6 +215,26 @@ def test_l2(trained: Trained) -> None:
     _, images, labels = trained
     checks = sanity.check(trained[0], images, labels, eps=1.0, norm="l2")
     assert [check.name for check in checks if not check.passed] == [], checks
+
+
+class Scaled(Wrapped):
+    """Takes pixel values from 0 to 255."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images / 255)
+
+
+def test_budgets_are_parts_of_the_range_of_pixel_values(trained: Trained) -> None:
+    model, images, labels = trained
+    checks = {c.name: c for c in sanity.check(Scaled(model), 255 * images, labels, eps=2, clip=(0, 255))}
+    assert failed(checks) == set(), checks
+    assert "eps 64 leaves" in checks["large eps"].verdict
+
+
+def test_budgets_stay_below_the_range_of_pixel_values(trained: Trained) -> None:
+    _, images, labels = trained
+    checks = {c.name: c for c in sanity.check(nn.Conv2d(3, 8, 1), images, labels, eps=0.4)}
+    assert not any("could not be checked" in check.verdict for check in checks.values()), checks
 
 
 def test_the_model_is_left_as_it_was(trained: Trained) -> None:

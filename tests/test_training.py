@@ -292,6 +292,28 @@ def test_the_clock_tells_the_models_time_from_the_attacks() -> None:
     assert 0 < seconds[phases.ATTACK_KERNELS] < 0.3
 
 
+class Probabilities(nn.Module):
+    """[auxiliary, probabilities at a quarter of the size], or the logits at that size."""
+
+    def __init__(self, bare: bool) -> None:
+        super().__init__()
+        self.net, self.bare = plain_net(), bare
+
+    def forward(self, images: Tensor) -> Any:
+        logits = self.net(images)[:, :, ::4, ::4]
+        return logits if self.bare else [0 * logits, logits.softmax(1)]
+
+
+def test_training_reads_the_output_as_the_settings_say(data: Path, tmp_path: Path) -> None:
+    def losses(name: str, **settings: Any) -> list[float]:
+        model = seeded(lambda: Probabilities(bare=name == "bare"))
+        train(model, data=data, out=tmp_path / name, say=lambda _: None, **{**SMALL, "epochs": 1, **settings})
+        return [record["loss"] for record in records(tmp_path / name) if "loss" in record]
+
+    read = losses("read", output_key=1, output="probabilities", align_corners=True)
+    assert read == pytest.approx(losses("bare", align_corners=True), rel=1e-3)
+
+
 # How it fails
 
 
@@ -442,7 +464,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path, met
         (["--attack-options", '{"radios": 1}'], "radios is not a setting of attack"),
         (["--attack-options", "radius"], "radius is not a JSON object"),
         (["--eps", "8:255"], "8:255 is no budget"),
-        (["--eps", "8"], "--eps is 8, wanted a number from 0 to 1 such as 8/255"),
+        (["--eps", "8"], "eps is 8.0, wanted a number below 1, the range of clip"),
+        (["--step-size", "2"], "step_size is 2.0, wanted a number below 1, the range of clip"),
         (["--size", "big"], "big is not a size"),
         (["--class-weights", "balanced"], "class_weights is 'balanced', wanted one of none, median-frequency"),
         (["--attack", "fgsm"], "invalid choice: 'fgsm'"),
@@ -508,6 +531,13 @@ def test_a_run_is_not_overwritten_and_resumes_only_as_it_was(data: Path, tmp_pat
         ({"model": "training_common:plain_net", "model_args": {"classes": 5}}, "logits have 5 classes, wanted 8"),
         ({"model": "builtins:dict"}, "model 'builtins:dict' gives a dict, wanted an nn.Module"),
         ({"attack_options": {"radios": 1}}, "radios is not a setting of attack"),
+        (
+            {"attack_options": {"output_key": 1}},
+            "attack_options is 'output_key', wanted it as a setting of the training",
+        ),
+        ({"attack_options": {"logits": 1}}, "attack_options is 'logits', wanted none of what training fixes"),
+        ({"output": "softmax"}, "output is 'softmax', wanted one of logits, probabilities, sigmoid"),
+        ({"eps": 8}, "eps is 8, wanted a number below 1"),
         ({"attack_options": {"eps": 1}}, "attack_options is 'eps', wanted it as a setting of the training"),
         ({"attack": "none", "compare_reference": 3}, "compare_reference is 3, wanted 0"),
         ({"init": "nowhere.pt"}, "nowhere.pt"),

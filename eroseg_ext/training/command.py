@@ -75,11 +75,9 @@ def settings(args: argparse.Namespace, progress: bool) -> dict[str, Any]:
     names = TrainSettings.__dataclass_fields__
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
     try:
-        checked = TrainSettings(**given)
+        TrainSettings(**given)
     except TypeError as error:
         raise ValueError(str(error)) from error
-    if checked.norm == "linf":
-        options.check_linf(checked.eps)
     return {**given, "progress": progress}
 
 

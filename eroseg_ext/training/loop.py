@@ -136,7 +136,7 @@ class _Run:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if settings.init is not None:
             loading.load_weights(model, settings.init, settings.model)
-        module = network.Network(model, self._clock, mean=settings.mean, std=settings.std, autocast=settings.autocast)
+        module = network.Network(model, self._clock, settings)
         unused = network.check_model(module, self._task.to_class.classes, self._task.crop, processes.device)
         if unused:
             say(f"{len(unused)} parameters do not change the logits and stay as they are, {unused[0]} the first")

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from eroseg_ext.model import Logits
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training.clock import Clock
+from eroseg_ext.training.settings import TrainSettings
 
 
 class Network(nn.Module):
     """``images [B, 3, H, W] in [0, 1] -> logits [B, C, H, W]``: normalises, runs the model under autocast, upsamples.
 
+    The model is called, and its output read, as the settings say; None: as their defaults say.
     Called while the clock is in an attack, it books its forward and backward as the model's.
     """
 
@@ -22,15 +22,12 @@ class Network(nn.Module):
         self,
         model: nn.Module,
         clock: Clock,
-        *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        autocast: torch.dtype | None = None,
+        settings: TrainSettings | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self._clock = clock
-        self._logits = Logits(model, mean=mean, std=std, autocast=autocast)
+        self._logits = Logits.under(model, settings)
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits."""

@@ -119,6 +119,12 @@ class TrainSettings:
     mean: tuple[float, ...] | None = None
     """with std: the model is given (image - mean) / std, per channel"""
     std: tuple[float, ...] | None = None
+    output: str = "logits"
+    """what the model returns: ``logits``, ``probabilities`` (of a softmax) or scores of a ``sigmoid``"""
+    output_key: int | str | None = None
+    """which entry of the model's output are the logits, where it returns several: a number or a name"""
+    align_corners: bool = False
+    """of the bilinear upsampling of logits that are smaller than the labels"""
     amp: str = "none"
     """``bf16``: the model runs under bfloat16 autocast, in training and in the attack; weights stay float32"""
 
@@ -226,12 +232,14 @@ class TrainSettings:
 
     def attack_settings(self) -> AttackSettings | None:
         """The settings of the attack in training, None without one; raises if ``attack_options`` are not allowed."""
+        reading = {name: getattr(self, name) for name in ("output", "output_key", "align_corners")}
         if self.attack == NO_ATTACK:
-            AttackSettings.create(norm=self.norm, mean=self.mean, std=self.std)  # for validation
+            AttackSettings.create(norm=self.norm, mean=self.mean, std=self.std, **reading)  # for validation
             return None
-        for name in ("method", "eps", "steps", "step_size", "mean", "std", "autocast", "backend", "model_mode"):
+        of_the_training = ("method", "eps", "steps", "step_size", "mean", "std", "autocast", "backend", "model_mode")
+        for name in (*of_the_training, *reading):
             require(name not in self.attack_options, "attack_options", name, "it as a setting of the training")
-        for name in ("ignore_index", "progress", "targeted", "clip", "graph"):
+        for name in ("ignore_index", "progress", "targeted", "clip", "graph", "logits"):
             require(name not in self.attack_options, "attack_options", name, "none of what training fixes")
         step_size = self.step_size
         if step_size is None:
@@ -252,6 +260,7 @@ class TrainSettings:
             mean=self.mean,
             std=self.std,
             autocast=self.autocast,
+            **reading,
             **options,
         )
 

@@ -15,6 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from eroseg_ext import backend as backends
 from eroseg_ext.attack import attack
 from eroseg_ext.datasets import VOID
+from eroseg_ext.model import SETTINGS as OF_THE_MODEL
+from eroseg_ext.settings import AttackSettings
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training import seeds
 from eroseg_ext.training.clock import Clock
@@ -68,8 +70,9 @@ class Updater:
         config = settings.attack_settings()
         self._attack: dict[str, Any] | None = None
         if config is not None and settings.adv_fraction > 0:
-            # The network normalises and casts by itself.
-            self._attack = {**_fields(config), "mean": None, "std": None, "autocast": None}
+            # The network normalises, casts and reads the model's output by itself.
+            defaults = _fields(AttackSettings())
+            self._attack = {**_fields(config), **{name: defaults[name] for name in OF_THE_MODEL}}
 
     @property
     def trained(self) -> nn.Module:

@@ -21,7 +21,7 @@ from eroseg_ext.training.settings import TrainSettings
 
 def examples(settings: TrainSettings, model: nn.Module, read: Reader, device: torch.device) -> list[Example]:
     """Up to four evenly spaced validation images, attacked as in :func:`validate`."""
-    network = Network(model, Clock(device), mean=settings.mean, std=settings.std, autocast=settings.autocast)
+    network = Network(model, Clock(device), settings)
     training = model.training
     model.eval()
     shown = []
@@ -58,7 +58,7 @@ def validate(
     # Images at their own sizes do not go into one batch.
     size = 1 if settings.size is None else max(1, settings.batch_size // processes.world // settings.accumulate)
     batches = [keys[start : start + size] for start in range(0, len(keys), size)]
-    network = Network(model, Clock(processes.device), mean=settings.mean, std=settings.std, autocast=settings.autocast)
+    network = Network(model, Clock(processes.device), settings)
     ops = backend.select(processes.device, settings.backend)
     attacked = _attacks(settings)
     matrices = torch.zeros(1 + attacked, classes, classes, dtype=torch.int64, device=processes.device)

@@ -1,0 +1,184 @@
+"""What a model returned, read as logits: which part of it they are, in which units, and whether they fit the images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eroseg_ext.checks import warn
+
+OUTPUTS = ("logits", "probabilities", "sigmoid")
+LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_SMALLEST = {torch.float32: 2.0**-100, torch.bfloat16: 2.0**-100, torch.float16: 2.0**-11}
+"""Probabilities below count as this, so that 1 / p, times a weight and summed by an upsampling, stays finite."""
+
+
+class Reader:
+    """A model's output -> logits ``[B, C, *size]``; the settings are those of the same names of ``AttackSettings``.
+
+    What an output says about itself is looked at once for each of its shapes, its range of values with the first only:
+    a look makes the host wait for the device.
+    """
+
+    def __init__(
+        self,
+        output: str = "logits",
+        output_key: int | str | None = None,
+        logits: Callable[[Any], Tensor] | None = None,
+        align_corners: bool = False,
+    ) -> None:
+        self._output = output
+        self._output_key = output_key
+        self._logits = logits
+        self._align_corners = align_corners
+        self._seen: tuple[object, ...] | None = None
+
+    def __call__(self, output: Any, batch: int, size: tuple[int, int]) -> Tensor:
+        """The logits of ``batch`` images at ``size``, differentiable; TypeError or ValueError if they are none."""
+        if self._logits is not None:
+            found = self._logits(output)
+            if not isinstance(found, Tensor):
+                raise TypeError(f"logits gives a {type(found).__name__} of the model's output, wanted a tensor")
+        else:
+            found = logits_of(output if self._output_key is None else _entry(output, self._output_key), batch)
+        if found.dim() != 4 or found.shape[0] != batch or found.shape[1] == 0:
+            raise ValueError(f"the model's logits have shape {list(found.shape)}, wanted [B, C, H, W] with B = {batch}")
+        if found.dtype not in LOGIT_DTYPES:
+            raise TypeError(f"the model's logits are {found.dtype}, wanted float32, float16 or bfloat16")
+        shape = found.shape, size
+        if shape != self._seen:
+            if self._output != "logits" and self._seen is None:
+                _check_probabilities(found, self._output)
+            _check_size(found, size)
+            self._seen = shape
+        # Before the upsampling: the result is that of the model without its last layer, to rounding.
+        found = _converted(found, self._output)
+        if found.shape[-2:] != size:
+            found = F.interpolate(found, size=size, mode="bilinear", align_corners=self._align_corners)
+        return found
+
+
+def logits_of(output: Any, batch: int) -> Tensor:
+    """The logits in a model's output: a tensor, an object with ``.logits``, a dict with ``"out"`` or a tuple's first.
+
+    Raises TypeError for any other output, and ValueError where a tuple has several entries that could be the logits of
+    ``batch`` images: tensors ``[B, C, H, W]``.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits
+    if isinstance(output, dict):
+        for key in ("out", "logits"):
+            if isinstance(output.get(key), Tensor):
+                return output[key]
+        came = f"a dict with keys {', '.join(map(str, output))}"
+        _refuse_several(output.items(), batch)
+    elif isinstance(output, (tuple, list)) and output:
+        _refuse_several(enumerate(output), batch)
+        return logits_of(output[0], batch)
+    else:
+        came = f"a {type(output).__name__}"
+    raise TypeError(
+        f"the model's output is {came}, wanted logits: a tensor, a dict with 'out', an object with .logits, or a "
+        "tuple, else output_key= or logits= to find them"
+    )
+
+
+def _refuse_several(entries: Iterable[tuple[Any, Any]], batch: int) -> None:
+    candidates = [
+        f"{key!r} of shape {list(entry.shape)}"
+        for key, entry in entries
+        if isinstance(entry, Tensor) and entry.dim() == 4 and entry.shape[0] == batch
+    ]
+    if len(candidates) > 1:
+        raise ValueError(
+            f"the model's output has several entries that could be the logits, {', '.join(candidates)}: choose one by "
+            "output_key=, or by logits=, a callable from the output to the logits"
+        )
+
+
+def _entry(output: Any, key: int | str) -> Any:
+    """The part of an output that ``output_key`` names: of a tuple by number, of a dict or an object by name."""
+    if isinstance(output, dict):
+        if key in output:
+            return output[key]
+        came = f"a dict with keys {', '.join(map(repr, output))}"
+    elif isinstance(output, (tuple, list)) and isinstance(key, int):
+        if -len(output) <= key < len(output):
+            return output[key]
+        came = f"a {type(output).__name__} of {len(output)} entries"
+    else:
+        if isinstance(key, str) and not isinstance(output, Tensor) and hasattr(output, key):
+            return getattr(output, key)
+        came = f"a {type(output).__name__}"
+    raise ValueError(f"output_key is {key!r}, and the model's output is {came}, wanted one that it has")
+
+
+def _converted(found: Tensor, output: str) -> Tensor:
+    if output == "logits":
+        return found
+    p = found.float().clamp(min=_SMALLEST[found.dtype])
+    if output == "probabilities" and found.shape[1] > 1:
+        return p.log()
+    # The largest number below 1 of the model's own type: beyond it there is nothing to tell values apart.
+    p = p.clamp(max=1 - torch.finfo(found.dtype).eps / 2)
+    return p.log() - torch.log1p(-p)
+
+
+def _check_probabilities(found: Tensor, output: str) -> None:
+    """Raises ValueError for values that are not what the setting ``output`` says; NaN is left to the attack."""
+    if found.numel() == 0:
+        return
+    first = found.detach()[:1].float()
+    low, high = (float(value) for value in first.aminmax())
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"output is {output!r}, and the model's output has values from {low:.4g} to {high:.4g}, wanted values "
+            "within [0, 1]: for logits leave output at 'logits'"
+        )
+    if output == "probabilities" and found.shape[1] > 1 and float((first.sum(1) - 1).abs().max()) > 0.05:
+        raise ValueError(
+            "output is 'probabilities', and a pixel's classes do not sum to 1 in the model's output, wanted a "
+            "softmax's: for a score of its own per class it is 'sigmoid'"
+        )
+
+
+def _check_size(found: Tensor, size: tuple[int, int]) -> None:
+    """Finds logits that are not those of the whole image at some stride.
+
+    Raises ValueError if they are larger than the image or of another aspect ratio, to the rounding of a stride. Warns
+    if there is no whole number that both of their sides are the image's divided by, rounded up or down.
+    """
+    (height, width), (h, w) = size, found.shape[-2:]
+    looks_last = _same_aspect(size, (found.shape[1], h))
+    hint = "; they look like [B, H, W, C]: pass logits=lambda output: output.permute(0, 3, 1, 2)" if looks_last else ""
+    if h > height or w > width:
+        raise ValueError(f"the model's logits are {[h, w]} pixels, wanted at most the labels' {[height, width]}{hint}")
+    if min(h, w) == 0:
+        return
+    if not _same_aspect(size, (h, w)):
+        raise ValueError(
+            f"the model's logits have shape {list(found.shape)}, whose {h} x {w} pixels have not the aspect ratio of "
+            f"the images' {height} x {width}{hint or ', wanted logits of the whole image'}"
+        )
+    if not any(_at(height, s, h) and _at(width, s, w) for s in range(1, max(height, width) + 1)):
+        warn(
+            f"the model's logits are {h} x {w} pixels for images of {height} x {width}, which no stride gives: they "
+            "are stretched over the whole image, which is wrong if the model crops; let it pad its input, or return "
+            "logits of the images' size"
+        )
+
+
+def _at(side: int, stride: int, found: int) -> bool:
+    return found in (max(side // stride, 1), -(-side // stride))
+
+
+def _same_aspect(size: tuple[int, int], found: tuple[int, int]) -> bool:
+    """Whether one stride, not necessarily whole, gives both sides to less than a pixel."""
+    (height, width), (h, w) = size, found
+    return height * (w - 1) < width * (h + 1) and width * (h - 1) < height * (w + 1)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from eroseg_ext.modules import depends_on_parameters, modules_behind
+
 Model = Callable[[Tensor], Any]
-LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Of images, models and logits."""
 
 
 def unwrapped(model: Model) -> Model:
@@ -20,41 +27,90 @@ def unwrapped(model: Model) -> Model:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_making_locks = threading.Lock()
+
+
+@contextmanager
+def _no_other_thread(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Waits until no other thread is in here with one of the modules; a thread may be in here several times."""
+    with _making_locks:
+        # Always in one order, or two threads could each wait for a module that the other has.
+        locks = [_locks.setdefault(module, threading.RLock()) for module in sorted(modules, key=id)]
+    with ExitStack() as held:
+        for lock in locks:
+            held.enter_context(lock)
+        yield
+
+
 @contextmanager
 def frozen(model: Model, mode: str) -> Iterator[None]:
     """Holds a module in ``eval`` or ``train`` mode (or ``keep``) with its parameters frozen, then restores it.
 
     Restored, also after an exception: the mode of every submodule, requires_grad of every parameter, and, where a
-    submodule is in train mode meanwhile, every buffer (BatchNorm statistics). A callable that is no nn.Module is left
-    alone.
+    submodule is in train mode meanwhile, every buffer (BatchNorm statistics). Of a callable that is no nn.Module, the
+    modules behind it are held so. Another thread that asks for one of the modules waits.
     """
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+    roots = modules_behind(model)
+    modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+    with _no_other_thread(modules), _out_of_step(modules):
+        modes = [(module, module.training) for module in modules]
+        trainable = [p for p in dict.fromkeys(p for root in roots for p in root.parameters()) if p.requires_grad]
+        buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        try:
+            if mode != "keep":
+                for root in roots:
+                    root.train(mode == "train")
+            if any(module.training for module in modules):
+                buffers = [
+                    (module, name, buffer, buffer.detach().clone())
+                    for module in modules
+                    for name, buffer in module.named_buffers(recurse=False)
+                ]
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            with torch.no_grad():
+                for module, name, buffer, before in buffers:
+                    buffer.copy_(before)
+                    setattr(module, name, buffer)  # a module may have put another tensor in its place
+            for module, training in modes:
+                module.training = training
+
+
+@contextmanager
+def _out_of_step(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keeps what distributes the modules over processes from counting passes that belong to no training step."""
+    distributed = [module for module in modules if isinstance(module, DistributedDataParallel)]
+    before = [(module.require_backward_grad_sync, module.require_forward_param_sync) for module in distributed]
+    reshard(modules)
     try:
-        if mode != "keep":
-            model.train(mode == "train")
-        if any(module.training for module in model.modules()):
-            buffers = [
-                (module, name, buffer, buffer.detach().clone())
-                for module in model.modules()
-                for name, buffer in module.named_buffers(recurse=False)
-            ]
-        for parameter in trainable:
-            parameter.requires_grad_(False)
+        for module in distributed:
+            module.require_backward_grad_sync = module.require_forward_param_sync = False
         yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                buffer.copy_(before)
-                setattr(module, name, buffer)  # a module may have put another tensor in its place
-        for module, training in modes:
-            module.training = training
+        for module, (gradients, parameters) in zip(distributed, before, strict=True):
+            module.require_backward_grad_sync, module.require_forward_param_sync = gradients, parameters
+        reshard(modules)
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Frees the whole parameters that ``fully_shard`` has gathered.
+
+    A forward pass without a backward pass leaves those of the outermost module in place of the sharded ones, with the
+    requires_grad that these had then.
+    """
+    for module in sharded(modules):
+        module.reshard()
+
+
+def sharded(modules: Iterable[nn.Module]) -> list[Any]:
+    """Those to which ``fully_shard`` was applied."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported for this: that takes as long as half of torch
+    return [] if fsdp is None else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
 
 
 def logits_of(output: Any) -> Tensor:
@@ -83,8 +139,12 @@ def logits_of(output: Any) -> Tensor:
 class Logits:
     """``images in pixel values -> logits at the labels' resolution``, differentiable with respect to the images.
 
-    Normalises by mean and std if given, runs the model (under autocast if asked), takes the logits out of its output
-    and upsamples them bilinearly (``align_corners=False``) if they are smaller than ``size``.
+    Normalises by mean and std if given, runs the model (under autocast if asked) in the dtype of its first parameter,
+    takes the logits out of its output and upsamples them bilinearly (``align_corners=False``) if they are smaller than
+    ``size``. The model is given a tensor that it may write to. float64 logits are made float32.
+
+    Args:
+        dtype: what a model without parameters is given; None: the images as they are.
     """
 
     def __init__(
@@ -94,8 +154,12 @@ class Logits:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         autocast: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._model = model
+        self._modules = modules_behind(model)
+        self._dtype = dtype
+        self._warned = isinstance(model, nn.Module)
         self._mean = mean
         self._std = std
         self._constants: tuple[Tensor, ...] | None = None
@@ -109,6 +173,8 @@ class Logits:
                 self._constants = tuple(images.new_tensor(v).view(1, -1, 1, 1) for v in (self._mean, self._std))
             mean, std = self._constants
             images = (images - mean) / std
+        # Never the tensor given, a leaf of autograd or the caller's own: the model may write to what it gets.
+        images = images.to(self._model_dtype() or images.dtype, copy=self._mean is None)
         if self._autocast is None:
             logits = logits_of(self._model(images))
         else:
@@ -118,8 +184,19 @@ class Logits:
             raise ValueError(
                 f"the model's logits have shape {list(logits.shape)}, wanted [B, C, H, W] with B = {images.shape[0]}"
             )
-        if logits.dtype not in LOGIT_DTYPES:
-            raise TypeError(f"the model's logits are {logits.dtype}, wanted float32, float16 or bfloat16")
+        if logits.dtype not in DTYPES:
+            raise TypeError(f"the model's logits are {logits.dtype}, wanted float32, float16, bfloat16 or float64")
+        if logits.dtype == torch.float64:
+            logits = logits.float()
+        if logits.requires_grad and not self._warned:
+            self._warned = True
+            if depends_on_parameters(logits):
+                warnings.warn(
+                    "the model is a function and the nn.Module of its parameters was not found: its mode, BatchNorm "
+                    "statistics and requires_grad stay as they are during the attack, pass an nn.Module instead",
+                    UserWarning,
+                    stacklevel=2,
+                )
         if logits.shape[-2:] != size:
             if logits.shape[-2] > size[0] or logits.shape[-1] > size[1]:
                 raise ValueError(
@@ -128,6 +205,15 @@ class Logits:
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         return logits
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each pass waits for other processes, as after ``fully_shard``."""
+        return bool(sharded(module for root in self._modules for module in root.modules()))
+
+    def _model_dtype(self) -> torch.dtype | None:
+        parameters = (parameter for module in self._modules for parameter in module.parameters())
+        return next((parameter.dtype for parameter in parameters if parameter.dtype in DTYPES), self._dtype)
+
 
 class Pass:
     """The model's forward and backward pass with respect to the images, step after step."""
@@ -135,6 +221,7 @@ class Pass:
     def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
         self._forward = forward
         self._under_way: tuple[Tensor, Tensor] | None = None
+        self._has_checkpoints = False
 
     def logits(self, images: Tensor) -> Tensor:
         """``images[B, K, H, W]`` -> logits, detached; ValueError for logits that are cut off from the images."""
@@ -150,5 +237,16 @@ class Pass:
         assert self._under_way is not None
         leaf, logits = self._under_way
         self._under_way = None  # or the logits would live on beside those of the next forward pass
-        (grad,) = torch.autograd.grad(logits, leaf, grad_logits)
-        return grad
+        if not self._has_checkpoints:
+            try:
+                (grad,) = torch.autograd.grad(logits, leaf, grad_logits)
+                return grad
+            except RuntimeError as error:
+                if ".grad()" not in str(error):
+                    raise
+                # Checkpoints with use_reentrant=True ask for backward(). What came after the last of them is freed.
+                self._has_checkpoints = True
+                logits = self._forward(leaf)
+        torch.autograd.backward(logits, grad_logits)
+        assert leaf.grad is not None
+        return leaf.grad

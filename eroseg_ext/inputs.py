@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 
 import torch
 from torch import Tensor
 
+from eroseg_ext.ball import HALVES
+from eroseg_ext.model import DTYPES
 from eroseg_ext.settings import AttackSettings
 
 LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
-IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check(images: Tensor, labels: Tensor | None, mask: Tensor | None, config: AttackSettings) -> None:
@@ -20,9 +22,9 @@ def check(images: Tensor, labels: Tensor | None, mask: Tensor | None, config: At
         raise TypeError(f"images is a {type(images).__name__}, wanted a tensor [B, K, H, W]")
     if images.dim() != 4:
         raise ValueError(f"images has shape {list(images.shape)}, wanted [B, K, H, W]")
-    if images.dtype not in IMAGE_DTYPES:
+    if images.dtype not in DTYPES:
         raise TypeError(
-            f"images is {images.dtype}, wanted float32, float16 or bfloat16 in the range clip={config.clip}"
+            f"images is {images.dtype}, wanted float32, float64, float16 or bfloat16 in the range clip={config.clip}"
         )
     if config.graph and images.device.type != "cuda":
         raise ValueError(f"graph is True and images is on {images.device}, wanted images on a CUDA device")
@@ -40,6 +42,7 @@ def check(images: Tensor, labels: Tensor | None, mask: Tensor | None, config: At
     if config.mean is not None and len(config.mean) not in (1, channels):
         raise ValueError(f"mean has {len(config.mean)} numbers, wanted {channels}, one per channel of images")
     _check_range(images, config.clip)
+    _warn_of_spacing(images, config)
 
 
 def _check_map(name: str, value: object, images: Tensor, shape: list[int]) -> None:
@@ -61,6 +64,19 @@ def _check_range(images: Tensor, clip: tuple[float, float]) -> None:
         raise ValueError(
             f"images has values from {low:.6g} to {high:.6g}, wanted them within clip={tuple(clip)}: pass unnormalised "
             "images with mean= and std=, or another clip"
+        )
+
+
+def _warn_of_spacing(images: Tensor, config: AttackSettings) -> None:
+    """In a half type, a ball smaller than the distance between two values holds hardly more than the clean image."""
+    per_pixel = config.eps if config.norm == "linf" else config.eps / math.sqrt(max(images[:1].numel(), 1))
+    spacing = torch.finfo(images.dtype).eps / 2 * max(map(abs, config.clip))
+    if images.dtype in HALVES and 0 < per_pixel < spacing:
+        warnings.warn(
+            f"images is {images.dtype}, whose values are up to {spacing:.2g} apart, wanted float32: rounding leaves "
+            f"little of a perturbation of eps={config.eps:.2g}",
+            UserWarning,
+            stacklevel=5,
         )
 
 

@@ -106,10 +106,12 @@ def attack(
 
     The model is any callable from images ``[B, K, H, W]`` to logits ``[B, C, h, w]``, or to a dict with ``"out"``, an
     object with ``.logits``, or a tuple with logits first. Logits smaller than the labels are upsampled bilinearly.
-    After the call the model is as it was: mode, requires_grad, .grad and BatchNorm statistics.
+    After the call the model is as it was: mode, requires_grad, .grad and BatchNorm statistics; so are the modules that
+    a lambda, a partial, a method or an adapter object calls. A second thread that attacks the same model waits.
 
     Args:
-        model: nn.Module (also compiled, or wrapped in DistributedDataParallel) or any differentiable callable.
+        model: nn.Module (also compiled, or wrapped in DistributedDataParallel, or sharded: then every process must
+            attack as many images in as many steps) or any differentiable callable.
         images: ``[B, K, H, W]`` float32, float64, float16 or bfloat16, pixel values within ``clip``. The attack itself
             is in float32, and the model is given the dtype of its first parameter.
         labels: ``[B, H, W]`` int64, int32 or uint8: classes in [0, C) or ``ignore_index``. None: the model's own

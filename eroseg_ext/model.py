@@ -103,14 +103,15 @@ def reshard(modules: Iterable[nn.Module]) -> None:
     A forward pass without a backward pass leaves those of the outermost module in place of the sharded ones, with the
     requires_grad that these had then.
     """
-    for module in sharded(modules):
+    for module in _sharded(modules, "FSDPModule"):
         module.reshard()
 
 
-def sharded(modules: Iterable[nn.Module]) -> list[Any]:
-    """Those to which ``fully_shard`` was applied."""
+def _sharded(modules: Iterable[nn.Module], *kinds: str) -> list[Any]:
+    """Those of the kinds of torch.distributed.fsdp."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported for this: that takes as long as half of torch
-    return [] if fsdp is None else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
+    types = () if fsdp is None else tuple(getattr(fsdp, kind) for kind in kinds)
+    return [module for module in modules if isinstance(module, types)]
 
 
 def logits_of(output: Any) -> Tensor:
@@ -207,8 +208,9 @@ class Logits:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each pass waits for other processes, as after ``fully_shard``."""
-        return bool(sharded(module for root in self._modules for module in root.modules()))
+        """Whether each pass waits for other processes."""
+        modules = (module for root in self._modules for module in root.modules())
+        return bool(_sharded(modules, "FSDPModule", "FullyShardedDataParallel"))
 
     def _model_dtype(self) -> torch.dtype | None:
         parameters = (parameter for module in self._modules for parameter in module.parameters())

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from attack_common import Batch, MakeNet, outside_ball, run, same_bits
+from attack_common import Batch, MakeNet, outside_ball, run, run_info, same_bits
 from conftest import Pixelwise
 from test_model import Snapshot
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from eroseg_ext import attack, evaluate, strong_attack
+from eroseg_ext import StepInfo, attack, evaluate, strong_attack
 from eroseg_ext.modules import modules_behind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -256,24 +256,32 @@ def in_threads(*works: Callable[[], None]) -> None:
 @pytest.mark.parametrize("shared", ["the model", "a part of it"])
 def test_a_second_thread_waits_for_the_first(net: nn.Sequential, batch: Batch, shared: str) -> None:
     modes: list[bool] = []
-
-    def slow(module: nn.Module, inputs: Any) -> None:
-        time.sleep(0.005)
-        modes.append(net[1].training)
-
-    expected = run(net, batch)
+    second_calls, first_is_done = threading.Event(), threading.Event()
+    steps = (3, 9)  # the second is still on its way when the first is done
+    expected = [run(net, batch, steps=count) for count in steps]
     before = Snapshot(net)
-    net.register_forward_pre_hook(slow)
+    net.register_forward_pre_hook(lambda module, inputs: modes.append(net[1].training))
     models = [net, net] if shared == "the model" else [net, nn.Sequential(net, nn.Identity())]
     found: dict[int, Tensor] = {}
 
-    def attacked(number: int, model: nn.Module) -> None:
-        found[number] = run(model, batch)
+    def first() -> None:
+        found[0] = run(models[0], batch, steps=steps[0], callback=wait)
+        first_is_done.set()
 
-    in_threads(*(functools.partial(attacked, number, model) for number, model in enumerate(models)))
-    assert modes == [False] * 6
-    assert torch.equal(found[0], expected)
-    assert torch.equal(found[1], expected)
+    def wait(info: StepInfo) -> None:
+        assert second_calls.wait(60)
+        time.sleep(0.02)  # in which the second would begin
+
+    def second() -> None:
+        while not modes:
+            time.sleep(0.001)
+        second_calls.set()
+        found[1] = run(models[1], batch, steps=steps[1], callback=lambda info: first_is_done.wait(60))
+
+    in_threads(first, second)
+    assert modes == [False] * sum(steps)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
     before.assert_unchanged()
 
 
@@ -330,6 +338,12 @@ class TestDistributed:
 
     def test_a_distributed_module_behind_a_callable_trains_on(self, net: nn.Sequential, batch: Batch) -> None:
         wrapped = DistributedDataParallel(net)
+        before = Snapshot(net)
+        with pytest.MonkeyPatch.context() as patch:
+            # Other processes, which may take fewer steps, would have to take part in it.
+            patch.setattr(wrapped, "_sync_buffers", lambda: pytest.fail("the buffers were broadcast"))
+            run(lambda images: wrapped(images), batch, model_mode="train", return_info=True)
+        before.assert_unchanged()
         in_turn(lambda images: wrapped(images), wrapped, batch, lambda model: run(model, batch, restarts=2))
 
     @pytest.mark.parametrize(
@@ -352,12 +366,35 @@ class TestDistributed:
         assert torch.equal(run(model, batch), expected)
         in_turn(model, model, batch, lambda model: attacked(model, batch))
 
-    def test_no_gradient_of_a_sharded_module_is_kept(self, net: nn.Sequential, batch: Batch) -> None:
-        model = _sharded(net)
-        with torch.no_grad():
-            model(batch[0])  # leaves the whole parameters in place
+    @pytest.mark.parametrize("looks_first", [False, True])
+    def test_no_gradient_of_a_sharded_module_is_computed(
+        self, net: nn.Sequential, batch: Batch, looks_first: bool
+    ) -> None:
+        model, wanted = _sharded(net), []
+        if looks_first:
+            with torch.no_grad():
+                model(batch[0])  # leaves the whole parameters in place
+        net[-1].register_forward_pre_hook(lambda module, inputs: wanted.append(module.weight.requires_grad))
         run(model, batch)
+        assert wanted == [False] * 3
         assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_a_sharded_module_takes_all_steps(self, batch: Batch) -> None:
+        """Other processes' images may still be right, and every pass of a sharded module waits for them."""
+        images, labels = batch[0], torch.zeros_like(batch[1])
+        net = nn.Sequential(nn.Conv2d(3, 4, 1))
+        with torch.no_grad():
+            net[0].weight.zero_()
+            net[0].bias.copy_(torch.tensor([-9.0, 9.0, 0.0, 0.0]))  # no pixel is right from the start
+        net.to(images.device)
+        seen: list[StepInfo] = []
+        settings: dict[str, Any] = {"early_stop": True, "steps": 4, "random_start": False, "callback": seen.append}
+        expected, info = run_info(net, (images, labels), **settings)
+        seen.clear()
+        found, found_info = run_info(_sharded(net), (images, labels), **settings)
+        assert [step.step for step in seen] == [0, 1, 2, 3]
+        assert torch.equal(found, expected)
+        assert torch.equal(found_info.stats, info.stats)
 
     def test_sharded_modules_are_evaluated(self, net: nn.Sequential, batch: Batch) -> None:
         data = list(zip(*batch, strict=True))
@@ -375,5 +412,6 @@ def _without_gradient(model: nn.Module, batch: Batch) -> None:
 
 def _sharded(net: nn.Sequential) -> nn.Module:
     mesh = init_device_mesh(next(net.parameters()).device.type, (1,))
-    fully_shard(net[0], mesh=mesh)
+    if len(net) > 1:
+        fully_shard(net[0], mesh=mesh)
     return fully_shard(net, mesh=mesh)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from eroseg_ext import backend, inputs, methods
 from eroseg_ext.attack import AttackInfo, NotFiniteError, uniform_in_l2_ball
+from eroseg_ext.ball import delivered, shown
 from eroseg_ext.checks import check_choice
 from eroseg_ext.model import Logits, Model, Pass, frozen, unwrapped
 from eroseg_ext.settings import AttackSettings
@@ -122,7 +123,7 @@ def strong_attack(
 
     Args:
         model: nn.Module or any differentiable callable from images to logits.
-        images: ``[B, K, H, W]`` float32, float16 or bfloat16, pixel values within ``clip``.
+        images: ``[B, K, H, W]`` float32, float64, float16 or bfloat16, pixel values within ``clip``.
         labels: ``[B, H, W]`` int64, int32 or uint8; None: the model's own prediction on the clean images.
         mask: ``[B, 1, H, W]`` bool: the pixels that may change; default all.
         seed: of the random starts. An image's noise depends on the seed, its index and the restart, on nothing else.
@@ -140,7 +141,8 @@ def strong_attack(
     Returns:
         Images like ``images``, ``|result - images| <= eps`` and within ``clip``, to rounding: of all iterates in the
         ball of eps the one with the fewest right pixels, of equally many the earliest, over the restarts too. ``eps=0``
-        and an image without valid pixels return the input.
+        and an image without valid pixels return the input. float16 and bfloat16 images are rounded towards the clean
+        ones, as :func:`eroseg_ext.attack` does.
 
     Raises:
         ValueError, TypeError: an argument is not as described; one sentence names it. Nothing was done then.
@@ -154,7 +156,7 @@ def strong_attack(
     if len(numbers) != len(images):
         raise ValueError(f"indices has {len(numbers)} numbers, wanted {len(images)}, one per image")
     model = unwrapped(model)
-    logits = Logits.under(model, config)
+    logits = Logits.under(model, config, dtype=images.dtype)
     ops = backend.select(images.device, config.backend)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model, config.model_mode):
         search = _Search(config, radii, logits, ops, images, labels, mask)
@@ -227,10 +229,11 @@ class _Search:
     ) -> None:
         steps = config.steps if config.eps > 0 and images.numel() > 0 else 0
         dtype, image_size = images.dtype, (images.shape[-2], images.shape[-1])
-        self._forward = lambda pixels: logits(pixels.to(dtype), image_size)
+        self._forward = lambda pixels: logits(pixels, image_size)
         self._pass = Pass(self._forward)
         self._ops = ops
         self._dtype = dtype
+        self._images = images
         self._clean = images.detach().float()
         self._ignore_index = config.ignore_index  # as the caller has it
         self._labels, self._config, self._largest_label = inputs.narrowed(
@@ -248,7 +251,7 @@ class _Search:
         self._best_right = torch.full((batch,), torch.inf, dtype=torch.float64, device=device)
         # The row after the last step is for the final images, so that one look at the end covers every forward pass.
         self._stats = torch.zeros(config.restarts, steps + 1, batch, 4, dtype=torch.float64, device=device)
-        self._tau = torch.zeros(config.restarts, steps, batch, device=device)
+        self._tau = torch.zeros(config.restarts, steps, batch, dtype=torch.float32, device=device)
         self._nan_gradients = torch.zeros(config.restarts, steps + 1, batch, dtype=torch.bool, device=device)
         self._without_gradient = torch.zeros(batch, dtype=torch.bool, device=device)
 
@@ -266,7 +269,7 @@ class _Search:
         inputs.warn_without_gradient(self._without_gradient, indices)
         tau = self._tau if config.method == "eroseg" else None
         info = AttackInfo(self._stats[:, :-1], tau, self._best_right, self._valid, self._without_gradient)
-        return self._best_images.to(self._dtype), info
+        return delivered(self._best_images, self._images, self._mask, config), info
 
     def _start(self, seed: int, indices: list[int], restart: int) -> Tensor:
         clean, config = self._clean, self._config
@@ -278,10 +281,11 @@ class _Search:
             generator = torch.Generator().manual_seed(noise_seed(seed, index, restart))
             shape = clean.shape[1:]
             if config.norm == "linf":
-                uniform.append(torch.empty(shape).uniform_(-radius, radius, generator=generator))
+                draw = torch.empty(shape, dtype=torch.float32)
+                uniform.append(draw.uniform_(-radius, radius, generator=generator))
             else:
-                normal.append(torch.randn(shape, generator=generator))
-                uniform.append(torch.rand((), generator=generator))
+                normal.append(torch.randn(shape, dtype=torch.float32, generator=generator))
+                uniform.append(torch.rand((), dtype=torch.float32, generator=generator))
         noise = torch.stack(uniform).to(clean.device)
         if config.norm == "l2":
             noise = uniform_in_l2_ball(torch.stack(normal).to(clean.device), noise, radius, self._mask)
@@ -292,9 +296,9 @@ class _Search:
         radius = phase.radius
         ball = _Ball(self._clean, self._config, self._mask, radius)
         images = previous = ball.project(images)
-        size = torch.full((len(images), 1, 1, 1), 2 * radius, device=images.device)
+        size = torch.full((len(images), 1, 1, 1), 2 * radius, dtype=torch.float32, device=images.device)
         halved_last = torch.ones(len(images), dtype=torch.bool, device=images.device)
-        improvements = torch.zeros(len(images), device=images.device)
+        improvements = torch.zeros(len(images), dtype=torch.float32, device=images.device)
         checked = 0
         for number in range(phase.steps):
             right, grad = self._evaluate(images, method, restart, phase.first + number)
@@ -327,7 +331,7 @@ class _Search:
 
     def _evaluate(self, images: Tensor, method: methods.Method, restart: int, step: int) -> tuple[Tensor, Tensor]:
         """Right pixels ``[B]`` of the images, and the gradient with respect to them."""
-        logits = self._pass.logits(images)
+        logits = self._pass.logits(shown(images, self._clean, self._dtype))
         if not self._logits_checked:
             inputs.check_first_logits(logits, self._largest_label, self._ignore_index, self._config.output)
             self._logits_checked = True
@@ -344,7 +348,7 @@ class _Search:
     def _judge(self, images: Tensor, restart: int) -> None:
         """Counts the right pixels of a restart's last iterate."""
         with torch.no_grad():
-            logits = self._forward(images)
+            logits = self._forward(shown(images, self._clean, self._dtype))
             _, stats = self._ops.pixel_grad(
                 logits, self._labels, "pgd", ignore_index=self._config.ignore_index, out=self._buffer.like(logits)
             )

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eroseg_ext import backend, inputs, methods
+from eroseg_ext.ball import delivered, shown
 from eroseg_ext.graphs import GraphedPass, Graphs
 from eroseg_ext.model import Logits, Model, Pass, frozen, unwrapped
 from eroseg_ext.settings import AttackSettings
@@ -108,11 +109,14 @@ def attack(
     The model is any callable from images ``[B, K, H, W]`` to logits ``[B, C, h, w]``, or to a dict with ``"out"``, an
     object with ``.logits``, or a tuple with logits first; ``output_key`` or ``logits`` find them in any other output.
     Logits smaller than the labels are upsampled bilinearly. Probabilities are no logits: see ``output``.
-    After the call the model is as it was: mode, requires_grad, .grad and BatchNorm statistics.
+    After the call the model is as it was: mode, requires_grad, .grad and BatchNorm statistics; so are the modules that
+    a lambda, a partial, a method or an adapter object calls. A second thread that attacks the same model waits.
 
     Args:
-        model: nn.Module (also compiled, or wrapped in DistributedDataParallel) or any differentiable callable.
-        images: ``[B, K, H, W]`` float32, float16 or bfloat16, pixel values within ``clip``.
+        model: nn.Module (also compiled, or wrapped in DistributedDataParallel, or sharded: then every process must
+            attack as many images in as many steps) or any differentiable callable.
+        images: ``[B, K, H, W]`` float32, float64, float16 or bfloat16, pixel values within ``clip``. The attack itself
+            is in float32, and the model is given the dtype of its first parameter.
         labels: ``[B, H, W]`` int64, int32 or uint8: classes in [0, C) or ``ignore_index``. None: the model's own
             prediction on the clean images.
         mask: ``[B, 1, H, W]`` bool: the pixels that may change; default all.
@@ -135,6 +139,8 @@ def attack(
         Images like ``images`` (shape, dtype), ``|result - images| <= eps`` and within ``clip``, to rounding; with
         ``return_info`` also the info. ``eps=0`` and an image without valid pixels return the input bit for bit. Of
         iterates (``keep="best"``) or restarts with equally many right pixels the earliest is returned.
+        float16 and bfloat16 images are rounded towards the clean ones, as the nearest value may lie outside the ball:
+        their perturbation is up to a rounding step weaker, and float32 images have none of that.
 
     Raises:
         ValueError, TypeError: an argument is not as described; one sentence names it. Nothing was done then.
@@ -166,7 +172,7 @@ def run_attack(
     """:func:`attack` for settings that have been checked, with the graphs of earlier calls with the same settings."""
     inputs.check(images, labels, mask, config)
     model = unwrapped(model)
-    logits = Logits.under(model, config)
+    logits = Logits.under(model, config, dtype=images.dtype)
     ops = backend.select(images.device, config.backend)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model, config.model_mode):
         if config.graph:
@@ -209,7 +215,7 @@ def uniform_in_l2_ball(normal: Tensor, uniform: Tensor, radius: float, changeabl
     """
     noise = normal.where(changeable, 0.0)
     dimensions = changeable.expand_as(noise).flatten(1).sum(1).clamp(min=1)
-    length = radius * uniform.double() ** (1 / dimensions)
+    length = radius * uniform.double() ** (1 / dimensions.float())
     norm = noise.double().flatten(1).norm(dim=1).clamp(min=1e-30)
     return noise * (length / norm).float().view(-1, 1, 1, 1)
 
@@ -262,9 +268,11 @@ class _Loop:
         dtype, image_size = images.dtype, (images.shape[-2], images.shape[-1])
         self._graphs = graphs
         # Not a method: graphs keep it beyond this call, whose tensors they must not keep.
-        self._forward = lambda pixels: logits(pixels.to(dtype), image_size)
+        self._forward = lambda pixels: logits(pixels, image_size)
+        self._is_sharded = logits.is_sharded
         self._ops = ops
         self._dtype = dtype
+        self._images = images
         self._clean = images.detach().float()
         self._mask = mask
         batch, device = len(images), images.device
@@ -282,7 +290,7 @@ class _Loop:
         self._best: _Best | None = None
         # The row after the last step is for the final images, so that one look at the end covers every forward pass.
         self._stats = torch.zeros(config.restarts, self._steps + 1, batch, 4, dtype=torch.float64, device=device)
-        self._tau = torch.zeros(config.restarts, self._steps, batch, device=device)
+        self._tau = torch.zeros(config.restarts, self._steps, batch, dtype=torch.float32, device=device)
         self._nan_gradients = torch.zeros(config.restarts, self._steps + 1, batch, dtype=torch.bool, device=device)
         self._broken_images = torch.zeros(batch, dtype=torch.bool, device=device)
         self._without_gradient = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -306,13 +314,20 @@ class _Loop:
         self._raise_unless_finite()
         inputs.warn_without_gradient(self._without_gradient, self._index.tolist())
         adversarial = x_adv if self._best is None else self._best.images
-        # Images of void pixels only have no gradient of their own, but -0.0 becomes 0.0 in a step, and batch statistics
-        # (model_mode "train") couple the images.
-        adversarial = adversarial.where((self._valid > 0).view(-1, 1, 1, 1), self._clean).to(self._dtype)
+        adversarial = delivered(adversarial, self._images, self._changeable(), config)
         if self._best is None or not return_info:
             return adversarial, None
         tau = self._tau if config.method == "eroseg" else None
         return adversarial, AttackInfo(self._stats[:, :-1], tau, self._best.right, self._valid, self._without_gradient)
+
+    def _changeable(self) -> Tensor:
+        """Where an image may differ from the clean one.
+
+        Not where it has void pixels only: there is no gradient of its own then, but -0.0 becomes 0.0 in a step, and
+        batch statistics (model_mode "train") couple the images.
+        """
+        changeable = (self._valid > 0).view(-1, 1, 1, 1)
+        return changeable if self._mask is None else changeable & self._mask
 
     def _start(self, generator: torch.Generator | None) -> Tensor:
         """The first iterate of a restart; images without a valid pixel start, and so end, at the clean image."""
@@ -321,14 +336,12 @@ class _Loop:
             return clean.clone()
         device = clean.device if generator is None else generator.device
         if config.norm == "linf":
-            noise = torch.empty(clean.shape, device=device).uniform_(-config.eps, config.eps, generator=generator)
-            noise = noise.to(clean.device)
+            noise = torch.empty(clean.shape, dtype=clean.dtype, device=device)
+            noise = noise.uniform_(-config.eps, config.eps, generator=generator).to(clean.device)
         else:
-            noise = torch.randn(clean.shape, device=device, generator=generator).to(clean.device)
-            radius = torch.rand(len(clean), device=device, generator=generator).to(clean.device)
-        changeable = (self._valid > 0).view(-1, 1, 1, 1)
-        if self._mask is not None:
-            changeable = changeable & self._mask
+            noise = torch.randn(clean.shape, dtype=clean.dtype, device=device, generator=generator).to(clean.device)
+            radius = torch.rand(len(clean), dtype=clean.dtype, device=device, generator=generator).to(clean.device)
+        changeable = self._changeable()
         if config.norm == "l2":
             noise = uniform_in_l2_ball(noise, radius, config.eps, changeable)
         return (clean + noise).clamp(*config.clip).where(changeable, clean)
@@ -342,9 +355,10 @@ class _Loop:
         mask = None if self._mask is None else self._mask[part]
         model = self._pass(x_adv)
         method = methods.create(config, self._ops, labels, self._buffer)
-        leavers = _Leavers(len(rows), x_adv.device) if config.early_stop and _host_waits(x_adv.device) else None
+        stays_whole = self._is_sharded or _host_waits(x_adv.device)
+        leavers = _Leavers(len(rows), x_adv.device) if config.early_stop and stays_whole else None
         for step in range(self._steps):
-            logits = model.logits(x_adv)
+            logits = model.logits(shown(x_adv, clean, self._dtype))
             if not self._logits_checked:
                 inputs.check_first_logits(logits, self._largest_label, self._ignore_index, self._config.output)
                 self._logits_checked = True
@@ -377,7 +391,8 @@ class _Loop:
             del logits, grad  # or they would live on beside those of the next forward pass
             bar.update()
             if leavers is not None:
-                ends = leavers.all_have_left
+                # Every pass of a sharded model waits for the other processes, whose images may still take steps.
+                ends = leavers.all_have_left and not self._is_sharded
             elif config.early_stop:
                 if not going.all():
                     rows, x_adv, clean, labels = rows[going], x_adv[going], clean[going], labels[going]
@@ -408,7 +423,7 @@ class _Loop:
     def _judge(self, best: _Best, restart: int, part: slice, x_adv: Tensor) -> None:
         """Counts the right pixels of final images and keeps the best; every gradient op counts, so ask the plainest."""
         with torch.no_grad():
-            logits = self._forward(x_adv)
+            logits = self._forward(shown(x_adv, self._clean[part], self._dtype))
             _, stats = self._ops.pixel_grad(
                 logits, self._labels[part], "pgd", ignore_index=self._config.ignore_index, out=self._buffer.like(logits)
             )

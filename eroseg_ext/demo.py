@@ -238,8 +238,8 @@ def train(task: Task, steps: int, seed: int, device: torch.device, progress: boo
         while len(order) < BATCH:
             order = torch.cat([order, torch.randperm(len(images), generator=generator)])
         chosen, order = order[:BATCH], order[BATCH:]
-        flip = torch.rand(BATCH, 1, 1, generator=generator) < 0.5
-        gain = 1 + 0.3 * (torch.rand(BATCH, 1, 1, 1, generator=generator) - 0.5)
+        flip = torch.rand(BATCH, 1, 1, dtype=torch.float32, generator=generator) < 0.5
+        gain = 1 + 0.3 * (torch.rand(BATCH, 1, 1, 1, dtype=torch.float32, generator=generator) - 0.5)
         batch, wanted = images[chosen], labels[chosen]
         batch = (torch.where(flip[:, None], batch.flip(-1), batch) * gain).clamp(0, 1)
         wanted = torch.where(flip, wanted.flip(-1), wanted)

@@ -637,6 +637,8 @@ def _item(data: SegmentationData, index: int) -> tuple[Tensor, Tensor]:
 
 
 def _bytes(value: Tensor) -> bytes:
+    if hasattr(value, "full_tensor"):  # a DTensor, of which each process has a part
+        value = value.full_tensor()
     return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 

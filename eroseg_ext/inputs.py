@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from eroseg_ext.ball import HALVES
 from eroseg_ext.checks import warn
+from eroseg_ext.outputs import DTYPES
 from eroseg_ext.settings import AttackSettings, check_below_range
 
 LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
-IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check(images: Tensor, labels: Tensor | None, mask: Tensor | None, config: AttackSettings) -> None:
@@ -21,9 +23,9 @@ def check(images: Tensor, labels: Tensor | None, mask: Tensor | None, config: At
         raise TypeError(f"images is a {type(images).__name__}, wanted a tensor [B, K, H, W]")
     if images.dim() != 4:
         raise ValueError(f"images has shape {list(images.shape)}, wanted [B, K, H, W]")
-    if images.dtype not in IMAGE_DTYPES:
+    if images.dtype not in DTYPES:
         raise TypeError(
-            f"images is {images.dtype}, wanted float32, float16 or bfloat16 in the range clip={config.clip}"
+            f"images is {images.dtype}, wanted float32, float64, float16 or bfloat16 in the range clip={config.clip}"
         )
     if config.graph and images.device.type != "cuda":
         raise ValueError(f"graph is True and images is on {images.device}, wanted images on a CUDA device")
@@ -42,6 +44,7 @@ def check(images: Tensor, labels: Tensor | None, mask: Tensor | None, config: At
         raise ValueError(f"mean has {len(config.mean)} numbers, wanted {channels}, one per channel of images")
     _check_range(images, config.clip)
     _check_lengths(images, config)
+    _warn_of_spacing(images, config)
 
 
 def _check_map(name: str, value: object, images: Tensor, shape: list[int]) -> None:
@@ -84,6 +87,17 @@ def _check_lengths(images: Tensor, config: AttackSettings) -> None:
         check_below_range(name, value, extent, what)
         if value is not None and value > extent / 2:
             warn(f"{name} is {value:g}, more than half of {extent:.6g}, {what}: is it in the units of images?")
+
+
+def _warn_of_spacing(images: Tensor, config: AttackSettings) -> None:
+    """In a half type, a ball smaller than the distance between two values holds hardly more than the clean image."""
+    per_pixel = config.eps if config.norm == "linf" else config.eps / math.sqrt(max(images[:1].numel(), 1))
+    spacing = torch.finfo(images.dtype).eps / 2 * max(map(abs, config.clip))
+    if images.dtype in HALVES and 0 < per_pixel < spacing:
+        warn(
+            f"images is {images.dtype}, whose values are up to {spacing:.2g} apart, wanted float32: rounding leaves "
+            f"little of a perturbation of eps={config.eps:.2g}"
+        )
 
 
 NARROW_VOID = 255

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from eroseg_ext.outputs import Reader
+from eroseg_ext.checks import warn
+from eroseg_ext.modules import depends_on_parameters, modules_behind
+from eroseg_ext.outputs import DTYPES, Reader
 
 Model = Callable[[Tensor], Any]
 NO_GRADIENT = "the model's logits do not depend on images by autograd, wanted a differentiable model"
@@ -23,48 +28,102 @@ def unwrapped(model: Model) -> Model:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_making_locks = threading.Lock()
+
+
+@contextmanager
+def _no_other_thread(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Waits until no other thread is in here with one of the modules; a thread may be in here several times."""
+    with _making_locks:
+        # Always in one order, or two threads could each wait for a module that the other has.
+        locks = [_locks.setdefault(module, threading.RLock()) for module in sorted(modules, key=id)]
+    with ExitStack() as held:
+        for lock in locks:
+            held.enter_context(lock)
+        yield
+
+
 @contextmanager
 def frozen(model: Model, mode: str) -> Iterator[None]:
     """Holds a module in ``eval`` or ``train`` mode (or ``keep``) with its parameters frozen, then restores it.
 
     Restored, also after an exception: the mode of every submodule, requires_grad of every parameter, and, where a
-    submodule is in train mode meanwhile, every buffer (BatchNorm statistics). A callable that is no nn.Module is left
-    alone.
+    submodule is in train mode meanwhile, every buffer (BatchNorm statistics). Of a callable that is no nn.Module, the
+    modules behind it are held so. Another thread that asks for one of the modules waits.
     """
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+    roots = modules_behind(model)
+    modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+    with _no_other_thread(modules), _out_of_step(modules):
+        modes = [(module, module.training) for module in modules]
+        trainable = [p for p in dict.fromkeys(p for root in roots for p in root.parameters()) if p.requires_grad]
+        buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        try:
+            if mode != "keep":
+                for root in roots:
+                    root.train(mode == "train")
+            if any(module.training for module in modules):
+                buffers = [
+                    (module, name, buffer, buffer.detach().clone())
+                    for module in modules
+                    for name, buffer in module.named_buffers(recurse=False)
+                ]
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            with torch.no_grad():
+                for module, name, buffer, before in buffers:
+                    buffer.copy_(before)
+                    setattr(module, name, buffer)  # a module may have put another tensor in its place
+            for module, training in modes:
+                module.training = training
+
+
+@contextmanager
+def _out_of_step(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keeps what distributes the modules over processes from counting passes that belong to no training step."""
+    distributed = [module for module in modules if isinstance(module, DistributedDataParallel)]
+    before = [(module.require_backward_grad_sync, module.require_forward_param_sync) for module in distributed]
+    reshard(modules)
     try:
-        if mode != "keep":
-            model.train(mode == "train")
-        if any(module.training for module in model.modules()):
-            buffers = [
-                (module, name, buffer, buffer.detach().clone())
-                for module in model.modules()
-                for name, buffer in module.named_buffers(recurse=False)
-            ]
-        for parameter in trainable:
-            parameter.requires_grad_(False)
+        for module in distributed:
+            module.require_backward_grad_sync = module.require_forward_param_sync = False
         yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                buffer.copy_(before)
-                setattr(module, name, buffer)  # a module may have put another tensor in its place
-        for module, training in modes:
-            module.training = training
+        for module, (gradients, parameters) in zip(distributed, before, strict=True):
+            module.require_backward_grad_sync, module.require_forward_param_sync = gradients, parameters
+        reshard(modules)
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Frees the whole parameters that ``fully_shard`` has gathered.
+
+    A forward pass without a backward pass leaves those of the outermost module in place of the sharded ones, with the
+    requires_grad that these had then.
+    """
+    for module in _sharded(modules, "FSDPModule"):
+        module.reshard()
+
+
+def _sharded(modules: Iterable[nn.Module], *kinds: str) -> list[Any]:
+    """Those of the kinds of torch.distributed.fsdp."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported for this: that takes as long as half of torch
+    types = () if fsdp is None else tuple(getattr(fsdp, kind) for kind in kinds)
+    return [module for module in modules if isinstance(module, types)]
 
 
 class Logits:
     """``images in pixel values -> logits at the labels' resolution``, differentiable with respect to the images.
 
-    Normalises by mean and std if given, runs the model (under autocast if asked), takes the logits out of its output,
-    as ``reading`` tells :class:`eroseg_ext.outputs.Reader`, and upsamples them bilinearly to ``size`` if need be.
+    Normalises by mean and std if given, runs the model (under autocast if asked) in the dtype of its first parameter,
+    takes the logits out of its output, as ``reading`` tells :class:`eroseg_ext.outputs.Reader`, and upsamples them
+    bilinearly to ``size`` if need be. The model is given a tensor that it may write to.
+
+    Args:
+        dtype: what a model without parameters is given; None: the images as they are.
     """
 
     def __init__(
@@ -74,19 +133,24 @@ class Logits:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         autocast: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
         **reading: Any,
     ) -> None:
         self._model = model
         self._read = Reader(**reading)
+        self._modules = modules_behind(model)
+        self._dtype = dtype
+        self._warned = isinstance(model, nn.Module)
         self._mean = mean
         self._std = std
         self._constants: tuple[Tensor, ...] | None = None
         self._autocast = autocast
 
     @classmethod
-    def under(cls, model: Model, settings: Any) -> Logits:
+    def under(cls, model: Model, settings: Any, dtype: torch.dtype | None = None) -> Logits:
         """As the settings of an attack, a training or an evaluation say; what they do not have keeps its default."""
-        return cls(model, **{name: getattr(settings, name) for name in SETTINGS if hasattr(settings, name)})
+        named = {name: getattr(settings, name) for name in SETTINGS if hasattr(settings, name)}
+        return cls(model, **named, dtype=dtype)
 
     def __call__(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         """``images[B, K, H, W]`` -> logits ``[B, C, *size]``; TypeError or ValueError for an output of another form."""
@@ -96,12 +160,32 @@ class Logits:
                 self._constants = tuple(images.new_tensor(v).view(1, -1, 1, 1) for v in (self._mean, self._std))
             mean, std = self._constants
             images = (images - mean) / std
+        # Never the tensor given, a leaf of autograd or the caller's own: the model may write to what it gets.
+        images = images.to(self._model_dtype() or images.dtype, copy=self._mean is None)
         if self._autocast is None:
             output = self._model(images)
         else:
             with torch.autocast(images.device.type, self._autocast):
                 output = self._model(images)
-        return self._read(output, images.shape[0], size)
+        logits = self._read(output, images.shape[0], size)
+        if logits.requires_grad and not self._warned:
+            self._warned = True
+            if depends_on_parameters(logits):
+                warn(
+                    "the model is a function and the nn.Module of its parameters was not found: its mode, BatchNorm "
+                    "statistics and requires_grad stay as they are during the attack, pass an nn.Module instead"
+                )
+        return logits
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each pass waits for other processes."""
+        modules = (module for root in self._modules for module in root.modules())
+        return bool(_sharded(modules, "FSDPModule", "FullyShardedDataParallel"))
+
+    def _model_dtype(self) -> torch.dtype | None:
+        parameters = (parameter for module in self._modules for parameter in module.parameters())
+        return next((parameter.dtype for parameter in parameters if parameter.dtype in DTYPES), self._dtype)
 
 
 class Pass:
@@ -110,6 +194,7 @@ class Pass:
     def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
         self._forward = forward
         self._under_way: tuple[Tensor, Tensor] | None = None
+        self._has_checkpoints = False
 
     def logits(self, images: Tensor) -> Tensor:
         """``images[B, K, H, W]`` -> logits, detached; ValueError for logits that are cut off from the images."""
@@ -125,8 +210,20 @@ class Pass:
         assert self._under_way is not None
         leaf, logits = self._under_way
         self._under_way = None  # or the logits would live on beside those of the next forward pass
-        # Of a callable's parameters, which nobody froze, the logits may depend where they do not of the images.
-        grad: Tensor | None = torch.autograd.grad(logits, leaf, grad_logits, allow_unused=True)[0]
-        if grad is None:
+        if not self._has_checkpoints:
+            try:
+                # Of a callable's parameters, which nobody froze, the logits may depend where they do not of the images.
+                grad: Tensor | None = torch.autograd.grad(logits, leaf, grad_logits, allow_unused=True)[0]
+                if grad is None:
+                    raise ValueError(NO_GRADIENT)
+                return grad
+            except RuntimeError as error:
+                if ".grad()" not in str(error):
+                    raise
+                # Checkpoints with use_reentrant=True ask for backward(). What came after the last of them is freed.
+                self._has_checkpoints = True
+                logits = self._forward(leaf)
+        torch.autograd.backward(logits, grad_logits)
+        if leaf.grad is None:
             raise ValueError(NO_GRADIENT)
-        return grad
+        return leaf.grad

@@ -23,7 +23,8 @@ class Attack:
     devices. They hold the memory of the model's forward and backward pass. Weights that an optimizer changes in place
     are seen; the graphs are captured anew where parameters, buffers or submodules are others or the mode is another.
     What the model does in Python, and tensors that it holds otherwise, are as they were at the capture. Graphs of a
-    callable that is no nn.Module are not kept. Calls with the same object must not overlap, in threads or CUDA streams.
+    callable that is no nn.Module are not kept. Calls with the same object must not overlap in CUDA
+    streams, nor, where there is no nn.Module for the second to wait for, in threads.
 
     Args:
         model: as :func:`eroseg_ext.attack` takes it.

@@ -12,7 +12,8 @@ from torch import Tensor
 from eroseg_ext.checks import warn
 
 OUTPUTS = ("logits", "probabilities", "sigmoid")
-LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Of images, models and their outputs."""
 _SMALLEST = {torch.float32: 2.0**-100, torch.bfloat16: 2.0**-100, torch.float16: 2.0**-11}
 """Probabilities below count as this, so that 1 / p, times a weight and summed by an upsampling, stays finite."""
 
@@ -47,8 +48,10 @@ class Reader:
             found = logits_of(output if self._output_key is None else _entry(output, self._output_key), batch)
         if found.dim() != 4 or found.shape[0] != batch or found.shape[1] == 0:
             raise ValueError(f"the model's logits have shape {list(found.shape)}, wanted [B, C, H, W] with B = {batch}")
-        if found.dtype not in LOGIT_DTYPES:
-            raise TypeError(f"the model's logits are {found.dtype}, wanted float32, float16 or bfloat16")
+        if found.dtype not in DTYPES:
+            raise TypeError(f"the model's logits are {found.dtype}, wanted float32, float16, bfloat16 or float64")
+        if found.dtype == torch.float64:
+            found = found.float()
         shape = found.shape, size
         if shape != self._seen:
             if self._output != "logits" and self._seen is None:

@@ -364,7 +364,7 @@ def pixel_grad(
         weight = torch.ones_like(p_label)
     elif method == "segpgd":
         lam = progress / 2
-        weight = torch.where(terms.right != targeted, 1 - lam, lam)
+        weight = torch.where(terms.right != targeted, 1 - lam, torch.full_like(p_label, lam))
     elif method in ("cospgd", "cospgd_sigmoid"):
         if method == "cospgd":
             cosine = p_label / (p_label.square() + (p_rest.unsqueeze(1) * terms.others).square().sum(1)).sqrt()
@@ -407,7 +407,7 @@ def class_balance(labels: Tensor, classes: int, *, ignore_index: int = 255) -> T
     """
     labels = labels.long().flatten(1)
     valid = (labels != ignore_index) & (labels >= 0) & (labels < classes)
-    count = torch.zeros(labels.shape[0], classes, device=labels.device)
+    count = torch.zeros(labels.shape[0], classes, dtype=torch.float32, device=labels.device)
     count.scatter_add_(1, labels.where(valid, 0), valid.float())
     rarest = count.where(count > 0, INF).amin(1, keepdim=True)
     return torch.where(count > 0, rarest / count, 0.0)

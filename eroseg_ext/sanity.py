@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eroseg_ext.apgd import noise_seed, strong_attack
 from eroseg_ext.model import SETTINGS as OF_THE_MODEL
-from eroseg_ext.model import Logits, Model, frozen, unwrapped
+from eroseg_ext.model import Logits, Model, Pass, frozen, unwrapped
 
 STEPS = 10
 """Steps of the attacks along the ladder of budgets."""
@@ -150,19 +150,18 @@ class _Checker:
 
         Unlike cross-entropy's it does not vanish where a model is sure.
         """
-        leaf = self._images.detach().clone().requires_grad_()
+        model = Pass(self._predict)
         with torch.enable_grad():
-            logits = self._predict(leaf)
-            if not logits.requires_grad:
-                return False, "the logits do not depend on the images by autograd: no gradient reaches the attack"
+            try:
+                logits = model.logits(self._images).requires_grad_()
+            except ValueError as error:
+                return False, f"{error}: no gradient reaches the attack"
             if logits.shape[1] == 1:
                 loss = -logits.abs()
             else:
                 top = logits.argmax(1, keepdim=True)
                 loss = logits.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True) - logits.gather(1, top)
-            gradient: Tensor | None = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)[0]
-        if gradient is None:
-            return False, "the logits do not depend on the images by autograd: no gradient reaches the attack"
+            gradient = model.gradient(torch.autograd.grad(loss.sum(), logits)[0])
         broken = float((~gradient.isfinite()).double().mean())
         if broken > 0:
             return False, f"{100 * broken:.2f} % of the gradient is NaN or infinite"

@@ -67,7 +67,7 @@ def generated_scenes(count: int, size: tuple[int, int] = (144, 192), seed: int =
     if len(size) != 2 or min(size) < 16:
         raise ValueError(f"size must be (height, width), both at least 16, got {size}")
     height, width = size
-    images = torch.empty(count, 3, height, width)
+    images = torch.empty(count, 3, height, width, dtype=torch.float32)
     labels = torch.empty(count, height, width, dtype=torch.int64)
     for index in range(count):
         pixels, classes = _Street(size, np.random.default_rng([seed, index])).render()

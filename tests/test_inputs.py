@@ -57,12 +57,7 @@ TENSORS: dict[str, tuple[Change, type[Exception], str]] = {
     "images of integers": (
         lambda a: {"images": (a["images"] * 255).byte()},
         TypeError,
-        r"^images is torch.uint8, wanted float32, float16 or bfloat16 in the range clip=\(0.0, 1.0\)$",
-    ),
-    "images of doubles": (
-        lambda a: {"images": a["images"].double()},
-        TypeError,
-        "^images is torch.float64, wanted float32, float16 or bfloat16",
+        r"^images is torch.uint8, wanted float32, float64, float16 or bfloat16 in the range clip=\(0.0, 1.0\)$",
     ),
     "images of 0 to 255": (
         lambda a: {"images": (a["images"] * 254).clamp(min=2)},

@@ -289,8 +289,7 @@ UNUSABLE: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
     "vector": (lambda z: z.mean((2, 3)), ValueError, r"logits have shape \[3, 4\], wanted \[B, C, H, W\] with B = 3"),
     "too few images": (lambda z: z[:2], ValueError, r"shape \[2, 4, 20, 24\], wanted \[B, C, H, W\] with B = 3"),
     "no classes": (lambda z: z[:, :0], ValueError, r"shape \[3, 0, 20, 24\], wanted \[B, C, H, W\]"),
-    "integers": (lambda z: z.long(), TypeError, "logits are torch.int64, wanted float32, float16 or bfloat16"),
-    "double": (lambda z: z.double(), TypeError, "logits are torch.float64, wanted float32, float16 or bfloat16"),
+    "integers": (lambda z: z.long(), TypeError, "logits are torch.int64, wanted float32, float16, bfloat16 or float64"),
     "too large": (
         lambda z: F.interpolate(z, scale_factor=2),
         ValueError,

@@ -494,7 +494,7 @@ def _load_task(settings: TrainSettings, say: Say) -> _Task:
             raise ValueError(
                 f"class_weights has {len(settings.class_weights)} numbers, wanted {to_class.classes}, one per class"
             )
-        weights = torch.tensor(settings.class_weights)
+        weights = torch.tensor(settings.class_weights, dtype=torch.float32)
     elif settings.class_weights == "median-frequency":
         weights = torch.from_numpy(datasets.median_frequency_weights(counts, to_class))
     crop = settings.crop or settings.size

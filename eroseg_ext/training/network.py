@@ -59,7 +59,7 @@ def check_model(network: Network, classes: int, crop: tuple[int, int], device: t
     model.eval()
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     try:
-        logits = network(torch.full((1, 3, *crop), 0.5, device=device))
+        logits = network(torch.full((1, 3, *crop), 0.5, dtype=torch.float32, device=device))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError) as error:

@@ -128,7 +128,7 @@ class Updater:
         noise = _Noise(settings.seed, update, processes, images)
         first = processes.rank * len(images)
         ops = backends.select(processes.device, backend or settings.backend)
-        loss = torch.zeros((), device=processes.device)
+        loss = torch.zeros((), dtype=torch.float32, device=processes.device)
         parts = zip(images.chunk(settings.accumulate), labels.chunk(settings.accumulate), strict=True)
         for number, (part, wanted) in enumerate(parts):
             part = self._attacked(part, wanted, first + number * len(part), noise, backend)
@@ -213,7 +213,7 @@ class _Noise:
         if device.type != "cpu":
             return generator.manual_seed(seeds.torch_seed(self._seed, seeds.ATTACK, self._update, before))
         generator.manual_seed(seeds.torch_seed(self._seed, seeds.ATTACK, self._update))
-        scratch = torch.empty(self._values)
+        scratch = torch.empty(self._values, dtype=torch.float32)
         for _ in range(before):
             scratch.uniform_(generator=generator)
         return generator

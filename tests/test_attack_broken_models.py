@@ -83,7 +83,7 @@ def test_a_class_that_the_model_rules_out_changes_nothing(
 def test_a_label_that_the_model_rules_out_is_reported(net: nn.Module, all_valid: Batch, backend: str) -> None:
     labels = all_valid[1].clone()
     labels[1, 5, 5] = 4
-    with pytest.raises(RuntimeError, match="logits are NaN or infinite at step 0 for image 1$"):
+    with pytest.raises(RuntimeError, match=r"logits are NaN or infinite at step 0 for image 1$"):
         run(RulesOut(net), (all_valid[0], labels), backend=backend)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -58,6 +59,17 @@ def frozen(model: Model, mode: str) -> Iterator[None]:
         modes = [(module, module.training) for module in modules]
         trainable = [p for p in dict.fromkeys(p for root in roots for p in root.parameters()) if p.requires_grad]
         buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+
+        def restore() -> None:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            with torch.no_grad():
+                for module, name, buffer, before in buffers:
+                    buffer.copy_(before)
+                    setattr(module, name, buffer)  # a module may have put another tensor in its place
+            for module, training in modes:
+                module.training = training
+
         try:
             if mode != "keep":
                 for root in roots:
@@ -72,14 +84,27 @@ def frozen(model: Model, mode: str) -> Iterator[None]:
                 parameter.requires_grad_(False)
             yield
         finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
-            with torch.no_grad():
-                for module, name, buffer, before in buffers:
-                    buffer.copy_(before)
-                    setattr(module, name, buffer)  # a module may have put another tensor in its place
-            for module, training in modes:
-                module.training = training
+            try:
+                _uninterrupted(restore)
+            except KeyboardInterrupt:  # it may have come before the first of them was held back
+                _uninterrupted(restore)
+                raise
+
+
+def _uninterrupted(work: Callable[[], None]) -> None:
+    """Does the work as a whole: Ctrl-C, which Python gives to the main thread, is held back until its end."""
+    came: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is None or threading.current_thread() is not threading.main_thread():
+        work()
+        return
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        work()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import signal
 import threading
 import time
 import warnings
@@ -415,3 +416,38 @@ def _sharded(net: nn.Sequential) -> nn.Module:
     if len(net) > 1:
         fully_shard(net[0], mesh=mesh)
     return fully_shard(net, mesh=mesh)
+
+
+class InterruptsItsRestoring(nn.Module):
+    """Sends Ctrl-C when its mode is set for the time that ``at`` counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.times = self.at = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "training" and "times" in self.__dict__:
+            self.times += 1
+            if self.times == self.at:
+                signal.raise_signal(signal.SIGINT)
+        super().__setattr__(name, value)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(images)))
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_model_is_restored_whole_when_ctrl_c_comes_in_between(at: int, mode: str) -> None:
+    net = InterruptsItsRestoring().train(mode == "eval")  # the other mode than the attack's
+    net.times, net.at = 0, at
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    images, labels = torch.rand(1, 3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.long)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        attack(net, images, labels, steps=2, model_mode=mode)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert [module.training for module in net.modules()] == [mode == "eval"] * 4
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

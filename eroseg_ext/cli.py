@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import io
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -42,6 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 2 after an error that the user can put right, told in one sentence on stderr; 3 where ``evaluate --strict``
         finds that checks failed; 130 after Ctrl-C.
     """
+    interrupts: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    ours = handler is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         import torch
 
@@ -59,20 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             run(args)
-    except KeyboardInterrupt:
-        print("eroseg: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except _ChecksFailed as failed:
-        print(f"eroseg: {failed}", file=sys.stderr)
-        return EXIT_CHECKS_FAILED
-    except (_UserError, ValueError, OSError) as error:
-        return _told(str(error) or type(error).__name__)
-    except MemoryError:
-        return _told("there is not enough memory for images, batches or a model of this size")
-    except (Exception, SystemExit) as error:
-        # The user's model can raise anything at any time; its last line tells where.
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        return _told(f"{type(error).__name__} in {last.name} ({last.filename}, line {last.lineno}): {error}")
+    except BaseException as error:
+        # A library may make an error of its own of an interrupt in the midst of its work.
+        if interrupts or isinstance(error, KeyboardInterrupt):
+            print("eroseg: interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        return _told(error)
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, handler)
     return 0
 
 
@@ -80,9 +87,18 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"eroseg: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _told(sentence: str) -> int:
+def _told(error: BaseException) -> int:
+    """Says in one line what is wrong; returns the exit code."""
+    if isinstance(error, (_ChecksFailed, _UserError, ValueError, OSError)):
+        sentence = str(error) or type(error).__name__
+    elif isinstance(error, MemoryError):
+        sentence = "there is not enough memory for images, batches or a model of this size"
+    else:
+        # The user's model can raise anything at any time; its last line tells where.
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        sentence = f"{type(error).__name__} in {last.name} ({last.filename}, line {last.lineno}): {error}"
     print(f"eroseg: {' '.join(sentence.split())}", file=sys.stderr)
-    return EXIT_USER_ERROR
+    return EXIT_CHECKS_FAILED if isinstance(error, _ChecksFailed) else EXIT_USER_ERROR
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -550,9 +550,10 @@ class _Evaluator:
         """
         image, _ = self._load(self._indices[0])
         generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (image[0].numel(), _PROJECTIONS), generator=generator) * 2.0 - 1
+        shape = (image[0].numel(), _PROJECTIONS)
+        signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.float32) * 2 - 1
         low, high = self._config.clip
-        noise = low + (high - low) * torch.rand(image.shape, generator=generator)
+        noise = low + (high - low) * torch.rand(image.shape, generator=generator, dtype=torch.float32)
         found = []
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

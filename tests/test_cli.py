@@ -1,6 +1,7 @@
 """The command ``eroseg``: what it prints and writes, and how it fails."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from folders import write_folder
 from PIL import Image
 
-from eroseg_ext import cli, demo, files
+from eroseg_ext import backend, cli, demo, files
 
 TINY = ["--quick", "--train-steps", "3", "--steps", "3", "--size", "32x48"]
 
@@ -208,3 +209,19 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["demo", "--help"]) == 0
     assert cli.main(["--version"]) == 0
     assert "eroseg_ext" in capsys.readouterr().out
+
+
+def test_an_error_that_a_library_makes_of_ctrl_c_is_told_as_an_interrupt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def report() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("a drawing half done") from None
+
+    monkeypatch.setattr(backend, "report", report)
+    handler = signal.getsignal(signal.SIGINT)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "eroseg: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -32,6 +32,7 @@ NUMBERS = ("", "x", "nan", "inf", "1,,2", "0,0")
 SIZE = ("", "x", "0x5", "-1x5", "5", "5x", "nanxnan", "100000x100000", f"{HUGE}x1", "1.5x2")
 JSON = ("", "x", "[]", "1", '{"a": NaN}', '{"a": Infinity}', '{"a": 1e400}', "[" * 100_000, '{"no_such_name": 1}')
 CHOICE = ("", "x", NOT_UTF8)
+OUTPUT_KEY = ("", "nothing", "7", HUGE, "9" * 5000, NOT_UTF8)
 FOLDER = ("", "nowhere", "file", "empty", NOT_UTF8, "\0", TOO_LONG)
 OUT = ("", "file", "file/below", "\0", TOO_LONG)
 FILE = ("", "nowhere.pt", "empty", "file", "other.pt", "odd.pt", NOT_UTF8, "\0", TOO_LONG)
@@ -64,6 +65,7 @@ VALUES = {
         **{"--std": (*NUMBERS, "-1"), "--class-weights": ("", "x", "nan", "-1,1", "1,2", "0,0"), "--model-args": JSON},
         **{"--attack-options": (*JSON, '{"radius": -1}', '{"steps": 3}', '{"norm": []}', '{"preset": {}}')},
         **dict.fromkeys(("--dataset", "--attack", "--attack-mode", "--backend", "--optimizer", "--amp"), CHOICE),
+        **{"--output": CHOICE, "--output-key": OUTPUT_KEY},
     },
     "evaluate": {
         **dict.fromkeys(("--steps", "--restarts", "--seed"), WHOLE),
@@ -73,6 +75,7 @@ VALUES = {
         **{"--mean": NUMBERS, "--std": (*NUMBERS, "-1"), "--model-args": JSON},
         **{"--attacks": ("", "x", "js:", "eroseg,", ",", NOT_UTF8)},
         **dict.fromkeys(("--dataset", "--norm", "--amp", "--miou-classes"), CHOICE),
+        **{"--output": CHOICE, "--output-key": OUTPUT_KEY},
     },
     "info": {"--json": TO_WRITE},
 }

@@ -64,7 +64,7 @@ def test_two_processes_train_as_one(data: Path, tmp_path: Path, settings: dict[s
 
 
 def test_each_process_takes_its_own_gpu_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)  # there may be no such GPU
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.tensor(0))  # there may be no such GPU
     found = [str(usable_device(name, gpu=1)) for name in ("cuda", "cuda:0", "cpu")]
     assert found == ["cuda:1", "cuda:0", "cpu"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from eroseg_ext import backend as backends
+
+# Tests send Ctrl-C to themselves and to what they start; a shell has it ignored in what runs in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CLASSES = 4
 SIZE = (20, 24)

@@ -31,7 +31,7 @@ def load(path: str) -> ModuleType:
     return module
 
 
-cuda_architectures = load("eroseg_ext/cuda_architectures.py")
+cuda_architectures = load("eroseg_ext/utils/cuda_architectures.py")
 cuda_toolkit = load("csrc/cuda_toolkit.py")
 
 

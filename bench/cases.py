@@ -11,7 +11,9 @@ from torch import Tensor
 
 from bench.measure import Call, Timing, cold_copies, copy_timing, time_calls, time_limit
 from bench.results import Figure, traffic
-from eroseg_ext import AttackSettings, backend, methods, reference
+from eroseg_ext import AttackSettings
+from eroseg_ext.attacks import methods
+from eroseg_ext.ops import backend, reference
 
 Shape = tuple[int, int, int, int]
 
@@ -63,7 +65,7 @@ class Case:
     """One operation on one kind of input."""
 
     op: str
-    """an operation of ``eroseg_ext.reference``, or ``step``: next_tau, erosion_grad and linf_step_ as in the loop"""
+    """an operation of ``ops/reference.py``, or ``step``: next_tau, erosion_grad and linf_step_ as in the loop"""
     data: str
     """whose shape it is"""
     shape: Shape

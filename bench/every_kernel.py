@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from eroseg_ext import backend, ops, reference
+from eroseg_ext.ops import backend, fused, reference
 
 # A number of classes for each way in which the CUDA kernels share them among threads; rows that are copied in pieces of
 # 16 bytes, and of fewer.
@@ -31,26 +31,26 @@ def main(device: torch.device) -> None:
         weight = reference.class_balance(labels, max(classes, 2)).to(device)
         labels = labels.to(LABELS[CLASSES.index(classes) % len(LABELS)]).to(device)
         tau = torch.ones(2).to(device)
-        _, log_odds, stats = ops.erosion_grad(logits, labels, tau, class_weight=weight)
-        ops.next_tau(log_odds, stats, 5)
-        ops.erosion_grad(logits, labels, tau, log_odds, radius=0, direction="ce")
+        _, log_odds, stats = fused.erosion_grad(logits, labels, tau, class_weight=weight)
+        fused.next_tau(log_odds, stats, 5)
+        fused.erosion_grad(logits, labels, tau, log_odds, radius=0, direction="ce")
         for radius in (1, 3):
-            ops.erosion_grad(logits, labels, tau, log_odds, radius=radius, confidence="top", within="class")
+            fused.erosion_grad(logits, labels, tau, log_odds, radius=radius, confidence="top", within="class")
         for method in ("pgd", "cospgd", "cospgd_sigmoid"):
-            ops.pixel_grad(logits, labels, method)
-        ops.confidence(logits, labels, confidence="top")
-        ops.confusion(logits, labels, max(classes, 2))
+            fused.pixel_grad(logits, labels, method)
+        fused.confidence(logits, labels, confidence="top")
+        fused.confusion(logits, labels, max(classes, 2))
     scores = torch.rand(3, 20_000, generator=generator)
     ranks = torch.tensor([[1, 17, 20_000]] * 3).to(device)
     for valid in (None, (scores > 0.5).to(device)):
-        ops.kth_value(scores.to(device), ranks, valid)
+        fused.kth_value(scores.to(device), ranks, valid)
     maps, cone = torch.rand(2, 40, 50, generator=generator), torch.ones(2).to(device)
     for radius, predicted in itertools.product((0, 1, 4), (None, (maps > 0.5).int().to(device))):
-        ops.erode(maps.to(device), (maps < 0.9).to(device), radius, cone, predicted)
+        fused.erode(maps.to(device), (maps < 0.9).to(device), radius, cone, predicted)
     for shape in ((2, 3, 16, 20), (1, 3, 7, 9)):
         x, grad = torch.rand(shape, generator=generator), torch.randn(shape, generator=generator).to(device)
         for mask in (None, (x[:, :1] > 0.5).to(device)):
-            for step_ in (ops.linf_step_, ops.l2_step_):
+            for step_ in (fused.linf_step_, fused.l2_step_):
                 step_(x.to(device, copy=True), x.to(device), grad, 0.1, 0.1, mask=mask)
     if device.type == "cuda":
         torch.cuda.synchronize()

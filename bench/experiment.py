@@ -18,7 +18,7 @@ from statistics import mean
 from typing import Any
 
 from bench.results import FOLDER
-from eroseg_ext.files import write_json
+from eroseg_ext.utils.atomic_files import write_json
 
 SIZE = ["--size", "180x240", "--amp", "bf16"]
 CLEAN = ["--attack", "none", "--epochs", "40"]

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from eroseg_ext import backend, ops, reference
+from eroseg_ext.ops import backend, fused, reference
 
 # Batch, classes, height, width; dtype; layout.
 LOGITS = (
@@ -28,11 +28,11 @@ def main(device: torch.device) -> None:
         labels = labels.repeat_interleave(16, 1).repeat_interleave(16, 2)
         weight = reference.class_balance(labels, classes)
         tau, previous = torch.ones(batch, device=device), torch.randn(labels.shape, device=device)
-        _, log_odds, stats = ops.erosion_grad(logits, labels, tau, previous, class_weight=weight)
-        ops.next_tau(log_odds, stats, 5)
-        ops.pixel_grad(logits, labels, "cospgd")
+        _, log_odds, stats = fused.erosion_grad(logits, labels, tau, previous, class_weight=weight)
+        fused.next_tau(log_odds, stats, 5)
+        fused.pixel_grad(logits, labels, "cospgd")
     x = torch.rand(8, 3, 512, 512, device=device)
-    ops.linf_step_(x.clone(), x, torch.randn_like(x), 0.1, 0.1)
+    fused.linf_step_(x.clone(), x, torch.randn_like(x), 0.1, 0.1)
     if device.type == "cuda":
         torch.cuda.synchronize()
     print(f"the large kernels have run on {device}")

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.measure import Clock
-from eroseg_ext import AttackSettings, methods
-from eroseg_ext.model import Logits, frozen
+from eroseg_ext import AttackSettings
+from eroseg_ext.attacks import methods
+from eroseg_ext.models.adapter import Logits, frozen
 
 PARTS = ("forward", "ours: gradient of the logits", "backward", "ours: step")
 

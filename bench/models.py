@@ -13,8 +13,8 @@ from torch import nn
 
 from bench import ROOT
 from bench.cases import Unavailable
-from eroseg_ext import demo
-from eroseg_ext.nets import DEMO_WIDTH, SmallDeepLab
+from eroseg_ext.cli import demo
+from eroseg_ext.models.small_deeplab import DEMO_WIDTH, SmallDeepLab
 
 
 class Built(NamedTuple):
@@ -85,7 +85,10 @@ def trained(profile: str, device: torch.device, cache: Path) -> Trained:
     """
     quick = profile == "quick"
     task = demo.load_task(demo.DemoSettings(quick=quick))
-    sources = b"".join((ROOT / "eroseg_ext" / name).read_bytes() for name in ("nets.py", "demo.py", "data.py"))
+    sources = b"".join(
+        (ROOT / "eroseg_ext" / name).read_bytes()
+        for name in ("models/small_deeplab.py", "cli/demo.py", "data/reading.py")
+    )
     path = cache / f"{profile}-{hashlib.sha256(sources).hexdigest()[:12]}.pt"
     if path.is_file():
         model = SmallDeepLab(len(task.classes), DEMO_WIDTH)

@@ -16,8 +16,8 @@ import torch
 import eroseg_ext
 from bench import ROOT
 from bench.measure import Timing, copy_timing
-from eroseg_ext import backend
-from eroseg_ext.files import write_json
+from eroseg_ext.ops import backend
+from eroseg_ext.utils.atomic_files import write_json
 
 FOLDER = ROOT / "bench" / "results"
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**31}

@@ -35,11 +35,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eroseg_ext import attack
-from eroseg_ext.data import SegmentationFolder
-from eroseg_ext.files import write_json
-from eroseg_ext.metrics import miou_and_accuracy
-from eroseg_ext.nets import SmallDeepLab
-from eroseg_ext.reference import confusion
+from eroseg_ext.data.reading import SegmentationFolder
+from eroseg_ext.evaluation.metrics import miou_and_accuracy
+from eroseg_ext.models.small_deeplab import SmallDeepLab
+from eroseg_ext.ops.reference import confusion
+from eroseg_ext.utils.atomic_files import write_json
 
 CLASSES = 11
 VOID = 11

@@ -11,7 +11,7 @@ from bench.measure import Timing, peak_memory, time_calls
 from bench.models import Trained, trained
 from bench.peers import PEERS, Budget
 from bench.results import Figure
-from eroseg_ext import demo
+from eroseg_ext.cli import demo
 
 STEPS = 10
 

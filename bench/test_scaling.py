@@ -14,7 +14,7 @@ from bench.cases import VOID, Case, Scene, operations, scene
 from bench.conftest import Record
 from bench.measure import Call, cold_copies, peak_memory, time_calls
 from bench.results import Figure
-from eroseg_ext import backend
+from eroseg_ext.ops import backend
 
 INF = float("inf")
 BASE = {"quick": (1, 21, 128, 128), "default": (2, 21, 256, 256), "full": (4, 21, 512, 512)}

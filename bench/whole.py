@@ -16,8 +16,8 @@ from bench.models import build
 from bench.peers import Budget, textbook
 from bench.results import Figure
 from eroseg_ext import PGD, AttackSettings, EroSeg
-from eroseg_ext.model import Logits
-from eroseg_ext.objects import Attack
+from eroseg_ext.attacks.classes import Attack
+from eroseg_ext.models.adapter import Logits
 
 CLASSES = 21
 ATTACK, GRAPH, TEXTBOOK = "attack()", "EroSeg(model, graph=True)", "textbook PGD loop"

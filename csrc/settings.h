@@ -1,4 +1,4 @@
-// The choices of the operations, as the integers that cross the operator schemas. eroseg_ext/ops.py holds the same
+// The choices of the operations, as the integers that cross the operator schemas. eroseg_ext/ops/fused.py holds the same
 // orders as tuples of names; tests/test_ops.py compares every value of them with the reference.
 #pragma once
 

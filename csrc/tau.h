@@ -1,4 +1,4 @@
-// The width of the next step's front: eroseg_ext/reference.py, next_tau, for one image.
+// The width of the next step's front: eroseg_ext/ops/reference.py, next_tau, for one image.
 #pragma once
 
 #include <cmath>

@@ -1,16 +1,18 @@
 """Adversarial attacks on semantic segmentation, fused: ``eroseg_ext.attack(model, images, labels)``."""
 
-from eroseg_ext.apgd import strong_attack
-from eroseg_ext.attack import AttackInfo, StepInfo, attack
-from eroseg_ext.evaluation import Evaluation, EvaluationSettings, evaluate
-from eroseg_ext.first_calls import settle_first_calls
-from eroseg_ext.objects import JSD, PGD, CosPGD, EroSeg, MaskedCE, SegPGD, Tsallis
-from eroseg_ext.settings import AttackSettings
-from eroseg_ext.training import train
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from eroseg_ext.attacks.apgd import strong_attack
+from eroseg_ext.attacks.classes import JSD, PGD, CosPGD, EroSeg, MaskedCE, SegPGD, Tsallis
+from eroseg_ext.attacks.pgd import AttackInfo, NotFiniteError, StepInfo, attack
+from eroseg_ext.attacks.settings import AttackSettings
+
+if TYPE_CHECKING:
+    from eroseg_ext.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate
+    from eroseg_ext.training import TrainingStopped, TrainSettings, train
 
 __version__ = "0.1.0"
-
-settle_first_calls()
 
 __all__ = [
     "JSD",
@@ -22,8 +24,11 @@ __all__ = [
     "Evaluation",
     "EvaluationSettings",
     "MaskedCE",
+    "NotFiniteError",
     "SegPGD",
     "StepInfo",
+    "TrainSettings",
+    "TrainingStopped",
     "Tsallis",
     "__version__",
     "attack",
@@ -31,3 +36,20 @@ __all__ = [
     "strong_attack",
     "train",
 ]
+
+# Imported at their first use: they need Pillow and matplotlib, which an attack does not.
+_LATER = dict.fromkeys(("Evaluation", "EvaluationSettings", "evaluate"), "eroseg_ext.evaluation.evaluate")
+_LATER |= dict.fromkeys(("TrainSettings", "TrainingStopped", "train"), "eroseg_ext.training")
+_LATER["data"] = "eroseg_ext.data"
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_LATER[name])
+    value = globals()[name] = module if name == "data" else getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eroseg_ext import backend as backends
+from eroseg_ext.ops import backend as backends
 
 # Tests send Ctrl-C to themselves and to what they start; a shell has it ignored in what runs in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)

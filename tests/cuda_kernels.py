@@ -21,8 +21,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from eroseg_ext.ops import CONFIDENCES, DIRECTIONS, FRONTS, WITHINS
-from eroseg_ext.reference import METHODS
+from eroseg_ext.ops.fused import CONFIDENCES, DIRECTIONS, FRONTS, WITHINS
+from eroseg_ext.ops.reference import METHODS
 
 TESTS = Path(__file__).parent
 COMPILER = shutil.which("c++")

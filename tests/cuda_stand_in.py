@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from eroseg_ext import inputs
+from eroseg_ext.attacks import inputs
 
 FIRST_ERROR = "operation not permitted when stream is capturing"
 LATER_ERROR = "operation failed due to a previous error during capture"
@@ -187,5 +187,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Cuda:
         lambda images, labels, mask, config: check(images, labels, mask, dataclasses.replace(config, graph=False)),
     )
     # On the CPU images that are done leave the batch, which a graph of all of them cannot follow.
-    monkeypatch.setattr(importlib.import_module("eroseg_ext.attack"), "_host_waits", lambda device: True)
+    monkeypatch.setattr(importlib.import_module("eroseg_ext.attacks.pgd"), "_host_waits", lambda device: True)
     return cuda

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from eroseg_ext.scenes import IGNORE_INDEX, generated_scenes
+from eroseg_ext.data.scenes import IGNORE_INDEX, generated_scenes
 
 SIZE = (40, 56)
 

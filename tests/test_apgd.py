@@ -12,12 +12,13 @@ from conftest import VOID
 from test_attack_costs import HostSyncs
 from torch import Tensor, nn
 
-from eroseg_ext import attack, reference, strong_attack
-from eroseg_ext.apgd import NOT_OF_APGD, RADII, _checkpoints, noise_seed, phases
-from eroseg_ext.attack import NotFiniteError
-from eroseg_ext.demo import DemoSettings, load_task, train
-from eroseg_ext.scenes import generated_scenes
-from eroseg_ext.settings import METHODS
+from eroseg_ext import attack, strong_attack
+from eroseg_ext.attacks.apgd import NOT_OF_APGD, RADII, _checkpoints, noise_seed, phases
+from eroseg_ext.attacks.pgd import NotFiniteError
+from eroseg_ext.attacks.settings import METHODS
+from eroseg_ext.cli.demo import DemoSettings, load_task, train
+from eroseg_ext.data.scenes import generated_scenes
+from eroseg_ext.ops import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,8 @@ from cuda_stand_in import FIRST_ERROR, Cuda
 from torch import Tensor, nn
 
 import eroseg_ext
-from eroseg_ext import EroSeg, StepInfo, graphs
+from eroseg_ext import EroSeg, StepInfo
+from eroseg_ext.attacks import graphs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -365,7 +366,7 @@ def test_the_event_of_early_stop_is_on_a_stream_of_the_images_device(
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda size, dtype, **elsewhere: ones(size, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    leavers = importlib.import_module("eroseg_ext.attack")._Leavers(2, torch.device("cuda", 1))
+    leavers = importlib.import_module("eroseg_ext.attacks.pgd")._Leavers(2, torch.device("cuda", 1))
     leavers.update(torch.tensor([True, False]))
     assert leavers._copied.stream is cuda.current_streams[torch.device("cpu")]
     assert cuda.current_stream() is not leavers._copied.stream

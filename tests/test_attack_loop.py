@@ -23,7 +23,7 @@ from conftest import SIZE, VOID
 from torch import Tensor, nn
 
 from eroseg_ext import StepInfo, attack
-from eroseg_ext.settings import METHODS
+from eroseg_ext.attacks.settings import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -172,7 +172,7 @@ def stays(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pyt
     """Whether images that are done stay in the batch, as they do where the host would wait to know; on a GPU always."""
     if device.type != "cpu" and not request.param:
         pytest.skip("reading the counts would make the host wait")
-    module = importlib.import_module("eroseg_ext.attack")  # the package's attribute of that name is the function
+    module = importlib.import_module("eroseg_ext.attacks.pgd")  # the package's attribute of that name is the function
     monkeypatch.setattr(module, "_host_waits", lambda device: request.param)
     return bool(request.param)
 

@@ -24,8 +24,9 @@ from attack_common import (
 from conftest import CLASSES, SIZE, VOID
 from torch import Tensor, nn
 
-from eroseg_ext import StepInfo, reference
-from eroseg_ext.settings import METHODS
+from eroseg_ext import StepInfo
+from eroseg_ext.attacks.settings import METHODS
+from eroseg_ext.ops import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

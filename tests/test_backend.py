@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from eroseg_ext import backend, reference
+from eroseg_ext.ops import backend, reference
 
 
 @pytest.mark.parametrize(

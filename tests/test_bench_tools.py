@@ -22,7 +22,9 @@ from bench.cases import Case
 from bench.measure import Clock, Timing
 from bench.report import Device, report
 from bench.results import Figure
-from eroseg_ext import AttackSettings, attack, backend, cli, reference
+from eroseg_ext import AttackSettings, attack
+from eroseg_ext.cli import main
+from eroseg_ext.ops import backend, reference
 
 CPU = torch.device("cpu")
 
@@ -397,7 +399,7 @@ def test_the_experiments_commands_are_commands_of_the_package(
     assert len(lines) == 2 * (1 + len(experiment.ATTACKS))
     for _, *arguments in lines:
         # Understood as far as the files, which are not there.
-        assert cli.main(arguments) == 2
+        assert main.main(arguments) == 2
         assert re.search(rf"{tmp_path}/\S+ (is missing|must hold)", capsys.readouterr().err)
 
 

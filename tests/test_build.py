@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from eroseg_ext import cuda_architectures
+from eroseg_ext.utils import cuda_architectures
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,7 +12,9 @@ import torch
 from folders import write_folder
 from PIL import Image
 
-from eroseg_ext import backend, cli, demo, files
+from eroseg_ext.cli import demo, main
+from eroseg_ext.ops import backend
+from eroseg_ext.utils import atomic_files
 
 TINY = ["--quick", "--train-steps", "3", "--steps", "3", "--size", "32x48"]
 
@@ -82,7 +84,7 @@ def test_demo_on_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     data = write_folder(tmp_path / "data", 6, void=9, suffix=".jpg")
     names = ",".join(f"thing {index}" for index in range(8))
     arguments = ["demo", *TINY, "--data", str(data), "--out", str(tmp_path / "new" / "out"), "--ignore-index", "9"]
-    code = cli.main([*arguments, "--class-names", names, "--eps", "0.01", "--json", str(tmp_path / "r.json")])
+    code = main.main([*arguments, "--class-names", names, "--eps", "0.01", "--json", str(tmp_path / "r.json")])
     assert code == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["task"] == {"train": 5, "test": 1, "classes": names.split(",")}
@@ -93,19 +95,19 @@ def test_demo_on_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_same_seed_same_scores(tmp_path: Path) -> None:
     rows = []
     for name in ("one", "two"):
-        assert cli.main(["demo", *TINY, "--out", str(tmp_path), "--json", str(tmp_path / name), "--seed", "4"]) == 0
+        assert main.main(["demo", *TINY, "--out", str(tmp_path), "--json", str(tmp_path / name), "--seed", "4"]) == 0
         rows.append(json.loads((tmp_path / name).read_text())["methods"]["eroseg"])
     assert (rows[0]["miou"], rows[0]["accuracy"]) == (rows[1]["miou"], rows[1]["accuracy"])
 
 
 def test_zero_budget_changes_nothing(tmp_path: Path) -> None:
-    assert cli.main(["demo", *TINY, "--out", str(tmp_path), "--json", str(tmp_path / "r"), "--eps", "0"]) == 0
+    assert main.main(["demo", *TINY, "--out", str(tmp_path), "--json", str(tmp_path / "r"), "--eps", "0"]) == 0
     result = json.loads((tmp_path / "r").read_text())
     assert all(row["accuracy"] == result["unattacked"]["accuracy"] for row in result["methods"].values())
 
 
 def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["info", "--json", str(tmp_path / "info.json")]) == 0
+    assert main.main(["info", "--json", str(tmp_path / "info.json")]) == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "info.json").read_text())
     assert report["torch"] in printed
@@ -138,7 +140,7 @@ def test_errors_are_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("eroseg: ")
     assert sentence in error
@@ -148,22 +150,22 @@ def test_errors_are_one_sentence(
 def test_bad_data_is_told_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_folder(tmp_path / "data", 3, suffix=".jpg")
     run = ["demo", *TINY, "--data", str(data), "--out", str(tmp_path / "out")]
-    assert cli.main([*run, "--class-names", "a,b"]) == 2
+    assert main.main([*run, "--class-names", "a,b"]) == 2
     assert "class_names has 2 names, wanted 8" in capsys.readouterr().err
     Image.fromarray(np.full((40, 56), 60000, np.uint16)).save(data / "labels" / "01.png")
-    assert cli.main(run) == 2
+    assert main.main(run) == 2
     assert "go up to 60000, wanted class indices below 256" in capsys.readouterr().err
     for path in (data / "labels").iterdir():
         Image.fromarray(np.full((40, 56), 1, np.uint8)).save(path)
-    assert cli.main(run) == 2
+    assert main.main(run) == 2
     assert "the labels are 1 alone: a single class beside ignore_index 255" in capsys.readouterr().err
     (data / "images" / "01.jpg").write_text("no image")
-    assert cli.main(run) == 2
+    assert main.main(run) == 2
     assert "images/01.jpg cannot be read as an image" in capsys.readouterr().err
 
 
 def test_folder_of_one_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["demo", "--data", str(write_folder(tmp_path, 1)), "--out", str(tmp_path / "out")]) == 2
+    assert main.main(["demo", "--data", str(write_folder(tmp_path, 1)), "--out", str(tmp_path / "out")]) == 2
     assert "holds 1 image, wanted at least 2" in capsys.readouterr().err
 
 
@@ -171,15 +173,15 @@ def test_folder_of_void(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     data = write_folder(tmp_path, 2)
     for path in (data / "labels").iterdir():
         Image.fromarray(np.full((40, 56), 255, np.uint8)).save(path)
-    assert cli.main(["demo", *TINY, "--data", str(data), "--out", str(tmp_path / "out")]) == 2
+    assert main.main(["demo", *TINY, "--data", str(data), "--out", str(tmp_path / "out")]) == 2
     assert "no pixel with a label other than ignore_index 255" in capsys.readouterr().err
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    files.write_json(path, {"a": 1})
+    atomic_files.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        files.write_json(path, {"a": object()})
+        atomic_files.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
 
@@ -189,7 +191,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyte
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "run", interrupted)
-    assert cli.main(["demo", "--out", str(tmp_path)]) == 130
+    assert main.main(["demo", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "eroseg: interrupted\n"
 
 
@@ -199,15 +201,15 @@ def test_interrupt_while_modules_are_loaded(
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_parser", interrupted)
-    assert cli.main(["info"]) == 130
+    monkeypatch.setattr(main, "_parser", interrupted)
+    assert main.main(["info"]) == 130
     assert capsys.readouterr().err == "eroseg: interrupted\n"
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--help"]) == 0
-    assert cli.main(["demo", "--help"]) == 0
-    assert cli.main(["--version"]) == 0
+    assert main.main(["--help"]) == 0
+    assert main.main(["demo", "--help"]) == 0
+    assert main.main(["--version"]) == 0
     assert "eroseg_ext" in capsys.readouterr().out
 
 
@@ -222,6 +224,6 @@ def test_an_error_that_a_library_makes_of_ctrl_c_is_told_as_an_interrupt(
 
     monkeypatch.setattr(backend, "report", report)
     handler = signal.getsignal(signal.SIGINT)
-    assert cli.main(["info"]) == 130
+    assert main.main(["info"]) == 130
     assert capsys.readouterr().err == "eroseg: interrupted\n"
     assert signal.getsignal(signal.SIGINT) is handler

@@ -13,8 +13,8 @@ import torch
 from folders import write_folder
 from torch import Tensor, nn
 
-from eroseg_ext import cli
-from eroseg_ext.nets import SmallDeepLab
+from eroseg_ext.cli import main
+from eroseg_ext.models.small_deeplab import SmallDeepLab
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -141,7 +141,7 @@ def base(command: str, out: Path, option: str) -> dict[str, str]:
 
 def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one sentence that the command ends with."""
-    code = cli.main(arguments)
+    code = main.main(arguments)
     error = capsys.readouterr().err
     shown = [argument[:60] for argument in arguments]
     assert code == 2, (shown, error)
@@ -164,7 +164,7 @@ def test_hostile_values(
 
 
 def test_every_option_is_tried() -> None:
-    commands = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    commands = next(a for a in main._parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
     assert set(commands) == set(VALUES)
     for name, parser in commands.items():
         takes_a_value = [action for action in parser._actions if action.option_strings and action.nargs != 0]
@@ -240,7 +240,7 @@ def test_paths_need_not_be_utf8(folder: Path, tmp_path: Path, capsys: pytest.Cap
     try:
         for command in ("train", "evaluate"):
             given = {**base(command, out / command, "--weights"), "--data": str(data)}
-            assert cli.main([command, *(f"{name}={text}" for name, text in given.items())]) == 0, (
+            assert main.main([command, *(f"{name}={text}" for name, text in given.items())]) == 0, (
                 capsys.readouterr().err
             )
     finally:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eroseg_ext import backend, reference
-from eroseg_ext.ops import CONFIDENCES
+from eroseg_ext.ops import backend, reference
+from eroseg_ext.ops.fused import CONFIDENCES
 
 if backend.why_not_fused(torch.device("cpu")):
     pytest.skip(str(backend.why_not_fused(torch.device("cpu"))), allow_module_level=True)

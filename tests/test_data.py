@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from eroseg_ext.data import SegmentationFolder, evenly_spaced
-from eroseg_ext.scenes import IGNORE_INDEX, SCENE_CLASSES, generated_scenes
+from eroseg_ext.data.reading import SegmentationFolder, evenly_spaced
+from eroseg_ext.data.scenes import IGNORE_INDEX, SCENE_CLASSES, generated_scenes
 
 
 def write(root: Path, name: str, image: np.ndarray, labels: np.ndarray, suffix: str = ".png") -> None:

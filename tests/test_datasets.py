@@ -9,8 +9,8 @@ import pytest
 from folders import write_blank, write_labels
 from PIL import Image
 
-from eroseg_ext import datasets
-from eroseg_ext.datasets import VOID, NamedDataset, class_map
+from eroseg_ext.data import datasets
+from eroseg_ext.data.datasets import VOID, NamedDataset, class_map
 
 HERE = Path("label.png")
 

@@ -24,11 +24,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from eroseg_ext import evaluate, strong_attack, train
-from eroseg_ext.data import SegmentationFolder
-from eroseg_ext.datasets import NamedDataset
-from eroseg_ext.evaluation import EvaluationSettings, budget
-from eroseg_ext.files import locked
-from eroseg_ext.settings import METHODS
+from eroseg_ext.attacks.settings import METHODS
+from eroseg_ext.data.datasets import NamedDataset
+from eroseg_ext.data.reading import SegmentationFolder
+from eroseg_ext.evaluation.evaluate import EvaluationSettings, budget
+from eroseg_ext.utils.atomic_files import locked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -361,7 +361,7 @@ PROGRAM = """
 import sys, torch
 from pathlib import Path
 from eroseg_ext import evaluate
-from eroseg_ext.nets import SmallDeepLab
+from eroseg_ext.models import SmallDeepLab
 torch.set_num_threads(1)
 torch.manual_seed(0)
 evaluate(SmallDeepLab(8, width=8), Path(sys.argv[1]), out=sys.argv[2], attacks=["eroseg", "mce", "js"],

@@ -12,8 +12,9 @@ import torch
 from folders import write_folder, write_labels
 from torch import Tensor
 
-from eroseg_ext import cli, evaluate
-from eroseg_ext.nets import SmallDeepLab
+from eroseg_ext import evaluate
+from eroseg_ext.cli import main
+from eroseg_ext.models.small_deeplab import SmallDeepLab
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,7 +39,7 @@ def command(files: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_table_and_json(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(command(files, tmp_path, "--attacks", "eroseg,js", "--eps", "2/255,0.03", "--sanity", "2")) == 0
+    assert main.main(command(files, tmp_path, "--attacks", "eroseg,js", "--eps", "2/255,0.03", "--sanity", "2")) == 0
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "evaluation.json").read_text())
     assert [(row["attack"], round(row["eps"] * 255, 2)) for row in result["rows"]] == [
@@ -71,7 +72,7 @@ def test_options_reach_the_evaluation(files: Path, tmp_path: Path, capsys: pytes
     more = ["--norm", "l2", "--eps", "2.5", "--images", "2", "--batch-size", "1", "--restarts", "2", "--seed", "3"]
     more += ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25", "--amp", "bf16", "--sanity", "0", "--attacks", "pgd"]
     more += ["--miou-classes", "labelled_or_predicted"]
-    assert cli.main(command(files, tmp_path, *more)) == 0
+    assert main.main(command(files, tmp_path, *more)) == 0
     assert capsys.readouterr().out.startswith("mIoU (labelled or predicted classes) / mAcc / aAcc in %, 2 images")
     settings = json.loads((tmp_path / "evaluation.json").read_text())["settings"]
     wanted = {"norm": "l2", "eps": [2.5], "batch_size": 1, "restarts": 2, "seed": 3, "autocast": "bfloat16", "steps": 3}
@@ -95,14 +96,14 @@ def test_the_void_label_of_a_folder(tmp_path: Path, options: list[str], ignore_i
         str(tmp_path),
     ]
     quick = ["--steps", "1", "--attacks", "pgd", "--sanity", "0", "--size", "32x48", "--device", "cpu"]
-    assert cli.main([*arguments, *quick, *options]) == 0
+    assert main.main([*arguments, *quick, *options]) == 0
     assert json.loads((tmp_path / "evaluation.json").read_text())["settings"]["ignore_index"] == ignore_index
 
 
 def test_a_network_by_import_path(files: Path, tmp_path: Path) -> None:
     arguments = ["evaluate", "--data", str(files / "data"), "--ignore-index", "9", "--out", str(tmp_path)]
-    arguments += ["--model", "eroseg_ext.nets:SmallDeepLab", "--model-args", '{"classes": 8, "width": 8}']
-    assert cli.main([*arguments, "--steps", "1", "--attacks", "pgd", "--sanity", "0", "--images", "1"]) == 0
+    arguments += ["--model", "eroseg_ext.models:SmallDeepLab", "--model-args", '{"classes": 8, "width": 8}']
+    assert main.main([*arguments, "--steps", "1", "--attacks", "pgd", "--sanity", "0", "--images", "1"]) == 0
 
 
 def test_a_named_data_set_needs_no_void_label(tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_a_named_data_set_needs_no_void_label(tmp_path: Path) -> None:
         arguments = ["evaluate", "--data", str(tmp_path / "data"), "--out", str(out), *more, "--device", "cpu"]
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            code = cli.main([*arguments, *("--model", "tiny", "--steps", "2", "--size", "32x48", "--sanity", "0")])
+            code = main.main([*arguments, *("--model", "tiny", "--steps", "2", "--size", "32x48", "--sanity", "0")])
         assert code == 0
         result = json.loads((out / "evaluation.json").read_text())
         found.append({name: result[name] for name in ("clean", "rows", "worst", "images")})
@@ -133,7 +134,7 @@ def test_an_interrupted_evaluation_goes_on(
 ) -> None:
     """Around the writes of results.jsonl, and at the end those of evaluation.json."""
     arguments = ("--attacks", "pgd", "--batch-size", "2", "--sanity", "0")
-    assert cli.main(command(files, tmp_path / "whole", *arguments)) == 0
+    assert main.main(command(files, tmp_path / "whole", *arguments)) == 0
     original = getattr(os, name)
     calls = 0
 
@@ -145,11 +146,11 @@ def test_an_interrupted_evaluation_goes_on(
         return original(*given)
 
     monkeypatch.setattr(os, name, interrupted)
-    assert cli.main(command(files, tmp_path / "cut", *arguments)) == 130
+    assert main.main(command(files, tmp_path / "cut", *arguments)) == 130
     monkeypatch.undo()
     assert capsys.readouterr().err == "eroseg: interrupted\n"
     assert not (tmp_path / "cut" / "evaluation.json").exists()
-    assert cli.main(command(files, tmp_path / "cut", *arguments)) == 0
+    assert main.main(command(files, tmp_path / "cut", *arguments)) == 0
     results = [(tmp_path / out / "evaluation.json").read_bytes() for out in ("whole", "cut")]
     assert results[0] == results[1]
     assert not list((tmp_path / "cut").glob("*.part"))
@@ -171,7 +172,7 @@ def test_other_arguments_make_another_model(files: Path, tmp_path: Path) -> None
     found = []
     for turn, out in ((0, "together"), (1, "together"), (1, "alone"), (1, "alone")):
         arguments = ["--model", f"{__name__}:Turned", "--model-args", json.dumps({"turn": turn}), "--sanity", "0"]
-        assert cli.main(command(files, tmp_path / out, *arguments, "--attacks", "pgd")) == 0
+        assert main.main(command(files, tmp_path / out, *arguments, "--attacks", "pgd")) == 0
         found.append(json.loads((tmp_path / out / "evaluation.json").read_text()))
     assert found[0]["clean"] != found[1]["clean"]
     assert found[1] == found[2] == found[3]
@@ -206,7 +207,7 @@ def test_other_arguments_make_another_model(files: Path, tmp_path: Path) -> None
 def test_errors_are_one_sentence(
     files: Path, tmp_path: Path, more: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(command(files, tmp_path, *more)) == 2
+    assert main.main(command(files, tmp_path, *more)) == 2
     error = capsys.readouterr().err
     assert error.startswith("eroseg: ")
     assert sentence in error
@@ -231,7 +232,7 @@ def test_labels_of_a_single_class_are_told(tmp_path: Path, capsys: pytest.Captur
     ]
     for name, values in (("mask", [0, 255]), ("zeros", [0]), ("both", [0, 1, 255])):
         data = write_labels(tmp_path / name, values)
-        assert cli.main(["evaluate", "--data", str(data), "--out", str(tmp_path / "out"), *quick]) == 0
+        assert main.main(["evaluate", "--data", str(data), "--out", str(tmp_path / "out"), *quick]) == 0
         told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eroseg: warning: in data")]
         assert len(told) == (name != "both")
         assert all(("0 and 255 alone" in line) == (name == "mask") for line in told)
@@ -257,14 +258,14 @@ class Probabilities(SmallDeepLab):
 def test_how_to_read_the_output(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ["--model", f"{__name__}:Probabilities", "--model-args", '{"classes": 8, "width": 8}', "--attacks", "pgd"]
     common = [*model, "--images", "1", "--sanity", "1"]
-    assert cli.main(command(files, tmp_path / "a", *common)) == 2
+    assert main.main(command(files, tmp_path / "a", *common)) == 2
     assert "several entries that could be the logits" in capsys.readouterr().err
-    assert cli.main(command(files, tmp_path / "a", *common, "--output-key", "1", "--output", "probabilities")) == 0
+    assert main.main(command(files, tmp_path / "a", *common, "--output-key", "1", "--output", "probabilities")) == 0
     found = json.loads((tmp_path / "a" / "evaluation.json").read_text())
     wanted = {"output": "probabilities", "output_key": 1, "logits": None, "align_corners": False}
     assert {name: found["settings"][name] for name in wanted} == wanted
     assert "ok    logits: the outputs are made logits" in capsys.readouterr().out
-    assert cli.main(command(files, tmp_path / "b", "--attacks", "pgd", "--images", "1", "--sanity", "0")) == 0
+    assert main.main(command(files, tmp_path / "b", "--attacks", "pgd", "--images", "1", "--sanity", "0")) == 0
     bare = json.loads((tmp_path / "b" / "evaluation.json").read_text())
     assert found["clean"]["aacc"] == bare["clean"]["aacc"]
     assert found["rows"][0]["aacc"] == pytest.approx(bare["rows"][0]["aacc"], abs=1)
@@ -273,13 +274,13 @@ def test_how_to_read_the_output(files: Path, tmp_path: Path, capsys: pytest.Capt
 def test_strict(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rounded = ["--model", f"{__name__}:Rounded", "--model-args", '{"classes": 8, "width": 8}', "--attacks", "pgd"]
     arguments = command(files, tmp_path, *rounded, "--sanity", "1", "--images", "1")
-    assert cli.main(arguments) == 0
+    assert main.main(arguments) == 0
     assert "| `pgd` (checks failed) (no gradient on 1 of 1 images) |" in capsys.readouterr().out
-    assert cli.main([*arguments, "--strict"]) == cli.EXIT_CHECKS_FAILED == 3
+    assert main.main([*arguments, "--strict"]) == main.EXIT_CHECKS_FAILED == 3
     error = capsys.readouterr().err
     assert error.startswith("eroseg: --strict: failed are gradients, ")
     assert error.endswith("pgd without gradients\n")
-    assert cli.main(command(files, tmp_path, "--sanity", "0", "--strict")) == 2
+    assert main.main(command(files, tmp_path, "--sanity", "0", "--strict")) == 2
     assert capsys.readouterr().err == "eroseg: --strict needs the sanity checks, which --sanity 0 leaves out\n"
 
 
@@ -288,5 +289,5 @@ def test_broken_model_is_told(files: Path, tmp_path: Path, capsys: pytest.Captur
     state["classifier.bias"][0] = torch.nan
     torch.save(state, tmp_path / "broken.pt")
     arguments = command(files, tmp_path, "--sanity", "0", "--weights", str(tmp_path / "broken.pt"))
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     assert "the model's logits of 00.png are NaN or infinite" in capsys.readouterr().err

@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import eroseg_ext
 from bench import gpu_check
 from bench.gpu_check import Check, Part
-from eroseg_ext import backend
+from eroseg_ext.ops import backend
 
 if why_not := backend.why_not_fused(torch.device("cpu")):
     pytest.skip(str(why_not), allow_module_level=True)

@@ -14,8 +14,9 @@ from attack_common import Counted
 from torch import Tensor, nn
 
 import eroseg_ext
-from eroseg_ext import AttackSettings, attack, inputs
-from eroseg_ext import backend as backends
+from eroseg_ext import AttackSettings, attack
+from eroseg_ext.attacks import inputs
+from eroseg_ext.ops import backend as backends
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

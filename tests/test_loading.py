@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from eroseg_ext.loading import build, load_network, load_weights
-from eroseg_ext.nets import SmallDeepLab
+from eroseg_ext.models.loading import build, load_network, load_weights
+from eroseg_ext.models.small_deeplab import SmallDeepLab
 
 
 def forked(width: int) -> SmallDeepLab:
@@ -52,9 +52,11 @@ def test_weights_of_the_built_in_network(tmp_path: Path, wrap: Any) -> None:
 
 
 def test_a_callable_by_import_path(tmp_path: Path) -> None:
-    made = load_network("eroseg_ext.nets:SmallDeepLab", model_args={"classes": 3, "width": 8})
+    made = load_network("eroseg_ext.models:SmallDeepLab", model_args={"classes": 3, "width": 8})
     torch.save(made.state_dict(), tmp_path / "weights.pt")
-    found = load_network("eroseg_ext.nets:SmallDeepLab", tmp_path / "weights.pt", model_args={"classes": 3, "width": 8})
+    found = load_network(
+        "eroseg_ext.models:SmallDeepLab", tmp_path / "weights.pt", model_args={"classes": 3, "width": 8}
+    )
     assert same(found, made)
 
 
@@ -77,7 +79,7 @@ def test_the_number_of_classes_goes_to_what_takes_it() -> None:
         heads = [module for module in build(name, 5).modules() if isinstance(module, nn.Conv2d)]
         assert heads[-1].out_channels == 5
     assert isinstance(build("torch.nn:Identity", None), nn.Identity)
-    found = load_network("eroseg_ext.nets:SmallDeepLab", classes=3, model_args={"classes": 6})
+    found = load_network("eroseg_ext.models:SmallDeepLab", classes=3, model_args={"classes": 6})
     assert isinstance(found, SmallDeepLab)
     assert found.classes == 6
 
@@ -119,8 +121,8 @@ def test_a_prefix_that_is_the_networks_own_stays(tmp_path: Path) -> None:
             {"name": "no.such:thing"},
             "model is 'no.such:thing', which cannot be imported: ModuleNotFoundError: No module named 'no'",
         ),
-        ({"name": "eroseg_ext.nets:Nothing"}, "which cannot be imported: .*Nothing"),
-        ({"name": "eroseg_ext.nets:SmallDeepLab"}, "cannot be made with {}: .*classes"),
+        ({"name": "eroseg_ext.models.small_deeplab:Nothing"}, "which cannot be imported: .*Nothing"),
+        ({"name": "eroseg_ext.models:SmallDeepLab"}, "cannot be made with {}: .*classes"),
         ({"name": "pathlib:Path"}, "gives a PosixPath, wanted an nn.Module"),
     ],
 )

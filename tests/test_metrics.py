@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eroseg_ext.metrics import MIOU_CLASSES, counts_of, scores, worst_case
+from eroseg_ext.evaluation.metrics import MIOU_CLASSES, counts_of, scores, worst_case
 
 
 def random_counts(seed: int, attacks: int, images: int, classes: int, absent: bool = False) -> np.ndarray:

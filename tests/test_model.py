@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from eroseg_ext import StepInfo, attack, strong_attack
-from eroseg_ext.model import Logits
+from eroseg_ext.models.adapter import Logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from eroseg_ext import StepInfo, attack, evaluate, strong_attack
-from eroseg_ext.modules import modules_behind
+from eroseg_ext.models.modules import modules_behind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eroseg_ext import backend, reference
+from eroseg_ext.ops import backend, reference
 
 if backend.why_not_fused(torch.device("cpu")):
     pytest.skip(str(backend.why_not_fused(torch.device("cpu"))), allow_module_level=True)
 
-from eroseg_ext import ops
+from eroseg_ext.ops import fused as ops
 
 # Largest deviations seen over 20,000 random cases on an AVX-512 CPU: float32 gradient 2e-6 relative; the half types
 # are off by one rounding of the result, half a unit in the last place each way.
@@ -469,7 +469,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 
 LEVEL_CHECK = """
 import torch
-from eroseg_ext import ops, reference
+from eroseg_ext.ops import fused as ops, reference
 torch.manual_seed(0)
 print(ops.cpu_level())
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)):
@@ -503,9 +503,10 @@ def test_lower_simd_levels_are_the_reference_too(level: str, tmp_path: Path) -> 
 
 WRONG_LEVEL = """
 import torch
-from eroseg_ext import attack, cli
+from eroseg_ext import attack
+from eroseg_ext.cli import main as cli
 x, labels = torch.rand(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)
-import eroseg_ext.ops
+import eroseg_ext.ops.fused
 for call in (
     lambda: attack(lambda images: images, x, labels),
     lambda: torch.ops.eroseg.confidence(x, labels, 255, 0),

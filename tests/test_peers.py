@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eroseg_ext import reference
+from eroseg_ext.ops import reference
 
 cospgd = pytest.importorskip("cospgd", reason="the PyPI package cospgd is not installed")
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eroseg_ext import reference
+from eroseg_ext.ops import reference
 
 VOID = 255
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eroseg_ext import sanity
-from eroseg_ext.demo import DemoSettings, load_task, train
-from eroseg_ext.scenes import generated_scenes
+from eroseg_ext.cli.demo import DemoSettings, load_task, train
+from eroseg_ext.data.scenes import generated_scenes
+from eroseg_ext.evaluation import sanity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,9 +18,11 @@ from PIL import Image
 from torch import Tensor, nn
 from training_common import CLASSES, SMALL, dropout_net, furthest_apart, plain_net, weights
 
-from eroseg_ext import attack, cli, datasets, evaluate, train
-from eroseg_ext import backend as backends
-from eroseg_ext.loading import load_weights
+from eroseg_ext import attack, evaluate, train
+from eroseg_ext.cli import main
+from eroseg_ext.data import datasets
+from eroseg_ext.models.loading import load_weights
+from eroseg_ext.ops import backend as backends
 from eroseg_ext.training import TrainingStopped, TrainSettings
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training.clock import Clock
@@ -65,7 +67,7 @@ def test_a_run_from_the_command_line(data: Path, tmp_path: Path, capsys: pytest.
     arguments += ["--size", "24x32", "--epochs", "8", "--batch-size", "4", "--eps", "2/255", "--attack-steps", "2"]
     arguments += ["--val-every", "4", "--val-attack-steps", "3", "--log-every", "2", "--device", "cpu", "--ema", "0.8"]
     built = backends.why_not_fused(torch.device("cpu")) is None
-    code = cli.main([*arguments, "--compare-reference", "2"] if built else arguments)
+    code = main.main([*arguments, "--compare-reference", "2"] if built else arguments)
     output = capsys.readouterr().out
     assert code == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -403,7 +405,7 @@ def test_a_bad_file_in_a_worker_is_told_in_one_sentence(tmp_path: Path, capsys: 
     data = write_folder(tmp_path / "data", 4)
     (data / "images" / "02.png").write_bytes(b"nothing")
     arguments = ["train", "--data", str(data), "--out", str(tmp_path / "out"), "--model", "tiny", "--size", "24x32"]
-    assert cli.main([*arguments, "--batch-size", "4", "--workers", "1", "--classes", "8", "--device", "cpu"]) == 2
+    assert main.main([*arguments, "--batch-size", "4", "--workers", "1", "--classes", "8", "--device", "cpu"]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith(f"eroseg: {data / 'images' / '02.png'} cannot be read as an image")
     assert "\n" not in error
@@ -474,7 +476,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path, met
 def test_wrong_options_are_told_in_one_sentence(
     data: Path, tmp_path: Path, options: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["train", "--data", str(data), "--out", str(tmp_path / "out"), *options]) == 2
+    assert main.main(["train", "--data", str(data), "--out", str(tmp_path / "out"), *options]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("eroseg: ")
     assert words in error
@@ -484,7 +486,7 @@ def test_wrong_options_are_told_in_one_sentence(
 
 def test_an_l2_budget_may_be_larger_than_1(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "--data", str(data), "--out", str(tmp_path), "--eps", "8", "--batch-size", "99"]
-    assert cli.main([*arguments, "--attack-options", '{"norm": "l2"}']) == 2
+    assert main.main([*arguments, "--attack-options", '{"norm": "l2"}']) == 2
     # It is the batch that is wrong.
     assert "wanted at least batch_size = 99" in capsys.readouterr().err
 
@@ -492,7 +494,7 @@ def test_an_l2_budget_may_be_larger_than_1(data: Path, tmp_path: Path, capsys: p
 def test_weights_that_explode_stop_the_run(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "--data", str(data), "--out", str(tmp_path), "--model", "tiny", "--size", "24x32"]
     arguments += ["--learning-rate", "1e30", "--optimizer", "sgd", "--warmup-epochs", "0", "--batch-size", "4"]
-    assert cli.main([*arguments, "--device", "cpu"]) == 2
+    assert main.main([*arguments, "--device", "cpu"]) == 2
     error = capsys.readouterr().err.strip()
     assert re.match(
         r"eroseg: training stopped at update \d of \d+: .*(NaN|nan|not finite).*no checkpoint was written yet$", error

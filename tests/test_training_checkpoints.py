@@ -21,7 +21,10 @@ import torch
 from folders import write_folder
 from training_common import CLASSES, SMALL, command_process, dropout_net, furthest_apart, training_process, weights
 
-from eroseg_ext import cli, files, loading, train
+from eroseg_ext import train
+from eroseg_ext.cli import main
+from eroseg_ext.models import loading
+from eroseg_ext.utils import atomic_files
 
 State = dict[str, Any]
 
@@ -60,7 +63,7 @@ def out(finished: Path, tmp_path: Path) -> Path:
 
 def test_two_checkpoints_are_kept(out: Path) -> None:
     names = ("checkpoint.pt", "checkpoint.previous.pt")
-    assert [files.read_tensors(out / name)["done"] for name in names] == [4, 3]
+    assert [atomic_files.read_tensors(out / name)["done"] for name in names] == [4, 3]
     assert torch.load(out / "checkpoint.pt", weights_only=True)["done"] == 4
 
 
@@ -116,7 +119,7 @@ def test_without_hard_links_two_are_kept_all_the_same(
     monkeypatch.setattr(os, "link", no_links)
     train(say=silent, **settings(data, tmp_path))
     names = ("checkpoint.pt", "checkpoint.previous.pt")
-    assert [files.read_tensors(tmp_path / name)["done"] for name in names] == [4, 3]
+    assert [atomic_files.read_tensors(tmp_path / name)["done"] for name in names] == [4, 3]
 
 
 # Foreign and old files
@@ -294,7 +297,7 @@ def test_one_run_at_a_time_in_a_folder(data: Path, tmp_path: Path, capsys: pytes
         time.sleep(0.01)
     before = log.read_text().splitlines()
     arguments = ["train", "--data", str(data), "--out", str(tmp_path), "--classes", "8", "--resume"]
-    assert cli.main([*arguments, "--model", "tiny", "--device", "cpu"]) == 2
+    assert main.main([*arguments, "--model", "tiny", "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert re.match(rf"eroseg: {tmp_path} is in use by process {process.pid} on \S+ since [\d: -]+: wait .*\n$", error)
     process.kill()
@@ -303,7 +306,7 @@ def test_one_run_at_a_time_in_a_folder(data: Path, tmp_path: Path, capsys: pytes
     assert after[: len(before)] == before
     assert [json.loads(line)["update"] for line in after[:-1]] == list(range(1, len(after)))[: len(after) - 1]
     # Its worker may live on for some seconds, and does not hold the lock.
-    with files.locked(tmp_path):
+    with atomic_files.locked(tmp_path):
         pass
 
 
@@ -338,11 +341,11 @@ def test_an_interrupt_around_writes_ends_with_130_and_the_run_goes_on(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(os, name, interrupted)
-    code = cli.main(command(data, tmp_path))
+    code = main.main(command(data, tmp_path))
     monkeypatch.undo()
     assert code == (130 if calls == number else 0)
     assert capsys.readouterr().err == ("eroseg: interrupted\n" if code else "")
-    assert cli.main(command(data, tmp_path)) == 0
+    assert main.main(command(data, tmp_path)) == 0
     assert furthest_apart(weights(finished), weights(tmp_path)) == 0
     assert not list(tmp_path.glob("*.part"))
 
@@ -369,6 +372,6 @@ def test_a_real_interrupt_at_any_time_ends_with_130_and_the_run_goes_on(
     assert interrupted > 3
     for number in range(4):
         out = tmp_path / str(number)
-        assert cli.main(command(data, out)) == 0
+        assert main.main(command(data, out)) == 0
         assert furthest_apart(weights(finished), weights(out)) == 0
         assert not list(out.glob("*.part"))

@@ -17,7 +17,7 @@ import torch
 from folders import write_folder
 from training_common import SMALL, furthest_apart, training_process, weights
 
-from eroseg_ext.checks import usable_device
+from eroseg_ext.utils.validate import usable_device
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eroseg_ext import backend as backends
-from eroseg_ext import reference
-from eroseg_ext.datasets import VOID
+from eroseg_ext.data.datasets import VOID
+from eroseg_ext.ops import backend as backends
+from eroseg_ext.ops import reference
 from eroseg_ext.training import TrainSettings
 from eroseg_ext.training.loss import front_factor, summed_loss
 

@@ -10,8 +10,8 @@ import torch
 from folders import write_blank
 from PIL import Image
 
-from eroseg_ext import datasets
-from eroseg_ext.datasets import VOID, class_map
+from eroseg_ext.data import datasets
+from eroseg_ext.data.datasets import VOID, class_map
 from eroseg_ext.training.samples import Augmentation, Batch, Batches, Key, Reader, Samples
 
 

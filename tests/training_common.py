@@ -92,10 +92,10 @@ def _process(target: Callable[..., None], *arguments: Any) -> multiprocessing.co
 
 
 def _command(arguments: list[str]) -> None:
-    from eroseg_ext import cli
+    from eroseg_ext.cli import main
 
     # At once: an interrupt that comes after the end is none of the command's.
-    os._exit(cli.main(arguments))
+    os._exit(main.main(arguments))
 
 
 def _train(settings: dict[str, Any], kill_at: tuple[str, int, str] | None, environment: dict[str, str]) -> None:

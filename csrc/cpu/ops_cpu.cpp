@@ -190,7 +190,7 @@ std::vector<double> l2_norms(const Step& step, L2Term term, const std::vector<fl
   return norms;
 }
 
-// eroseg_ext/reference.py, l2_step_. Three passes over the images: ||grad||, ||delta||, the step.
+// eroseg_ext/ops/reference.py, l2_step_. Three passes over the images: ||grad||, ||delta||, the step.
 void l2_step_(const Tensor& x_adv, const Tensor& x, const Tensor& grad, double eps, double alpha, double low,
               double high, const MaybeTensor& mask) {
   const Step step = checked_step(x_adv, x, grad, mask, eps, alpha, low, high, "l2_step_");

@@ -11,7 +11,7 @@ namespace eroseg::cpu {
 // the `count` values in k. NaN sorts last. n = 0 gives +inf.
 void kth_values(const float* scores, const bool* valid, int64_t n, const int64_t* k, int64_t count, float* out);
 
-// eroseg_ext/reference.py, next_tau, for one image; stats are its four.
+// eroseg_ext/ops/reference.py, next_tau, for one image; stats are its four.
 float next_tau(const float* log_odds, int64_t n, const double* stats, const TauSettings& settings);
 
 }  // namespace eroseg::cpu

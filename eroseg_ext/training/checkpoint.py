@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eroseg_ext import files
-from eroseg_ext.checks import check_integer, check_number
 from eroseg_ext.training import clock as phases
+from eroseg_ext.utils import atomic_files
+from eroseg_ext.utils.validate import check_integer, check_number
 
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
@@ -37,7 +37,7 @@ def exists(folder: Path) -> bool:
 
 def write(folder: Path, state: dict[str, Any]) -> None:
     """Writes a checkpoint; the last one becomes the one before it."""
-    files.write_tensors(folder / NAME, state, keep=folder / PREVIOUS)
+    atomic_files.write_tensors(folder / NAME, state, keep=folder / PREVIOUS)
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def check(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    state = files.read_tensors(path)
+    state = atomic_files.read_tensors(path)
     try:
         if not isinstance(state, dict):
             raise ValueError(f"it is {_form(state)}, wanted a dict")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eroseg_ext.checks import usable_device
+from eroseg_ext.utils.validate import usable_device
 
 
 @dataclass(frozen=True)

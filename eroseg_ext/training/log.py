@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eroseg_ext import files
+from eroseg_ext.utils import atomic_files
 
 Record = dict[str, Any]
 
@@ -33,7 +33,7 @@ class Log:
             for record in _read(self._path)
             if record["update"] < update or (record["update"] == update and "loss" in record)
         ]
-        with files.replacing(self._path) as file:
+        with atomic_files.replacing(self._path) as file:
             file.write("".join(map(_line, self.records)).encode())
         self._board = _board(folder, update)
 
@@ -70,7 +70,7 @@ class Log:
             axes.grid(alpha=0.3)
         if validated:
             score.legend(fontsize=9)
-        with files.replacing(self._curves) as file:
+        with atomic_files.replacing(self._curves) as file:
             figure.savefig(file, format="png")
 
     def close(self) -> None:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from eroseg_ext import backend, datasets, files, loading, pictures
-from eroseg_ext.attack import NotFiniteError
-from eroseg_ext.data import Pair, evenly_spaced
-from eroseg_ext.datasets import FOLDER, ClassMap
+from eroseg_ext.attacks.pgd import NotFiniteError
+from eroseg_ext.data import datasets
+from eroseg_ext.data.datasets import FOLDER, ClassMap
+from eroseg_ext.data.reading import Pair, evenly_spaced
+from eroseg_ext.models import loading
+from eroseg_ext.ops import backend
 from eroseg_ext.training import checkpoint, distributed, network, seeds
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training.clock import Clock
@@ -27,6 +29,7 @@ from eroseg_ext.training.samples import Augmentation, Batch, Batches, Reader, Sa
 from eroseg_ext.training.settings import NOT_OF_THE_RESULT, TrainSettings
 from eroseg_ext.training.update import Updater
 from eroseg_ext.training.validate import examples, validate
+from eroseg_ext.utils import atomic_files, plots
 
 WEIGHTS = "weights.pt"
 SUMMARY = "summary.json"
@@ -386,10 +389,10 @@ class _Run:
 
     def _finish(self, log: Log, summary: dict[str, Any]) -> None:
         out = self._settings.out
-        files.write_tensors(out / WEIGHTS, self._updater.trained.state_dict())
+        atomic_files.write_tensors(out / WEIGHTS, self._updater.trained.state_dict())
         log.draw()
         log.close()
-        files.write_json(out / SUMMARY, summary)
+        atomic_files.write_json(out / SUMMARY, summary)
         shares = ", ".join(f"{name} {share:.0%}" for name, share in summary["time"].items())
         self._say(
             f"{summary['updates']} updates in {summary['seconds']:.0f} s, {summary['images_per_second']:.1f} images/s, "
@@ -405,8 +408,8 @@ class _Run:
         if len(self._val):
             names.append(EXAMPLES)
             shown = examples(self._settings, self._updater.trained, self._val, self._processes.device)
-            with files.replacing(out / EXAMPLES) as file:
-                pictures.examples_panel(file, shown, self._class_names(), self._settings.eps)
+            with atomic_files.replacing(out / EXAMPLES) as file:
+                plots.examples_panel(file, shown, self._class_names(), self._settings.eps)
         self._say(f"written to {out}: {', '.join(names)}")
 
     def _class_names(self) -> list[str]:
@@ -423,7 +426,7 @@ def _own_folder(settings: TrainSettings, processes: Processes) -> Iterator[None]
     """The folder of the run, made if missing, which no other run writes into meanwhile."""
     if processes.first:
         settings.out.mkdir(parents=True, exist_ok=True)
-    with files.locked(settings.out) if processes.first else nullcontext():
+    with atomic_files.locked(settings.out) if processes.first else nullcontext():
         # Other processes must not find the folder or a checkpoint half made.
         processes.wait()
         if checkpoint.exists(settings.out) and not settings.resume:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eroseg_ext import reference
-from eroseg_ext.datasets import VOID
-from eroseg_ext.settings import AttackSettings
+from eroseg_ext.attacks.settings import AttackSettings
+from eroseg_ext.data.datasets import VOID
+from eroseg_ext.ops import reference
 
 
 def summed_loss(

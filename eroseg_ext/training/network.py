@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from eroseg_ext.model import Logits
+from eroseg_ext.models.adapter import Logits
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training.clock import Clock
 from eroseg_ext.training.settings import TrainSettings

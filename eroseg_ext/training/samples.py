@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from eroseg_ext.data import Pair, read_pair
-from eroseg_ext.datasets import VOID, ClassMap
+from eroseg_ext.data.datasets import VOID, ClassMap
+from eroseg_ext.data.reading import Pair, read_pair
 from eroseg_ext.training import seeds
 
 _PADDING = 128

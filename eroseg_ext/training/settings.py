@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from eroseg_ext.checks import check_choice, check_integer, check_number, check_sequence, require
-from eroseg_ext.datasets import DATASETS, FOLDER, VOID
-from eroseg_ext.settings import METHODS, AttackSettings
+from eroseg_ext.attacks.settings import METHODS, AttackSettings
+from eroseg_ext.data.datasets import DATASETS, FOLDER, VOID
+from eroseg_ext.utils.validate import check_choice, check_integer, check_number, check_sequence, require
 
 NO_ATTACK = "none"
 NOT_OF_THE_RESULT = (

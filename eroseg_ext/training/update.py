@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from eroseg_ext import backend as backends
-from eroseg_ext.attack import attack
-from eroseg_ext.datasets import VOID
-from eroseg_ext.model import SETTINGS as OF_THE_MODEL
-from eroseg_ext.settings import AttackSettings
+from eroseg_ext.attacks.pgd import attack
+from eroseg_ext.attacks.settings import AttackSettings
+from eroseg_ext.data.datasets import VOID
+from eroseg_ext.models.adapter import SETTINGS as OF_THE_MODEL
+from eroseg_ext.ops import backend as backends
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training import seeds
 from eroseg_ext.training.clock import Clock

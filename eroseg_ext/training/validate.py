@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from eroseg_ext import backend
-from eroseg_ext.attack import attack
-from eroseg_ext.data import evenly_spaced
-from eroseg_ext.datasets import VOID
-from eroseg_ext.metrics import miou_and_accuracy
-from eroseg_ext.pictures import Example
+from eroseg_ext.attacks.pgd import attack
+from eroseg_ext.data.datasets import VOID
+from eroseg_ext.data.reading import evenly_spaced
+from eroseg_ext.evaluation.metrics import miou_and_accuracy
+from eroseg_ext.ops import backend
 from eroseg_ext.training import seeds
 from eroseg_ext.training.clock import Clock
 from eroseg_ext.training.distributed import Processes
 from eroseg_ext.training.network import Network
 from eroseg_ext.training.samples import Key, Reader, Samples, loader
 from eroseg_ext.training.settings import TrainSettings
+from eroseg_ext.utils.plots import Example
 
 
 def examples(settings: TrainSettings, model: nn.Module, read: Reader, device: torch.device) -> list[Example]:

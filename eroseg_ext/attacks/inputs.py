@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eroseg_ext.ball import HALVES
-from eroseg_ext.checks import warn
-from eroseg_ext.outputs import DTYPES
-from eroseg_ext.settings import AttackSettings, check_below_range
+from eroseg_ext.attacks.ball import HALVES
+from eroseg_ext.attacks.settings import AttackSettings, check_below_range
+from eroseg_ext.models.outputs import DTYPES
+from eroseg_ext.utils.validate import warn
 
 LABEL_DTYPES = (torch.int64, torch.int32, torch.uint8)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from eroseg_ext import cuda_architectures, reference
+from eroseg_ext.ops import reference
+from eroseg_ext.utils import cuda_architectures
 
 
 def _load() -> str | None:
@@ -87,7 +88,7 @@ def why_not_fused(device: torch.device) -> str | None:
 
 
 def select(device: torch.device, name: str = "auto") -> ModuleType:
-    """The module whose functions are the operations: ``eroseg_ext.ops`` or ``eroseg_ext.reference``.
+    """The module whose functions are the operations: ``eroseg_ext.ops.fused`` or ``eroseg_ext.ops.reference``.
 
     Args:
         device: where the images are.
@@ -102,7 +103,7 @@ def select(device: torch.device, name: str = "auto") -> ModuleType:
         return reference
     if why_not is not None:
         raise RuntimeError(f"backend is 'fused', but {why_not}")
-    fused = importlib.import_module("eroseg_ext.ops")
+    fused = importlib.import_module("eroseg_ext.ops.fused")
     if device.type == "cpu":
         fused.cpu_level()  # raises for a wrong EROSEG_CPU_LEVEL
     return fused
@@ -121,7 +122,23 @@ def report() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "backends": backends,
-        "cpu_level": None if _WHY_NO_CPU else importlib.import_module("eroseg_ext.ops").cpu_level(),
+        "cpu_level": None if _WHY_NO_CPU else importlib.import_module("eroseg_ext.ops.fused").cpu_level(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def _settle_first_calls() -> None:
+    """Makes the process's first calls of exp, log and sqrt with one element, which one thread computes.
+
+    In the oneMKL of torch's CPU builds (2024.2) the first call of such a function chooses its implementation; threads
+    that share that call may compute their part of it with 13 bits instead of 24
+    (github.com/pytorch/pytorch/issues/188792). The reference uses exp and log, optimizers use sqrt.
+    """
+    for dtype in (torch.float32, torch.float64):
+        one = torch.ones(1, dtype=dtype, device="cpu")
+        for function in (torch.exp, torch.log, torch.sqrt):
+            function(one)
+
+
+_settle_first_calls()

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from eroseg_ext.checks import warn
-from eroseg_ext.modules import depends_on_parameters, modules_behind
-from eroseg_ext.outputs import DTYPES, Reader
+from eroseg_ext.models.modules import depends_on_parameters, modules_behind
+from eroseg_ext.models.outputs import DTYPES, Reader
+from eroseg_ext.utils.validate import warn
 
 Model = Callable[[Tensor], Any]
 NO_GRADIENT = "the model's logits do not depend on images by autograd, wanted a differentiable model"
@@ -144,8 +144,8 @@ class Logits:
     """``images in pixel values -> logits at the labels' resolution``, differentiable with respect to the images.
 
     Normalises by mean and std if given, runs the model (under autocast if asked) in the dtype of its first parameter,
-    takes the logits out of its output, as ``reading`` tells :class:`eroseg_ext.outputs.Reader`, and upsamples them
-    bilinearly to ``size`` if need be. The model is given a tensor that it may write to.
+    takes the logits out of its output, as ``reading`` tells :class:`eroseg_ext.models.outputs.Reader`, and upsamples
+    them bilinearly to ``size`` if need be. The model is given a tensor that it may write to.
 
     Args:
         dtype: what a model without parameters is given; None: the images as they are.

@@ -16,14 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eroseg_ext import backend, methods, pictures, reference
-from eroseg_ext.attack import StepInfo, attack
-from eroseg_ext.checks import usable_device
-from eroseg_ext.data import SegmentationFolder, one_class
-from eroseg_ext.metrics import miou_and_accuracy
-from eroseg_ext.nets import DEMO_WIDTH, SmallDeepLab
-from eroseg_ext.scenes import IGNORE_INDEX, generated_scenes
-from eroseg_ext.settings import AttackSettings
+from eroseg_ext.attacks import methods
+from eroseg_ext.attacks.pgd import StepInfo, attack
+from eroseg_ext.attacks.settings import AttackSettings
+from eroseg_ext.data.reading import SegmentationFolder, one_class
+from eroseg_ext.data.scenes import IGNORE_INDEX, generated_scenes
+from eroseg_ext.evaluation.metrics import miou_and_accuracy
+from eroseg_ext.models.small_deeplab import DEMO_WIDTH, SmallDeepLab
+from eroseg_ext.ops import backend, reference
+from eroseg_ext.utils import plots
+from eroseg_ext.utils.validate import usable_device
 
 METHODS = ("pgd", "segpgd", "cospgd", "mce", "mce_bal", "js", "tsallis", "eroseg")
 """Methods in the order of the table, with their default settings."""
@@ -121,12 +123,12 @@ def run(settings: DemoSettings, say: Callable[[str], None] = print) -> dict[str,
         say(f"no fused kernels: {why_not}")
 
     files = [settings.out / "accuracy.png"]
-    pictures.accuracy_curves(files[0], curves, len(images))
+    plots.accuracy_curves(files[0], curves, len(images))
     count = 1 if settings.quick else min(4, len(images))
     for index in (int(i * len(images) / count) for i in range(count)):
         story = _story(model, images[index : index + 1], labels[index : index + 1], task, settings)
         files.append(settings.out / f"example-{len(files)}.png")
-        pictures.attack_panel(files[-1], story)
+        plots.attack_panel(files[-1], story)
     say("")
     say(f"pictures: {', '.join(map(str, files))}")
 
@@ -190,7 +192,7 @@ def load_task(settings: DemoSettings) -> Task:
         test_images,
         test_labels,
         names,
-        pictures.distinct_colours(len(names)),
+        plots.distinct_colours(len(names)),
         settings.ignore_index,
     )
 
@@ -340,7 +342,7 @@ def table(unattacked: dict[str, float], results: dict[str, dict[str, float | Non
     return lines
 
 
-def _story(model: nn.Module, image: Tensor, labels: Tensor, task: Task, settings: DemoSettings) -> pictures.Story:
+def _story(model: nn.Module, image: Tensor, labels: Tensor, task: Task, settings: DemoSettings) -> plots.Story:
     """Attacks one image [1, 3, H, W] with eroseg and keeps what a picture of it needs."""
     shown = sorted({round(i * (settings.steps - 1) / 3) for i in range(4)})
     config = AttackSettings(eps=settings.eps, steps=settings.steps, ignore_index=task.ignore_index)
@@ -363,7 +365,7 @@ def _story(model: nn.Module, image: Tensor, labels: Tensor, task: Task, settings
     with torch.no_grad():
         before, after = model(image), model(adversarial)
     valid = labels != task.ignore_index
-    return pictures.Story(
+    return plots.Story(
         image=image[0].cpu(),
         adversarial=adversarial[0].cpu(),
         labels=labels[0].where(valid[0], -1).cpu(),

@@ -9,7 +9,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from eroseg_ext.model import Model, Pass
+from eroseg_ext.models.adapter import Model, Pass
 
 KEPT = 2
 """How many graphs are kept, as each holds the model's memory: those of full batches and of a last, smaller one."""
@@ -18,7 +18,7 @@ _failed: list[torch.cuda.CUDAGraph] = []
 
 
 class GraphedPass:
-    """As :class:`eroseg_ext.model.Pass`, from two CUDA graphs: one launch instead of one for each of its kernels.
+    """As ``adapter.Pass``, from two CUDA graphs: one launch instead of one for each of its kernels.
 
     Steps: two warm-up passes on a side stream, as capture wants them; then, on the same stream, the forward pass is
     captured, and the backward pass with its memory. A replay reads and writes the tensors of the capture: logits and

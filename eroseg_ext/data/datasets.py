@@ -14,8 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eroseg_ext.checks import check_choice
-from eroseg_ext.data import (
+from eroseg_ext.data.reading import (
     Pair,
     SegmentationFolder,
     checked_size,
@@ -25,6 +24,7 @@ from eroseg_ext.data import (
     paired,
     read_label,
 )
+from eroseg_ext.utils.validate import check_choice
 
 FOLDER = "folder"
 """No data set known by name: images/ and labels/, whose values are the classes."""

@@ -19,17 +19,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eroseg_ext import backend, reference, sanity
-from eroseg_ext.apgd import NOT_OF_APGD, checked, noise_seed, strong_attack
-from eroseg_ext.checks import check_choice, check_integer, check_number, require
-from eroseg_ext.data import SegmentationFolder, evenly_spaced, one_class
-from eroseg_ext.files import locked, write_json
-from eroseg_ext.journal import Journal, key_of
-from eroseg_ext.metrics import MIOU_CLASSES, Counts, Floats, Scores, WorstCase, counts_of, scores, worst_case
-from eroseg_ext.model import SETTINGS as OF_THE_MODEL
-from eroseg_ext.model import Logits, Model, frozen, unwrapped
-from eroseg_ext.sanity import budget
-from eroseg_ext.settings import METHODS
+from eroseg_ext.attacks.apgd import NOT_OF_APGD, checked, noise_seed, strong_attack
+from eroseg_ext.attacks.settings import METHODS
+from eroseg_ext.data.reading import SegmentationFolder, evenly_spaced, one_class
+from eroseg_ext.evaluation import sanity
+from eroseg_ext.evaluation.metrics import MIOU_CLASSES, Counts, Floats, Scores, WorstCase, counts_of, scores, worst_case
+from eroseg_ext.evaluation.result_cache import Journal, key_of
+from eroseg_ext.evaluation.sanity import budget
+from eroseg_ext.models.adapter import SETTINGS as OF_THE_MODEL
+from eroseg_ext.models.adapter import Logits, Model, frozen, unwrapped
+from eroseg_ext.ops import backend, reference
+from eroseg_ext.utils.atomic_files import locked, write_json
+from eroseg_ext.utils.validate import check_choice, check_integer, check_number, require
 
 DEFAULT_ATTACKS = ("eroseg", "js:shrinking", "cospgd")
 """Of all methods and radii the three whose worst case was lowest on three trained networks, see ``bench/NOTES.md``."""
@@ -286,7 +287,7 @@ def evaluate(
             left as it was.
         data: folder with ``images/`` and ``labels/``, or anything with ``len`` whose items are an image ``[K, H, W]``,
             pixel values within ``clip``, and its labels ``[H, W]``: classes, or ``ignore_index`` for void; such as
-            :class:`eroseg_ext.datasets.NamedDataset`, with ``ignore_index=eroseg_ext.datasets.VOID``.
+            :class:`eroseg_ext.data.NamedDataset`, with ``ignore_index=eroseg_ext.data.VOID``.
         out: folder for ``results.jsonl`` and ``evaluation.json``, made if missing; None keeps nothing.
         **settings: the fields of :class:`EvaluationSettings`.
 

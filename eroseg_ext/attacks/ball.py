@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eroseg_ext.settings import AttackSettings
+from eroseg_ext.attacks.settings import AttackSettings
 
 HALVES = (torch.float16, torch.bfloat16)
 

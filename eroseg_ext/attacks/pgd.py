@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eroseg_ext import backend, inputs, methods
-from eroseg_ext.ball import delivered, shown
-from eroseg_ext.graphs import GraphedPass, Graphs
-from eroseg_ext.model import Logits, Model, Pass, frozen, unwrapped
-from eroseg_ext.settings import AttackSettings
+from eroseg_ext.attacks import inputs, methods
+from eroseg_ext.attacks.ball import delivered, shown
+from eroseg_ext.attacks.graphs import GraphedPass, Graphs
+from eroseg_ext.attacks.settings import AttackSettings
+from eroseg_ext.models.adapter import Logits, Model, Pass, frozen, unwrapped
+from eroseg_ext.ops import backend
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def attack(
         UserWarning: the output looks like probabilities, or is of a size that no stride gives; an image's gradient is 0
             everywhere in the first step; or a length can hardly be in the images' units.
 
-    Source: arXiv 2601.14950 for ``eroseg``; the other methods' sources are in :func:`eroseg_ext.reference.pixel_grad`.
+    Source: arXiv 2601.14950 for ``eroseg``; the other methods' are in :func:`eroseg_ext.ops.reference.pixel_grad`.
     """
     config = AttackSettings.create(**settings)
     return run_attack(config, Graphs(), model, images, labels, mask, generator, callback, return_info)

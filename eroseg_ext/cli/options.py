@@ -8,9 +8,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from eroseg_ext.datasets import DATASETS, FOLDER
-from eroseg_ext.loading import BUILT_IN
-from eroseg_ext.outputs import OUTPUTS
+from eroseg_ext.data.datasets import DATASETS, FOLDER
+from eroseg_ext.models.loading import BUILT_IN
+from eroseg_ext.models.outputs import OUTPUTS
 
 Options = argparse.ArgumentParser | argparse._ArgumentGroup
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eroseg_ext.checks import (
+from eroseg_ext.models.outputs import OUTPUTS
+from eroseg_ext.utils.validate import (
     check_choice,
     check_integer,
     check_number,
@@ -20,7 +21,6 @@ from eroseg_ext.checks import (
     near_misses,
     require,
 )
-from eroseg_ext.outputs import OUTPUTS
 
 METHODS = ("eroseg", "pgd", "segpgd", "cospgd", "mce", "mce_bal", "js", "tsallis")
 PRESETS: dict[str, dict[str, Any]] = {

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import torch
 
-        from eroseg_ext import backend
+        from eroseg_ext.ops import backend
 
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
@@ -102,8 +102,9 @@ def _told(error: BaseException) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from eroseg_ext import __version__, options
-    from eroseg_ext.training import command
+    from eroseg_ext import __version__
+    from eroseg_ext.cli import options
+    from eroseg_ext.cli.train import add_options
 
     parser = _Parser(prog="eroseg", description="Adversarial attacks on semantic segmentation.")
     parser.add_argument("--version", action="version", version=f"eroseg_ext {__version__}")
@@ -135,13 +136,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", metavar="NAME", help=options.DEVICE)
     demo.add_argument("--json", type=options.path, metavar="FILE", help="also write the results here")
 
-    train = commands.add_parser(
+    training = commands.add_parser(
         "train",
         help="train a model on adversarial examples",
         description="Trains a segmentation model on a folder of images and labels, part of each batch attacked. Under "
         "torchrun, processes share the batches.",
     )
-    command.add_options(train)
+    add_options(training)
     _add_evaluate(commands)
 
     info = commands.add_parser(
@@ -152,8 +153,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_evaluate(commands: argparse._SubParsersAction[_Parser]) -> None:
-    from eroseg_ext import options
-    from eroseg_ext.metrics import MIOU_CLASSES
+    from eroseg_ext.cli import options
+    from eroseg_ext.evaluation.metrics import MIOU_CLASSES
 
     classes = partial(options.integer, low=1, high=2**15 - 1)
     restarts = partial(options.integer, low=1, high=1000)
@@ -205,8 +206,8 @@ def _check_json(path: Path | None) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from eroseg_ext import demo, options
-    from eroseg_ext.files import write_json
+    from eroseg_ext.cli import demo, options
+    from eroseg_ext.utils.atomic_files import write_json
 
     _check_json(args.json)
     options.check_linf(args.eps)
@@ -235,14 +236,14 @@ def _train(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from eroseg_ext import training
-    from eroseg_ext.training import command
+    from eroseg_ext.cli import train
 
     def say(line: str) -> None:
         tqdm.write(line)  # above the bar
         sys.stdout.flush()
 
     try:
-        training.train(say=say, **command.settings(args, progress=sys.stderr.isatty()))
+        training.train(say=say, **train.settings(args, progress=sys.stderr.isatty()))
     except training.TrainingStopped as stopped:
         raise _UserError(str(stopped)) from stopped
 
@@ -250,12 +251,12 @@ def _train(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     import torch
 
-    from eroseg_ext import options
-    from eroseg_ext.checks import usable_device
-    from eroseg_ext.data import SegmentationFolder
-    from eroseg_ext.datasets import FOLDER, VOID, NamedDataset
-    from eroseg_ext.evaluation import evaluate
-    from eroseg_ext.loading import load_network
+    from eroseg_ext.cli import options
+    from eroseg_ext.data.datasets import FOLDER, VOID, NamedDataset
+    from eroseg_ext.data.reading import SegmentationFolder
+    from eroseg_ext.evaluation.evaluate import evaluate
+    from eroseg_ext.models.loading import load_network
+    from eroseg_ext.utils.validate import usable_device
 
     if args.norm == "linf":
         options.check_linf(*args.eps)
@@ -309,8 +310,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from eroseg_ext import backend
-    from eroseg_ext.files import write_json
+    from eroseg_ext.ops import backend
+    from eroseg_ext.utils.atomic_files import write_json
 
     _check_json(args.json)
     report = backend.report()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eroseg_ext.journal import Journal, key_of
+from eroseg_ext.evaluation.result_cache import Journal, key_of
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eroseg_ext.settings import AttackSettings
+from eroseg_ext.attacks.settings import AttackSettings
 
 
 class GradientBuffer:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eroseg_ext import _C
-from eroseg_ext.reference import METHODS, class_balance
+from eroseg_ext.ops.reference import METHODS, class_balance
 
 __all__ = [
     "class_balance",
@@ -86,7 +86,7 @@ def erosion_grad(
     class_weight: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`eroseg_ext.reference.erosion_grad`."""
+    """See :func:`eroseg_ext.ops.reference.erosion_grad`."""
     logits = _dense(logits)
     grad = _gradient_for(logits, out)
     log_odds, stats = _eroseg.erosion_grad(
@@ -120,7 +120,7 @@ def pixel_grad(
     class_weight: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`eroseg_ext.reference.pixel_grad`."""
+    """See :func:`eroseg_ext.ops.reference.pixel_grad`."""
     logits = _dense(logits)
     grad = _gradient_for(logits, out)
     weight = None if class_weight is None else class_weight.contiguous()
@@ -131,12 +131,12 @@ def pixel_grad(
 
 
 def confidence(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, confidence: str = "label") -> Tensor:
-    """See :func:`eroseg_ext.reference.confidence`."""
+    """See :func:`eroseg_ext.ops.reference.confidence`."""
     return _eroseg.confidence(_dense(logits), labels.contiguous(), ignore_index, CONFIDENCES.index(confidence))
 
 
 def kth_value(scores: Tensor, k: Tensor, valid: Tensor | None = None) -> Tensor:
-    """See :func:`eroseg_ext.reference.kth_value`."""
+    """See :func:`eroseg_ext.ops.reference.kth_value`."""
     return _eroseg.kth_value(scores.contiguous(), k.contiguous(), None if valid is None else valid.contiguous())
 
 
@@ -149,12 +149,12 @@ def next_tau(
     front_min: float = 0.03,
     front_max: float = 0.4,
 ) -> Tensor:
-    """See :func:`eroseg_ext.reference.next_tau`."""
+    """See :func:`eroseg_ext.ops.reference.next_tau`."""
     return _eroseg.next_tau(log_odds.contiguous(), stats.contiguous(), steps_left, reach, front_min, front_max)
 
 
 def erode(scores: Tensor, valid: Tensor | None, radius: int, cone: Tensor, predicted: Tensor | None = None) -> Tensor:
-    """See :func:`eroseg_ext.reference.erode`."""
+    """See :func:`eroseg_ext.ops.reference.erode`."""
     classes = None if predicted is None else predicted.to(torch.int32).contiguous()
     valid = None if valid is None else valid.contiguous()
     return _eroseg.erode(scores.contiguous(), valid, radius, cone.contiguous(), classes)
@@ -170,7 +170,7 @@ def linf_step_(
     high: float = 1.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`eroseg_ext.reference.linf_step_`."""
+    """See :func:`eroseg_ext.ops.reference.linf_step_`."""
     return _step(_eroseg.linf_step_, x_adv, x, grad, eps, alpha, low, high, mask)
 
 
@@ -184,7 +184,7 @@ def l2_step_(
     high: float = 1.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`eroseg_ext.reference.l2_step_`."""
+    """See :func:`eroseg_ext.ops.reference.l2_step_`."""
     return _step(_eroseg.l2_step_, x_adv, x, grad, eps, alpha, low, high, mask)
 
 
@@ -205,7 +205,7 @@ def _step(
 
 
 def confusion(prediction: Tensor, labels: Tensor, classes: int, *, ignore_index: int = 255) -> Tensor:
-    """See :func:`eroseg_ext.reference.confusion`."""
+    """See :func:`eroseg_ext.ops.reference.confusion`."""
     prediction = _dense(prediction) if prediction.dim() == 4 else prediction.contiguous()
     return _eroseg.confusion(prediction, labels.contiguous(), classes, ignore_index)
 

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eroseg_ext import backend, inputs, methods
-from eroseg_ext.attack import AttackInfo, NotFiniteError, uniform_in_l2_ball
-from eroseg_ext.ball import delivered, shown
-from eroseg_ext.checks import check_choice
-from eroseg_ext.model import Logits, Model, Pass, frozen, unwrapped
-from eroseg_ext.settings import AttackSettings
+from eroseg_ext.attacks import inputs, methods
+from eroseg_ext.attacks.ball import delivered, shown
+from eroseg_ext.attacks.pgd import AttackInfo, NotFiniteError, uniform_in_l2_ball
+from eroseg_ext.attacks.settings import AttackSettings
+from eroseg_ext.models.adapter import Logits, Model, Pass, frozen, unwrapped
+from eroseg_ext.ops import backend
+from eroseg_ext.utils.validate import check_choice
 
 RADII = {"fixed": ((1.0, 100),), "shrinking": ((2.0, 30), (1.5, 30), (1.0, 40))}
 """Radii in units of eps, and the percentage of the steps spent in each; ``shrinking`` is SEA's."""

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eroseg_ext.apgd import noise_seed, strong_attack
-from eroseg_ext.model import SETTINGS as OF_THE_MODEL
-from eroseg_ext.model import Logits, Model, Pass, frozen, unwrapped
+from eroseg_ext.attacks.apgd import noise_seed, strong_attack
+from eroseg_ext.models.adapter import SETTINGS as OF_THE_MODEL
+from eroseg_ext.models.adapter import Logits, Model, Pass, frozen, unwrapped
 
 STEPS = 10
 """Steps of the attacks along the ladder of budgets."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eroseg_ext.nets import DEMO_WIDTH, FULL_WIDTH, SmallDeepLab
+from eroseg_ext.models.small_deeplab import DEMO_WIDTH, FULL_WIDTH, SmallDeepLab
 
 
 def parameters(model: torch.nn.Module) -> int:

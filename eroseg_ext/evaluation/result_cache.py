@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from eroseg_ext.files import digest
+from eroseg_ext.utils.atomic_files import digest
 
 
 def key_of(description: Any) -> str:
@@ -23,7 +23,7 @@ class Journal:
 
     A line is on the disk when :meth:`put` returns. What a killed process was writing is cut off the next time. Damaged
     lines are left out with a warning, so that what they held is made anew, and lines of other settings are left in
-    place, under their own keys. Use it as a context manager, in a folder that is :func:`eroseg_ext.files.locked`.
+    place, under their own keys. Use it as a context manager, in a folder that is ``locked``.
 
     Args:
         path: the file, made if missing; None keeps everything in memory.

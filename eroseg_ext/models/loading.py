@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eroseg_ext import files
-from eroseg_ext.nets import DEMO_WIDTH, FULL_WIDTH, SmallDeepLab
+from eroseg_ext.models.small_deeplab import DEMO_WIDTH, FULL_WIDTH, SmallDeepLab
+from eroseg_ext.utils import atomic_files
 
 BUILT_IN = {"small": FULL_WIDTH, "tiny": DEMO_WIDTH}
-"""Widths of :class:`eroseg_ext.nets.SmallDeepLab` by name."""
+"""Widths of :class:`eroseg_ext.models.SmallDeepLab` by name."""
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 """What DistributedDataParallel, torch.compile and a module that holds the network put before its weights' names."""
 _ENTRIES = ("ema", "model", "state_dict")
@@ -27,7 +27,7 @@ def build(name: str, classes: int | None, model_args: Mapping[str, Any] | None =
     """A fresh network, on the CPU.
 
     Args:
-        name: ``small`` or ``tiny``, the built-in :class:`eroseg_ext.nets.SmallDeepLab`, or the import path
+        name: ``small`` or ``tiny``, the built-in :class:`eroseg_ext.models.SmallDeepLab`, or the import path
             ``package.module:callable`` of what returns an nn.Module.
         classes: number of classes, passed as ``classes`` or ``num_classes`` if the callable has such a parameter; None
             leaves it to ``model_args`` and the callable's default.
@@ -109,7 +109,7 @@ def load_network(
 
 def read_weights(path: Path) -> State:
     """The state dict that a file is or holds, see :func:`load_weights`."""
-    state = _state_in(files.read_tensors(path))
+    state = _state_in(atomic_files.read_tensors(path))
     if state is None:
         raise ValueError(f"{path} holds no weights, wanted a state dict, or a dict whose entry 'model' is one")
     return state

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eroseg_ext.checks import warn
+from eroseg_ext.utils.validate import warn
 
 OUTPUTS = ("logits", "probabilities", "sigmoid")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

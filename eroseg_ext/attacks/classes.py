@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from eroseg_ext.attack import Callback, run_attack
-from eroseg_ext.graphs import Graphs
-from eroseg_ext.model import Model
-from eroseg_ext.settings import OTHER_NAMES, AttackSettings
+from eroseg_ext.attacks.graphs import Graphs
+from eroseg_ext.attacks.pgd import Callback, run_attack
+from eroseg_ext.attacks.settings import OTHER_NAMES, AttackSettings
+from eroseg_ext.models.adapter import Model
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -1,0 +1,1 @@
+"""The attacks: settings, methods, and the two loops."""

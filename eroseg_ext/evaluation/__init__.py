@@ -1,0 +1,1 @@
+"""The worst case over several attacks, with scores and sanity checks."""

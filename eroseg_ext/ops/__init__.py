@@ -1,0 +1,1 @@
+"""The operations: their definition, the fused kernels, and which of the two runs."""

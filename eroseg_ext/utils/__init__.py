@@ -1,0 +1,1 @@
+"""Validation of arguments, atomic files, and plots."""

@@ -9,7 +9,9 @@ from eroseg_ext.attacks.pgd import AttackInfo, NotFiniteError, StepInfo, attack
 from eroseg_ext.attacks.settings import AttackSettings
 
 if TYPE_CHECKING:
-    from eroseg_ext.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate
+    from eroseg_ext.evaluation.evaluate import evaluate
+    from eroseg_ext.evaluation.result import Evaluation
+    from eroseg_ext.evaluation.settings import EvaluationSettings
     from eroseg_ext.training import TrainingStopped, TrainSettings, train
 
 __version__ = "0.1.0"
@@ -38,9 +40,12 @@ __all__ = [
 ]
 
 # Imported at their first use: they need Pillow and matplotlib, which an attack does not.
-_LATER = dict.fromkeys(("Evaluation", "EvaluationSettings", "evaluate"), "eroseg_ext.evaluation.evaluate")
-_LATER |= dict.fromkeys(("TrainSettings", "TrainingStopped", "train"), "eroseg_ext.training")
-_LATER["data"] = "eroseg_ext.data"
+_LATER = dict.fromkeys(("TrainSettings", "TrainingStopped", "train"), "eroseg_ext.training") | {
+    "Evaluation": "eroseg_ext.evaluation.result",
+    "EvaluationSettings": "eroseg_ext.evaluation.settings",
+    "evaluate": "eroseg_ext.evaluation.evaluate",
+    "data": "eroseg_ext.data",
+}
 
 
 def __getattr__(name: str) -> object:

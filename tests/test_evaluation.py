@@ -23,11 +23,11 @@ from folders import write_folder, write_labels
 from PIL import Image
 from torch import Tensor, nn
 
-from eroseg_ext import evaluate, strong_attack, train
+from eroseg_ext import EvaluationSettings, evaluate, strong_attack, train
 from eroseg_ext.attacks.settings import METHODS
 from eroseg_ext.data.datasets import NamedDataset
 from eroseg_ext.data.reading import SegmentationFolder
-from eroseg_ext.evaluation.evaluate import EvaluationSettings, budget
+from eroseg_ext.evaluation.sanity import budget
 from eroseg_ext.utils.atomic_files import locked
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -181,29 +181,37 @@ from eroseg_ext.utils import atomic_files as files
 torch.set_num_threads(1)
 path = Path(sys.argv[1])
 state = {str(number): torch.zeros(3000) for number in range(60)}
+files.write_tensors(path, state)  # what torch imports for it is there then
 moments = random.Random(0)
 for trial in range(60):
     begun, begins = os.pipe()
     child = os.fork()
     if child == 0:
-        code = 1
+        code = 130
         try:
-            # Python swallows an interrupt that comes in the midst of what it does after a fork.
             os.write(begins, b".")
             for number in range(10**6):
                 for value in state.values():
                     value.fill_(number)
                 files.write_tensors(path, state, path.with_name("previous.pt"))
-        except KeyboardInterrupt:
-            code = 130
+        except Exception:
+            code = 1
         finally:
             os._exit(code)
     os.read(begun, 1)
     os.close(begun)
     os.close(begins)
     time.sleep(moments.uniform(0, 0.03))
-    os.kill(child, signal.SIGINT)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    # Python itself swallows an interrupt that comes in a callback of its importing or after a fork.
+    ended = 0
+    while not ended:
+        os.kill(child, signal.SIGINT)
+        for _ in range(100):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                break
+            time.sleep(0.01)
+    print(os.waitstatus_to_exitcode(status))
     for found in (path, path.with_name("previous.pt")):
         if found.exists():
             print(len({float(value) for tensor in files.read_tensors(found).values() for value in tensor[::300]}))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eroseg_ext.evaluation.result_cache import Journal, key_of
+from eroseg_ext.evaluation.result_cache import ResultCache, key_of
 
 
 @pytest.fixture
@@ -18,19 +18,19 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_what_was_put_is_found_again(path: Path) -> None:
-    with Journal(path) as journal:
-        journal.put("a", "first", {"counts": [1, 2]})
-        journal.put("b", "second", [3.5, None])
-        assert "a" in journal
-        assert "c" not in journal
-    with Journal(path) as journal:
-        assert journal["a"] == {"counts": [1, 2]}
-        assert journal["b"] == [3.5, None]
+    with ResultCache(path) as cache:
+        cache.put("a", "first", {"counts": [1, 2]})
+        cache.put("b", "second", [3.5, None])
+        assert "a" in cache
+        assert "c" not in cache
+    with ResultCache(path) as cache:
+        assert cache["a"] == {"counts": [1, 2]}
+        assert cache["b"] == [3.5, None]
 
 
 def test_each_line_is_on_disk_at_once(path: Path) -> None:
-    with Journal(path) as journal:
-        journal.put("a", "first", 1)
+    with ResultCache(path) as cache:
+        cache.put("a", "first", 1)
         line = json.loads(path.read_text())
         assert len(line.pop("digest")) == 32
         assert line == {"key": "a", "what": "first", "value": 1}
@@ -38,29 +38,29 @@ def test_each_line_is_on_disk_at_once(path: Path) -> None:
 
 @pytest.mark.parametrize("left", range(0, 60, 7))
 def test_half_a_line_is_cut_off(path: Path, left: int) -> None:
-    with Journal(path) as journal:
-        journal.put("a", "first", 1)
+    with ResultCache(path) as cache:
+        cache.put("a", "first", 1)
     whole = path.read_bytes()
     line = json.dumps({"key": "b", "what": "second", "value": list(range(20))}).encode()
     path.write_bytes(whole + line[:left])
-    with Journal(path) as journal:
-        assert "b" not in journal
-        journal.put("b", "second", 2)
-    with Journal(path) as journal:
-        assert (journal["a"], journal["b"]) == (1, 2)
+    with ResultCache(path) as cache:
+        assert "b" not in cache
+        cache.put("b", "second", 2)
+    with ResultCache(path) as cache:
+        assert (cache["a"], cache["b"]) == (1, 2)
 
 
 def three(path: Path) -> list[bytes]:
     """The lines of a file of three results."""
-    with Journal(path) as journal:
+    with ResultCache(path) as cache:
         for number, key in enumerate("abc"):
-            journal.put(key, f"number {number}", {"counts": [[number, 2.5]], 1: None, 10: True, 2: float("nan")})
+            cache.put(key, f"number {number}", {"counts": [[number, 2.5]], 1: None, 10: True, 2: float("nan")})
     return path.read_bytes().splitlines(keepends=True)
 
 
 def found(path: Path) -> set[str]:
-    with Journal(path) as journal:
-        return {key for key in "abc" if key in journal and journal[key]["counts"] == [["abc".index(key), 2.5]]}
+    with ResultCache(path) as cache:
+        return {key for key in "abc" if key in cache and cache[key]["counts"] == [["abc".index(key), 2.5]]}
 
 
 def test_any_flipped_bit_costs_its_line_alone_and_is_told(path: Path) -> None:
@@ -100,15 +100,15 @@ def test_an_interrupt_leaves_whole_lines(path: Path, monkeypatch: pytest.MonkeyP
         original(file, *(part[:10] for part in data))
         raise KeyboardInterrupt
 
-    with Journal(path) as journal:
-        journal.put("a", "first", 1)
+    with ResultCache(path) as cache:
+        cache.put("a", "first", 1)
         monkeypatch.setattr(os, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            journal.put("b", "second", 2)
+            cache.put("b", "second", 2)
         monkeypatch.undo()
-        journal.put("c", "third", 3)
-    with Journal(path) as journal:
-        assert ("a" in journal, "b" in journal, "c" in journal) == (True, False, True)
+        cache.put("c", "third", 3)
+    with ResultCache(path) as cache:
+        assert ("a" in cache, "b" in cache, "c" in cache) == (True, False, True)
 
 
 def test_full_disk_leaves_whole_lines(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,24 +119,24 @@ def test_full_disk_leaves_whole_lines(path: Path, monkeypatch: pytest.MonkeyPatc
             return real(file, data[:10])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with Journal(path) as journal:
-        journal.put("a", "first", 1)
+    with ResultCache(path) as cache:
+        cache.put("a", "first", 1)
         whole = path.read_bytes()
         monkeypatch.setattr(os, "write", full)
         with pytest.raises(OSError, match="No space left"):
-            journal.put("b", "second", 2)
+            cache.put("b", "second", 2)
         monkeypatch.undo()
         assert path.read_bytes() == whole
-        assert "b" not in journal
-        journal.put("b", "second", 2)
-    with Journal(path) as journal:
-        assert journal["b"] == 2
+        assert "b" not in cache
+        cache.put("b", "second", 2)
+    with ResultCache(path) as cache:
+        assert cache["b"] == 2
 
 
 def test_nothing_is_written_without_a_path() -> None:
-    with Journal(None) as journal:
-        journal.put("a", "first", 1)
-        assert journal["a"] == 1
+    with ResultCache(None) as cache:
+        cache.put("a", "first", 1)
+        assert cache["a"] == 1
 
 
 def test_keys() -> None:

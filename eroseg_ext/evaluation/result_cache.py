@@ -18,7 +18,7 @@ def key_of(description: Any) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
 
 
-class Journal:
+class ResultCache:
     """A file of lines ``{"key": ..., "what": ..., "value": ..., "digest": ...}``, one per finished piece of work.
 
     A line is on the disk when :meth:`put` returns. What a killed process was writing is cut off the next time. Damaged
@@ -44,7 +44,7 @@ class Journal:
             self.close()
             raise
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> ResultCache:
         return self
 
     def __exit__(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,18 +14,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from eroseg_ext.attacks.pgd import NotFiniteError
-from eroseg_ext.data import datasets
-from eroseg_ext.data.datasets import FOLDER, ClassMap
-from eroseg_ext.data.reading import Pair, evenly_spaced
 from eroseg_ext.models import loading
 from eroseg_ext.ops import backend
-from eroseg_ext.training import checkpoint, distributed, network, seeds
+from eroseg_ext.training import checkpoint, distributed, network, report, seeds
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training.clock import Clock
 from eroseg_ext.training.distributed import Processes
 from eroseg_ext.training.log import Log
 from eroseg_ext.training.samples import Augmentation, Batch, Batches, Reader, Samples, loader
 from eroseg_ext.training.settings import NOT_OF_THE_RESULT, TrainSettings
+from eroseg_ext.training.task import Say, load_task
 from eroseg_ext.training.update import Updater
 from eroseg_ext.training.validate import examples, validate
 from eroseg_ext.utils import atomic_files, plots
@@ -35,23 +32,9 @@ WEIGHTS = "weights.pt"
 SUMMARY = "summary.json"
 EXAMPLES = "examples.png"
 
-Say = Callable[[str], None]
-
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on; one sentence says why and what is kept."""
-
-
-class _Task(NamedTuple):
-    """What the settings' folders hold."""
-
-    pairs: list[Pair]
-    val_pairs: list[Pair]
-    to_class: ClassMap
-    crop: tuple[int, int]
-    class_weights: Tensor | None
-    fingerprint: str
-    """changes with the images' names, whose order the run depends on"""
 
 
 def train(model: nn.Module | str = "small", *, say: Say = print, **settings: Any) -> dict[str, Any]:
@@ -121,8 +104,8 @@ class _Run:
                 "for the others in every step of the attack"
             )
         _check_backend(processes.device, settings)
-        self._task = _load_task(settings, say)
-        self._updates_per_epoch = len(self._task.pairs) // settings.batch_size
+        self._task = load_task(settings, say)
+        self._updates_per_epoch = self._task.updates_per_epoch(settings.batch_size)
         self._updates = settings.epochs * self._updates_per_epoch
         gpu = processes.device.type == "cuda"
         self._workers = settings.workers if settings.workers is not None else (4 if gpu else 0)
@@ -167,7 +150,7 @@ class _Run:
         """Trains; returns the summary."""
         settings = self._settings
         self._resume()
-        self._say(self._described())
+        self._say(report.described(settings, self._task, self._updater.model, self._updates))
         comparison = self._compare() if settings.compare_reference else None
         log = Log(settings.out, self._done) if self._processes.first else None
         every = settings.checkpoint_every or self._updates_per_epoch
@@ -184,7 +167,9 @@ class _Run:
                     self._save(log)
                 if self._validation_due():
                     validation = self._validate(log)
-        summary = self._summary(validation, comparison)
+        summary = report.summary(
+            settings, self._task, self._processes, self._done, self._all_seconds(), validation, comparison
+        )
         if log is not None:
             self._finish(log, summary)
         self._processes.wait()
@@ -233,7 +218,6 @@ class _Run:
     def _record(self, log: Log | None, bar: tqdm[Any]) -> None:
         losses = self._check_losses()
         self._pending.clear()
-        seconds = self._clock.seconds()
         loss = sum(losses) / len(losses)
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if log is not None:
@@ -243,9 +227,13 @@ class _Run:
                     "epoch": self._done / self._updates_per_epoch,
                     "loss": loss,
                     "learning_rate": self._updater.learning_rate(self._done - 1),
-                    "seconds": {phase: self._seconds[phase] + value for phase, value in seconds.items()},
+                    "seconds": self._all_seconds(),
                 }
             )
+
+    def _all_seconds(self) -> dict[str, float]:
+        """By phase, also of the run before it was resumed."""
+        return {phase: self._seconds[phase] + value for phase, value in self._clock.seconds().items()}
 
     def _validation_due(self) -> bool:
         epoch, rest = divmod(self._done, self._updates_per_epoch)
@@ -261,7 +249,7 @@ class _Run:
             log.write({"update": self._done, "epoch": self._done / self._updates_per_epoch, **result})
             if self._done < self._updates:
                 log.draw()
-        self._say(f"epoch {self._done / self._updates_per_epoch:g}: {_scores(result)}")
+        self._say(f"epoch {self._done / self._updates_per_epoch:g}: {report.scores(result)}")
         return result
 
     def _save(self, log: Log | None) -> None:
@@ -274,7 +262,7 @@ class _Run:
         state = {
             **self._updater.state(),
             "done": self._done,
-            "seconds": {phase: self._seconds[phase] + value for phase, value in self._clock.seconds().items()},
+            "seconds": self._all_seconds(),
             "settings": settings.plain(),
             "data": self._task.fingerprint,
         }
@@ -296,21 +284,6 @@ class _Run:
         self._done = state["done"]
         self._seconds = {phase: state["seconds"][phase] for phase in phases.PHASES}
         self._say(f"continuing after update {self._done} of {self._updates}")
-
-    def _described(self) -> str:
-        settings, task = self._settings, self._task
-        parameters = sum(parameter.numel() for parameter in self._updater.model.parameters())
-        attacked = "clean images"
-        if (config := settings.attack_settings()) is not None:
-            attacked = (
-                f"{settings.adv_fraction:.0%} attacked by {config.method}, eps {255 * config.eps:.3g}/255, "
-                f"{config.steps} steps of {255 * config.alpha:.3g}/255"
-            )
-        return (
-            f"{settings.model}, {parameters:,} parameters, {task.to_class.classes} classes; "
-            f"{len(task.pairs)} images, crops of {task.crop[0]}x{task.crop[1]}; "
-            f"{self._updates} updates of {settings.batch_size} images, {attacked}"
-        )
 
     def _bar(self) -> tqdm[Any]:
         settings = self._settings
@@ -350,42 +323,9 @@ class _Run:
         # The comparison is no part of the run's time.
         self._clock.reset()
         result = {"updates": count, "seconds_per_update": seconds, "losses": losses}
-        for line in _compared(result):
+        for line in report.compared(result):
             self._say(line)
         return result
-
-    def _summary(self, validation: dict[str, float], comparison: dict[str, Any] | None) -> dict[str, Any]:
-        seconds = {phase: self._seconds[phase] + value for phase, value in self._clock.seconds().items()}
-        total = sum(seconds.values())
-        model = seconds[phases.UPDATE] + seconds[phases.ATTACK_MODEL]
-        shares = {
-            "model": model,
-            "attack kernels": seconds[phases.ATTACK_KERNELS],
-            "data": seconds[phases.DATA],
-            "other": seconds[phases.OTHER],
-        }
-        shares = {name: value / total for name, value in shares.items()}
-        training = total - seconds[phases.OTHER]
-        images = self._done * self._settings.batch_size
-        return {
-            "settings": self._settings.plain(),
-            "classes": self._task.to_class.classes,
-            "class_names": self._class_names(),
-            "environment": {
-                **backend.report(),
-                "device": str(self._processes.device),
-                "processes": self._processes.world,
-            },
-            "updates": self._done,
-            "epochs": self._done / self._updates_per_epoch,
-            "seconds": total,
-            "seconds_by_phase": seconds,
-            "seconds_per_epoch": training / self._done * self._updates_per_epoch,
-            "images_per_second": images / training,
-            "time": shares,
-            "validation": validation,
-            "comparison": comparison,
-        }
 
     def _finish(self, log: Log, summary: dict[str, Any]) -> None:
         out = self._settings.out
@@ -393,28 +333,15 @@ class _Run:
         log.draw()
         log.close()
         atomic_files.write_json(out / SUMMARY, summary)
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in summary["time"].items())
-        self._say(
-            f"{summary['updates']} updates in {summary['seconds']:.0f} s, {summary['images_per_second']:.1f} images/s, "
-            f"{summary['seconds_per_epoch']:.1f} s an epoch; of the time: {shares}"
-        )
-        if summary["comparison"] is not None:
-            fused, plain = (summary["comparison"]["seconds_per_update"][name] for name in ("fused", "reference"))
-            saved = (plain[phases.ATTACK_KERNELS] - fused[phases.ATTACK_KERNELS]) * summary["updates"]
-            self._say(f"fused kernels save {saved:.0f} s in so many updates")
-        if summary["validation"]:
-            self._say(_scores(summary["validation"]))
+        for line in report.finished(summary):
+            self._say(line)
         names = [WEIGHTS, checkpoint.NAME, SUMMARY, "log.jsonl", "curves.png"]
         if len(self._val):
             names.append(EXAMPLES)
             shown = examples(self._settings, self._updater.trained, self._val, self._processes.device)
             with atomic_files.replacing(out / EXAMPLES) as file:
-                plots.examples_panel(file, shown, self._class_names(), self._settings.eps)
+                plots.examples_panel(file, shown, self._task.class_names, self._settings.eps)
         self._say(f"written to {out}: {', '.join(names)}")
-
-    def _class_names(self) -> list[str]:
-        known = self._task.to_class
-        return list(known.names) or [f"class {index}" for index in range(known.classes)]
 
 
 def _own_random_numbers(processes: Processes) -> AbstractContextManager[None]:
@@ -438,30 +365,6 @@ def _silent(_: str) -> None:
     pass
 
 
-def _scores(result: dict[str, float]) -> str:
-    text = f"validation mIoU {result['miou']:.1f} %, pixel accuracy {result['accuracy']:.1f} %"
-    if "adversarial_miou" in result:
-        text += f"; attacked {result['adversarial_miou']:.1f} %, {result['adversarial_accuracy']:.1f} %"
-    return text
-
-
-def _compared(result: dict[str, Any]) -> list[str]:
-    """The comparison of the backends in words, a line for each part."""
-    fused, plain = (result["seconds_per_update"][name] for name in ("fused", "reference"))
-    parts = {
-        "attack kernels": (phases.ATTACK_KERNELS,),
-        "whole attack": (phases.ATTACK_KERNELS, phases.ATTACK_MODEL),
-        "whole update": (phases.ATTACK_KERNELS, phases.ATTACK_MODEL, phases.UPDATE),
-    }
-    lines = [f"fused against reference, {result['updates']} updates, each from the same state on the same batch:"]
-    for name, members in parts.items():
-        fast, slow = (1000 * sum(seconds[member] for member in members) for seconds in (fused, plain))
-        lines.append(f"  {name}: {fast:.1f} ms instead of {slow:.1f} ms, {slow / fast:.2f}x")
-    apart = max(abs(a - b) for a, b in zip(*result["losses"].values(), strict=True))
-    lines.append(f"  losses differ by {apart:.1e} at most")
-    return lines
-
-
 def _check_backend(device: torch.device, settings: TrainSettings) -> None:
     if settings.backend != "fused" and not settings.compare_reference:
         return
@@ -469,40 +372,3 @@ def _check_backend(device: torch.device, settings: TrainSettings) -> None:
     if why_not is not None:
         name = "backend is 'fused'" if settings.backend == "fused" else "compare_reference is set"
         raise ValueError(f"{name}, but {why_not}")
-
-
-def _load_task(settings: TrainSettings, say: Say) -> _Task:
-    """Finds the files and reads as many as must be read before training."""
-    pairs = datasets.find(settings.dataset, settings.data, "train")
-    val_pairs = [] if settings.val is None else datasets.find(settings.dataset, settings.val, "val")
-    if len(pairs) < settings.batch_size:
-        raise ValueError(
-            f"{settings.data} holds {len(pairs)} images, wanted at least batch_size = {settings.batch_size}"
-        )
-    counting = settings.dataset == FOLDER and settings.classes is None
-    # With the classes known, some label maps are enough to find what is wrong with all of them.
-    every = counting or settings.class_weights == "median-frequency"
-    read = pairs if every else [pairs[index] for index in evenly_spaced(len(pairs), 64)]
-    val_read = [val_pairs[index] for index in evenly_spaced(len(val_pairs), settings.val_images)]
-    say(f"reading {len(read) + len(val_read)} label maps")
-    counts, val_counts = datasets.label_counts(read), datasets.label_counts(val_read)
-    classes = datasets.count_classes(counts, val_counts, settings.ignore_index) if counting else settings.classes
-    to_class = datasets.class_map(settings.dataset, classes, settings.ignore_index)
-    datasets.check_labels({**counts, **val_counts}, to_class)
-    for line in datasets.suspicions(counts, val_counts, to_class, every):
-        say(line)
-    weights: Tensor | None = None
-    if isinstance(settings.class_weights, tuple):
-        if len(settings.class_weights) != to_class.classes:
-            raise ValueError(
-                f"class_weights has {len(settings.class_weights)} numbers, wanted {to_class.classes}, one per class"
-            )
-        weights = torch.tensor(settings.class_weights, dtype=torch.float32)
-    elif settings.class_weights == "median-frequency":
-        weights = torch.from_numpy(datasets.median_frequency_weights(counts, to_class))
-    crop = settings.crop or settings.size
-    if crop is None:
-        image, _ = Reader(pairs[:1], to_class, None, False)(0)
-        crop = (image.height, image.width)
-    names = "\n".join(image.name for image, _ in pairs)
-    return _Task(pairs, val_pairs, to_class, crop, weights, hashlib.sha256(names.encode()).hexdigest())

@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.measure import Call, Timing, cold_copies, copy_timing, time_calls, time_limit
 from bench.results import Figure, traffic
 from eroseg_ext import AttackSettings
-from eroseg_ext.attacks import methods
+from eroseg_ext.attacks import gradients
 from eroseg_ext.ops import backend, reference
 
 Shape = tuple[int, int, int, int]
@@ -224,7 +224,7 @@ def call_of(case: Case, ops: Any, inputs: Scene) -> Call:
 def _step(ops: Any, logits: Tensor, labels: Tensor, x: Tensor, grad: Tensor) -> Call:
     """What the loop does besides the model, in a step in its middle."""
     config = AttackSettings(steps=10)
-    method = methods.create(config, ops, labels, methods.GradientBuffer())
+    method = gradients.create(config, ops, labels, gradients.GradientBuffer())
     x_adv = x.clone()
     for step in range(2):  # the first two have no movement to go by
         method.gradient(logits, step)

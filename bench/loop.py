@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bench.measure import Clock
 from eroseg_ext import AttackSettings
-from eroseg_ext.attacks import methods
+from eroseg_ext.attacks import gradients
 from eroseg_ext.models.adapter import Logits, frozen
 
 PARTS = ("forward", "ours: gradient of the logits", "backward", "ours: step")
@@ -34,7 +34,7 @@ class Habits:
 BEST = Habits()
 
 
-class _FreshBuffer(methods.GradientBuffer):
+class _FreshBuffer(gradients.GradientBuffer):
     def like(self, logits: Tensor) -> Tensor:
         return torch.empty_like(logits)
 
@@ -88,8 +88,8 @@ def run(
             clock.mark()
 
     forward = Logits(model, autocast=config.autocast)
-    buffer = methods.GradientBuffer() if habits.kept_buffer else _FreshBuffer()
-    method = methods.create(config, ops, labels, buffer)
+    buffer = gradients.GradientBuffer() if habits.kept_buffer else _FreshBuffer()
+    method = gradients.create(config, ops, labels, buffer)
     size = (images.shape[-2], images.shape[-1])
     x_adv = images.clone()
     with frozen(model, "eval") if habits.input_gradient_only else nullcontext():

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from eroseg_ext.attacks.apgd import strong_attack
 from eroseg_ext.attacks.classes import JSD, PGD, CosPGD, EroSeg, MaskedCE, SegPGD, Tsallis
-from eroseg_ext.attacks.pgd import AttackInfo, NotFiniteError, StepInfo, attack
+from eroseg_ext.attacks.pgd import attack
+from eroseg_ext.attacks.result import AttackInfo, NotFiniteError, StepInfo
 from eroseg_ext.attacks.settings import AttackSettings
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from eroseg_ext import attack, strong_attack
 from eroseg_ext.attacks.apgd import NOT_OF_APGD, RADII, _checkpoints, noise_seed, phases
-from eroseg_ext.attacks.pgd import NotFiniteError
-from eroseg_ext.attacks.settings import METHODS
+from eroseg_ext.attacks.methods import METHODS
+from eroseg_ext.attacks.result import NotFiniteError
 from eroseg_ext.cli.demo import DemoSettings, load_task, train
 from eroseg_ext.data.scenes import generated_scenes
 from eroseg_ext.ops import reference

@@ -20,7 +20,7 @@ from conftest import CLASSES, VOID
 from torch import Tensor, nn
 
 from eroseg_ext import attack, strong_attack
-from eroseg_ext.attacks.settings import METHODS
+from eroseg_ext.attacks.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

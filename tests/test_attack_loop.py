@@ -23,7 +23,7 @@ from conftest import SIZE, VOID
 from torch import Tensor, nn
 
 from eroseg_ext import StepInfo, attack
-from eroseg_ext.attacks.settings import METHODS
+from eroseg_ext.attacks.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,7 +25,7 @@ from conftest import CLASSES, SIZE, VOID
 from torch import Tensor, nn
 
 from eroseg_ext import StepInfo
-from eroseg_ext.attacks.settings import METHODS
+from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.ops import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")

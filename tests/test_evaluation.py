@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from eroseg_ext import EvaluationSettings, evaluate, strong_attack, train
-from eroseg_ext.attacks.settings import METHODS
+from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.data.datasets import NamedDataset
 from eroseg_ext.data.reading import SegmentationFolder
 from eroseg_ext.evaluation.sanity import budget

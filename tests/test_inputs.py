@@ -309,10 +309,10 @@ def test_labels_are_narrowed_to_uint8_where_they_fit(dtype: torch.dtype, ignore_
     if torch.iinfo(dtype).min <= ignore_index <= torch.iinfo(dtype).max:
         labels[0, 1] = ignore_index
     labels = labels.to(dtype)
-    narrow, settings, largest = inputs.narrowed(labels, AttackSettings(ignore_index=ignore_index))
+    narrow, narrow_void, largest = inputs.narrowed(labels, ignore_index)
     valid = labels.long() != ignore_index
     assert largest == labels.long()[valid].max()
-    assert torch.equal(narrow.long() != settings.ignore_index, valid)
+    assert torch.equal(narrow.long() != narrow_void, valid)
     assert torch.equal(narrow.long()[valid], labels.long()[valid])
     # Class 255, where it is none that is void, leaves no number for void pixels.
     assert narrow.dtype == (torch.uint8 if largest < 255 else dtype)

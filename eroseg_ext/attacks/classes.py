@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from eroseg_ext.attacks.graphs import Graphs
-from eroseg_ext.attacks.pgd import Callback, run_attack
+from eroseg_ext.attacks.methods import METHODS
+from eroseg_ext.attacks.options import Call, ObjectOptions, with_settings
+from eroseg_ext.attacks.pgd import Loop
+from eroseg_ext.attacks.result import AttackInfo
 from eroseg_ext.attacks.settings import OTHER_NAMES, AttackSettings
 from eroseg_ext.models.adapter import Model
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
 
 class Attack:
@@ -42,7 +44,12 @@ class Attack:
     _given: dict[str, Any]
     _graphs: Graphs
 
-    def __init__(self, model: Model, **settings: Any) -> None:
+    def __init_subclass__(cls, method: str) -> None:
+        cls.method = method
+        cls.__doc__ = f"{METHODS[method].summary}: {METHODS[method].source}. {cls.__doc__ or ''}".rstrip()
+
+    @with_settings(ObjectOptions)
+    def __init__(self, model: Model, **settings: Unpack[ObjectOptions]) -> None:
         if "method" in settings:
             raise TypeError(f"method is not a setting of {type(self).__name__}, it is always {self.method!r}")
         vars(self).update(
@@ -60,69 +67,64 @@ class Attack:
             f"{OTHER_NAMES.get(name, name)}={value!r:.40})"
         )
 
-    def replace(self, **settings: Any) -> Self:
+    def replace(self, **settings: Unpack[ObjectOptions]) -> Self:
         """The same attack on the same model with other values of these settings; raises as the constructor does."""
         return type(self)(self.model, **{**self._given, **settings})
 
+    @overload
     def __call__(
         self,
         images: Tensor,
         labels: Tensor | None = None,
         *,
-        mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        callback: Callback | None = None,
+        return_info: Literal[False] = False,
+        **call: Unpack[Call],
+    ) -> Tensor: ...
+    @overload
+    def __call__(
+        self, images: Tensor, labels: Tensor | None = None, *, return_info: Literal[True], **call: Unpack[Call]
+    ) -> tuple[Tensor, AttackInfo]: ...
+    def __call__(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
         return_info: bool = False,
-    ) -> Any:
+        **call: Unpack[Call],
+    ) -> Tensor | tuple[Tensor, AttackInfo]:
         """Adversarial images; the arguments are those of :func:`eroseg_ext.attack`."""
-        return run_attack(
-            self.settings, self._graphs, self.model, images, labels, mask, generator, callback, return_info
-        )
+        loop = Loop(config=self.settings, model=self.model, images=images, labels=labels, graphs=self._graphs, **call)
+        return loop.result(return_info)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.settings})"
 
 
-class EroSeg(Attack):
-    """arXiv 2601.14950"""
-
-    method = "eroseg"
+class EroSeg(Attack, method="eroseg"): ...
 
 
-class PGD(Attack):
-    """Madry et al., ICLR 2018"""
-
-    method = "pgd"
+class PGD(Attack, method="pgd"): ...
 
 
-class SegPGD(Attack):
-    """Gu et al., ECCV 2022"""
-
-    method = "segpgd"
+class SegPGD(Attack, method="segpgd"): ...
 
 
-class CosPGD(Attack):
-    """Agnihotri et al., ICML 2024; ``variant="sigmoid"`` for its other similarity"""
-
-    method = "cospgd"
+class CosPGD(Attack, method="cospgd"):
+    """``variant="sigmoid"`` for its other similarity."""
 
 
-class MaskedCE(Attack):
-    """Croce et al., ECCV 2024; ``balanced=True`` divides by the class's pixel count"""
+class MaskedCE(Attack, method="mce"):
+    """``balanced=True`` divides by the class's pixel count."""
 
-    def __init__(self, model: Model, *, balanced: bool = False, **settings: Any) -> None:
+    @with_settings(ObjectOptions)
+    def __init__(self, model: Model, *, balanced: bool = False, **settings: Unpack[ObjectOptions]) -> None:
         vars(self)["method"] = "mce_bal" if balanced else "mce"
         super().__init__(model, **settings)
         self._given["balanced"] = balanced
 
 
-class JSD(Attack):
-    """Jensen-Shannon divergence, Croce et al., ECCV 2024"""
-
-    method = "js"
+class JSD(Attack, method="js"): ...
 
 
-class Tsallis(Attack):
-    """Tsallis cross-entropy with entropic index ``q``"""
-
-    method = "tsallis"
+class Tsallis(Attack, method="tsallis"):
+    """With entropic index ``q``."""

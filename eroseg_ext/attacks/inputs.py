@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -103,33 +102,31 @@ def _warn_of_spacing(images: Tensor, config: AttackSettings) -> None:
 NARROW_VOID = 255
 
 
-def narrowed(labels: Tensor, config: AttackSettings) -> tuple[Tensor, AttackSettings, int]:
-    """Labels in the smallest type that holds them, settings to go with them, and the largest class among them.
+def narrowed(labels: Tensor, ignore_index: int) -> tuple[Tensor, int, int]:
+    """Labels in the smallest type that holds them, the ``ignore_index`` of these, and the largest class among them.
 
     Every step reads the labels: as uint8, with void pixels 255, they are an eighth of int64's bytes.
 
     Raises ValueError for a negative label that is not ``ignore_index``.
     """
     if labels.numel() == 0:
-        return labels, config, -1
-    valid = labels.long() != config.ignore_index
+        return labels, ignore_index, -1
+    valid = labels.long() != ignore_index
     low, high = torch.stack(labels.where(valid, 0).aminmax()).tolist()
     if low < 0:
-        raise ValueError(f"labels has the value {low}, wanted classes from 0 or ignore_index={config.ignore_index}")
-    if high < NARROW_VOID and not (labels.dtype == torch.uint8 and config.ignore_index == NARROW_VOID):
-        labels = labels.where(valid, NARROW_VOID).to(torch.uint8)
-        config = dataclasses.replace(config, ignore_index=NARROW_VOID)
-    return labels, config, high
+        raise ValueError(f"labels has the value {low}, wanted classes from 0 or ignore_index={ignore_index}")
+    if high < NARROW_VOID and not (labels.dtype == torch.uint8 and ignore_index == NARROW_VOID):
+        return labels.where(valid, NARROW_VOID).to(torch.uint8), NARROW_VOID, high
+    return labels, ignore_index, high
 
 
-def check_first_logits(logits: Tensor, largest_label: int, ignore_index: int, output: str) -> None:
+def check_first_logits(logits: Tensor, largest_label: int, config: AttackSettings) -> None:
     """Checks what only a forward pass tells: labels against the number of classes, and what the logits look like.
 
     Args:
         logits: ``[b, C, H, W]`` of the first images, detached.
         largest_label: the largest label of all images that is not void.
-        ignore_index: the label of void pixels, as the caller has it.
-        output: the setting of that name.
+        config: whose ``output`` says what the model should return.
 
     Raises:
         ValueError: a label is no class.
@@ -143,10 +140,10 @@ def check_first_logits(logits: Tensor, largest_label: int, ignore_index: int, ou
     if largest_label >= classes:
         raise ValueError(
             f"labels has the value {largest_label}, wanted classes from 0 to {classes - 1} or "
-            f"ignore_index={ignore_index}"
+            f"ignore_index={config.ignore_index}"
         )
     first = logits[:1]
-    if output == "logits" and float(first.amin()) >= 0 and float(first.amax()) <= 1:
+    if config.output == "logits" and float(first.amin()) >= 0 and float(first.amax()) <= 1:
         sums = first.sum(1, dtype=torch.float32)
         if logits.shape[1] > 1 and float((sums - 1).abs().max()) < 1e-2:
             found, layer, setting = "every pixel's classes sum to 1", "softmax", "probabilities"

@@ -1,205 +1,58 @@
-"""The attack methods: what each makes of the logits in a step. The loop around them is in ``attack.py``."""
+"""The attack methods: a table that settings, objects, commands and documentation are made from.
+
+To add a method:
+
+1. a row in ``METHODS``, and its settings, if it has any of its own, in ``settings.py`` and ``options.py``;
+2. a branch in ``ops/reference.py``'s ``pixel_grad``, which defines its weight, and its name in ``PIXEL_METHODS``;
+3. the same branch in ``csrc/pixel_math.h`` (weight) and an entry in the enumeration that ``PIXEL_METHODS`` follows;
+4. a class of two lines in ``classes.py``, imported in ``eroseg_ext/__init__.py``;
+5. a row in ``tests/test_attack_methods.py``; most other tests run over ``METHODS`` and ``PIXEL_METHODS``;
+6. the README's table: the test that compares it prints the new one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import ModuleType
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
 
-from eroseg_ext.attacks.settings import AttackSettings
+class Method(NamedTuple):
+    """What is particular to a method; :mod:`eroseg_ext.attacks.gradients` runs it."""
 
-
-class GradientBuffer:
-    """Keeps one logits-sized buffer over the steps: a fresh one costs more in page faults than filling it does."""
-
-    def __init__(self) -> None:
-        self._buffer: Tensor | None = None
-
-    def adopt(self, buffer: Tensor) -> None:
-        """Takes another buffer, for logits that are like it."""
-        self._buffer = buffer
-
-    def like(self, logits: Tensor) -> Tensor:
-        """A buffer of the logits' shape, dtype, device and layout; its content is undefined."""
-        kept = self._buffer
-        if kept is None or kept.shape != logits.shape or kept.dtype != logits.dtype or kept.stride() != logits.stride():
-            kept = self._buffer = torch.empty_like(logits)
-        return kept
+    name: str
+    """as the setting ``method`` has it"""
+    class_name: str
+    """of the object form in :mod:`eroseg_ext`"""
+    op: str
+    """``erosion_grad``, or the method of ``pixel_grad`` that gives the gradient"""
+    summary: str
+    source: str
+    settings: Sequence[str] = ()
+    """fields of ``AttackSettings`` that only this method reads"""
+    balanced: bool = False
+    """each pixel is weighted inversely to the number of its class's pixels"""
 
 
-class SideStream:
-    """Runs work beside the current CUDA stream, so that the model's backward need not wait for it; on the CPU at once.
+_FRONT = (
+    "confidence", "front", "direction", "radius", "slope", "within", "threshold", "schedule",
+    "reach", "front_first", "front_min", "front_max", "balance", "rho_range",
+)  # fmt: skip
 
-    Memory is safe without further ado if what the work reads is kept until ``join``, and what it returned is used
-    before the next ``run``: each of the two makes one stream wait for the other.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def run(self, work: Callable[[], Tensor]) -> Tensor:
-        """The work's result, to be used after ``join``."""
-        if self._stream is None:
-            return work()
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            return work()
-
-    def join(self) -> None:
-        """Makes the current stream wait for all work."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-
-
-class LastStep(NamedTuple):
-    """What EroSeg carries from one step to the next."""
-
-    log_odds: Tensor
-    stats: Tensor
-    tau: Tensor
-    next_tau: Tensor
-    """the width for the step to come; ``tau`` itself where that step finds its own"""
-
-
-class ErosionFront:
-    """EroSeg on one batch."""
-
-    def __init__(self, settings: AttackSettings, ops: ModuleType, labels: Tensor, buffer: GradientBuffer) -> None:
-        self._settings = settings
-        self._ops = ops
-        self._labels = labels
-        self._buffer = buffer
-        self._class_weight: Tensor | None = None
-        self._last: LastStep | None = None
-        self._side = SideStream(labels.device)
-
-    @property
-    def tau(self) -> Tensor | None:
-        """``[B]``, the width of the front in the last step."""
-        return None if self._last is None else self._last.tau
-
-    def gradient(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """G in the logits' shape, and stats ``[B, 4]``."""
-        settings, last = self._settings, self._last
-        if settings.balance > 0 and self._class_weight is None:
-            classes = max(logits.shape[1], 2)
-            balance = self._ops.class_balance(self._labels, classes, ignore_index=settings.ignore_index)
-            self._class_weight = balance**settings.balance
-        self._side.join()
-        if last is None or settings.threshold == "exact":
-            tau = self._tau_from_own_scores(logits, step)
-        else:
-            tau = last.next_tau
-        grad, log_odds, stats = self._ops.erosion_grad(
-            logits,
-            self._labels,
-            tau,
-            None if last is None else last.log_odds,
-            ignore_index=settings.ignore_index,
-            confidence=settings.confidence,
-            front=settings.front,
-            direction=settings.direction,
-            radius=settings.radius,
-            slope=settings.slope,
-            within=settings.within,
-            targeted=settings.targeted,
-            class_weight=self._class_weight,
-            out=self._buffer.like(logits),
-        )
-        self._last = LastStep(log_odds, stats, tau, self._ahead(log_odds, stats, tau, step + 1))
-        return grad, stats
-
-    def select(self, rows: Tensor) -> None:
-        """Continues with these images of the batch only."""
-        self._labels = self._labels[rows]
-        if self._class_weight is not None:
-            self._class_weight = self._class_weight[rows]
-        if self._last is not None:
-            self._last = LastStep(*(kept[rows] for kept in self._last))
-
-    def _ahead(self, log_odds: Tensor, stats: Tensor, tau: Tensor, step: int) -> Tensor:
-        """The width for ``step``, selected behind the backward pass of the step before."""
-        settings = self._settings
-        movement_unknown = settings.schedule == "movement" and step == 1
-        if settings.threshold == "exact" or movement_unknown or step == settings.steps:
-            return tau
-        return self._side.run(lambda: self._next_tau(log_odds, stats, step))
-
-    def _tau_from_own_scores(self, logits: Tensor, step: int) -> Tensor:
-        """At the price of reading the logits twice: the confidence first, then the gradient."""
-        settings = self._settings
-        scores = self._ops.confidence(
-            logits, self._labels, ignore_index=settings.ignore_index, confidence=settings.confidence
-        )
-        if self._last is not None:
-            stats = self._last.stats
-        else:
-            stats = torch.zeros(logits.shape[0], 4, dtype=torch.float64, device=logits.device)
-            stats[:, 0] = (scores < float("inf")).sum((1, 2))
-        return self._next_tau(scores, stats, step)
-
-    def _next_tau(self, log_odds: Tensor, stats: Tensor, step: int) -> Tensor:
-        settings = self._settings
-        if settings.schedule != "movement":
-            low = high = settings.rho(step)
-        elif step <= 1:
-            low = high = settings.front_first
-        else:
-            low, high = settings.front_min, settings.front_max
-        return self._ops.next_tau(
-            log_odds, stats, settings.steps - step, reach=settings.reach, front_min=low, front_max=high
-        )
-
-
-class WeightedCrossEntropy:
-    """Every other method on one batch: cross-entropy with a weight per pixel."""
-
-    def __init__(self, settings: AttackSettings, ops: ModuleType, labels: Tensor, buffer: GradientBuffer) -> None:
-        self._settings = settings
-        self._ops = ops
-        self._labels = labels
-        self._buffer = buffer
-        self._class_weight: Tensor | None = None
-        self.tau = None
-        self._op_method = settings.method
-        if settings.method == "mce_bal":
-            self._op_method = "mce"
-        elif settings.method == "cospgd" and settings.variant == "sigmoid":
-            self._op_method = "cospgd_sigmoid"
-
-    def gradient(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """G in the logits' shape, and stats ``[B, 4]``."""
-        settings = self._settings
-        if settings.method == "mce_bal" and self._class_weight is None:
-            self._class_weight = self._ops.class_balance(
-                self._labels, max(logits.shape[1], 2), ignore_index=settings.ignore_index
-            )
-        return self._ops.pixel_grad(
-            logits,
-            self._labels,
-            self._op_method,
-            step / settings.steps,
-            ignore_index=settings.ignore_index,
-            targeted=settings.targeted,
-            q=settings.q,
-            class_weight=self._class_weight,
-            out=self._buffer.like(logits),
-        )
-
-    def select(self, rows: Tensor) -> None:
-        """Continues with these images of the batch only."""
-        self._labels = self._labels[rows]
-        if self._class_weight is not None:
-            self._class_weight = self._class_weight[rows]
-
-
-Method = ErosionFront | WeightedCrossEntropy
-
-
-def create(settings: AttackSettings, ops: ModuleType, labels: Tensor, buffer: GradientBuffer) -> Method:
-    """The method that the settings name, for one batch of labels; ``ops`` is the backend's module."""
-    kind = ErosionFront if settings.method == "eroseg" else WeightedCrossEntropy
-    return kind(settings, ops, labels, buffer)
+METHODS = {
+    method.name: method
+    for method in (
+        Method("eroseg", "EroSeg", "erosion_grad", "front of eroded confidence", "Song et al., ICASSP 2026", _FRONT),
+        Method("pgd", "PGD", "pgd", "cross-entropy", "Madry et al., ICLR 2018"),
+        Method("segpgd", "SegPGD", "segpgd", "right pixels first, wrong ones later", "Gu et al., ECCV 2022"),
+        Method(
+            "cospgd", "CosPGD", "cospgd", "cosine of prediction and label", "Agnihotri et al., ICML 2024", ("variant",)
+        ),
+        Method("mce", "MaskedCE", "mce", "right pixels only", "Croce et al., ECCV 2024"),
+        Method(
+            "mce_bal", "MaskedCE", "mce", "as mce, divided by the class's pixels", "Croce et al., ECCV 2024", (), True
+        ),
+        Method("js", "JSD", "js", "Jensen-Shannon divergence", "Croce et al., ECCV 2024"),
+        Method("tsallis", "Tsallis", "tsallis", "Tsallis cross-entropy", "Tsallis, J. Stat. Phys. 1988", ("q",)),
+    )
+}
+"""By name, in the order that messages list them."""

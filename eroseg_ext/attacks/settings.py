@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.models.outputs import OUTPUTS
 from eroseg_ext.utils.validate import (
     check_choice,
@@ -22,7 +23,6 @@ from eroseg_ext.utils.validate import (
     require,
 )
 
-METHODS = ("eroseg", "pgd", "segpgd", "cospgd", "mce", "mce_bal", "js", "tsallis")
 PRESETS: dict[str, dict[str, Any]] = {
     "progressive": {
         "method": "eroseg",
@@ -57,96 +57,102 @@ def check_below_range(name: str, value: float | None, extent: float, what: str) 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackSettings:
-    """What :func:`eroseg_ext.attack` takes as keywords. Lengths in the image are in pixel values of ``clip``'s range.
+    """The settings of an attack, checked when they are made: ValueError or TypeError with one sentence.
 
-    Raises ValueError or TypeError with one sentence if a value is not allowed.
+    Settings:
+        method: ``eroseg``, ``pgd``, ``segpgd``, ``cospgd``, ``mce``, ``mce_bal``, ``js`` or ``tsallis``.
+        eps: radius of the ball in pixel values, >= 0 and less than the range of ``clip``; with ``norm="l2"`` the l_2
+            norm over an image.
+        step_size: default eps / 4; also less than the range of ``clip``.
+        steps: gradients of a restart.
+        norm: ``linf`` or ``l2``.
+        targeted: labels are the wanted classes.
+        ignore_index: label of void pixels, any integer; they enter neither the loss nor a count.
+        random_start: uniform in the ball.
+        restarts: independent runs; each image keeps its best one.
+        keep: ``last`` iterate, or the ``best``: fewest right pixels (most, if targeted), per image.
+        early_stop: an image with no right pixel left (all, if targeted) takes no further step; on the CPU it leaves the
+            batch.
+        clip: range of pixel values.
+        mean: with std: the model is given (image - mean) / std, per channel; eps and clip stay in pixel values.
+        std: with mean.
+        autocast: run the model under torch.autocast with this dtype (float16 or bfloat16).
+        output: what the model returns: ``logits``, or ``probabilities`` (of a softmax) or scores of a ``sigmoid``, of
+            which the logits are then computed; where they are exactly 0 or 1 no gradient is left, so a model without
+            that layer is better.
+        output_key: which entry of the model's output are the logits, where it returns several: a number or a name.
+        logits: instead of ``output_key``: a callable from the model's output to the logits.
+        align_corners: of the bilinear upsampling of logits that are smaller than the labels.
+        micro_batch: attack so many images at a time; results are those of the whole batch for models that treat images
+            alone.
+        backend: ``fused``, ``reference`` or ``auto``: fused where it is built for the images' device.
+        model_mode: mode of the model during the attack: ``eval``, ``train`` or ``keep``.
+        graph: CUDA: run the model from CUDA graphs; the model must allow it. Captured in each call of ``attack``, and
+            kept by the object forms such as :class:`eroseg_ext.EroSeg`.
+        progress: show a tqdm bar.
+        confidence: eroseg: |log-odds| of the ``label``, or of the ``top`` class.
+        front: eroseg: weight ``soft`` sech^2(q / 2 tau) or ``hard`` 1[q <= tau].
+        direction: eroseg: descend the ``log_odds`` of the label, or ascend the cross-entropy ``ce``.
+        radius: eroseg: of the erosion, 0 to 8 pixels of the logits.
+        slope: eroseg: rise of the erosion's cone per pixel, in units of tau, >= 0.
+        within: eroseg: the erosion crosses ``any`` pixels or only those within one predicted ``class``.
+        threshold: eroseg: tau from the step before (``lagged``), or from the step's own scores (``exact``, reads logits
+            twice).
+        schedule: eroseg: the front's width follows the ``movement``, or is kth(rho) with rho ``geometric`` or
+            ``linear`` in t.
+        reach: eroseg, movement: how many times the expected movement the front is wide, > 0.
+        front_first: eroseg, movement: fraction of sensitive pixels in the first two steps.
+        front_min: eroseg, movement: lower bound of the front, as a fraction of the valid pixels.
+        front_max: eroseg, movement: upper bound.
+        balance: eroseg: exponent from 0 (off) to 1 of a pixel's weight by how rare its class is in the image.
+        rho_range: eroseg, geometric or linear: first and last rho; default (0.4, 0.05) and (0.1, 1.0).
+        variant: cospgd: probabilities by ``softmax`` or ``sigmoid``.
+        q: tsallis: the entropic index, >= 1.
     """
 
     method: str = "eroseg"
-    """``eroseg``, ``pgd``, ``segpgd``, ``cospgd``, ``mce``, ``mce_bal``, ``js`` or ``tsallis``"""
     eps: float = 8 / 255
-    """radius of the ball, >= 0 and less than the range of ``clip``; with ``norm="l2"`` the l_2 norm over an image"""
     step_size: float | None = None
-    """default eps / 4; also less than the range of ``clip``"""
     steps: int = 10
     norm: str = "linf"
-    """``linf`` or ``l2``"""
     targeted: bool = False
-    """labels are the wanted classes"""
     ignore_index: int = 255
-    """label of void pixels, any integer; they enter neither the loss nor a count"""
     random_start: bool = True
-    """uniform in the ball"""
     restarts: int = 1
-    """independent runs; each image keeps its best one"""
     keep: str = "last"
-    """``last`` iterate, or the ``best``: fewest right pixels (most, if targeted), per image"""
     early_stop: bool = False
-    """an image with no right pixel left (all, if targeted) takes no further step; on the CPU it leaves the batch"""
     clip: tuple[float, float] = (0.0, 1.0)
-    """range of pixel values"""
     mean: Sequence[float] | None = None
-    """with std: the model is given (image - mean) / std, per channel, while eps and clip stay in pixel values"""
     std: Sequence[float] | None = None
     autocast: torch.dtype | None = None
-    """run the model under torch.autocast with this dtype (float16 or bfloat16)"""
     output: str = "logits"
-    """what the model returns: ``logits``, or ``probabilities`` (of a softmax) or scores of a ``sigmoid``, of which the
-    logits are then computed; where they are exactly 0 or 1 no gradient is left, so a model without that layer is better
-    """
     output_key: int | str | None = None
-    """which entry of the model's output are the logits, where it returns several: a number or a name"""
     logits: Callable[[Any], Tensor] | None = None
-    """instead of ``output_key``: a callable from the model's output to the logits"""
     align_corners: bool = False
-    """of the bilinear upsampling of logits that are smaller than the labels"""
     micro_batch: int | None = None
-    """attack so many images at a time; results are those of the whole batch for models that treat images alone"""
     backend: str = "auto"
-    """``fused``, ``reference`` or ``auto``: fused where it is built for the images' device"""
     model_mode: str = "eval"
-    """mode of the model during the attack: ``eval``, ``train`` or ``keep``"""
     graph: bool = False
-    """CUDA: run the model from CUDA graphs; the model must allow it. Captured in each call of ``attack``, and kept by
-    the object forms such as :class:`eroseg_ext.EroSeg`"""
     progress: bool = False
-    """show a tqdm bar"""
-
     confidence: str = "label"
-    """eroseg: |log-odds| of the ``label``, or of the ``top`` class"""
     front: str = "soft"
-    """eroseg: weight ``soft`` sech^2(q / 2 tau) or ``hard`` 1[q <= tau]"""
     direction: str = "log_odds"
-    """eroseg: descend the ``log_odds`` of the label, or ascend the cross-entropy ``ce``"""
     radius: int = 1
-    """eroseg: of the erosion, 0 to 8 pixels of the logits"""
     slope: float = 2.0
-    """eroseg: rise of the erosion's cone per pixel, in units of tau, >= 0"""
     within: str = "any"
-    """eroseg: the erosion crosses ``any`` pixels or only those within one predicted ``class``"""
     threshold: str = "lagged"
-    """eroseg: tau from the step before (``lagged``), or from the step's own scores (``exact``, reads logits twice)"""
     schedule: str = "movement"
-    """eroseg: the front's width follows the ``movement``, or is kth(rho) with rho ``geometric`` or ``linear`` in t"""
     reach: float = 1.0
-    """eroseg, movement: how many times the expected movement the front is wide, > 0"""
     front_first: float = 0.2
-    """eroseg, movement: fraction of sensitive pixels in the first two steps"""
     front_min: float = 0.03
-    """eroseg, movement: lower bound of the front, as a fraction of the valid pixels"""
     front_max: float = 0.4
-    """eroseg, movement: upper bound"""
     balance: float = 0.15
-    """eroseg: exponent from 0 (off) to 1 of a pixel's weight by how rare its class is in the image"""
     rho_range: tuple[float, float] | None = None
-    """eroseg, geometric or linear: first and last rho; default (0.4, 0.05) and (0.1, 1.0)"""
     variant: str = "softmax"
-    """cospgd: probabilities by ``softmax`` or ``sigmoid``"""
     q: float = 2.0
-    """tsallis: the entropic index"""
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, METHODS)
+        check_choice("method", self.method, tuple(METHODS))
         check_choice("norm", self.norm, ("linf", "l2"))
         check_choice("keep", self.keep, ("last", "best"))
         check_choice("backend", self.backend, ("auto", "fused", "reference"))

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eroseg_ext.attacks import methods
-from eroseg_ext.attacks.pgd import StepInfo, attack
+from eroseg_ext.attacks import gradients
+from eroseg_ext.attacks.pgd import attack
+from eroseg_ext.attacks.result import StepInfo
 from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.data.reading import SegmentationFolder, one_class
 from eroseg_ext.data.scenes import IGNORE_INDEX, generated_scenes
 from eroseg_ext.evaluation.metrics import miou_and_accuracy
 from eroseg_ext.models.small_deeplab import DEMO_WIDTH, SmallDeepLab
 from eroseg_ext.ops import backend, reference
+from eroseg_ext.ops.protocol import Operations
 from eroseg_ext.utils import plots
 from eroseg_ext.utils.validate import usable_device
 
@@ -298,7 +299,7 @@ def _attacked(
 
 
 def _our_part(
-    ops: ModuleType,
+    ops: Operations,
     logits: Tensor,
     images: Tensor,
     adversarial: Tensor,
@@ -311,7 +312,7 @@ def _our_part(
     config = AttackSettings.create(
         method=method, eps=settings.eps, steps=settings.steps + 3, ignore_index=task.ignore_index
     )
-    state = methods.create(config, ops, labels, methods.GradientBuffer())
+    state = gradients.create(config, ops, labels, gradients.GradientBuffer())
     moved, gradient = adversarial.clone(), adversarial - images
     times = []
     # The first steps are not like the others: memory is new, and the front's width is not measured yet.

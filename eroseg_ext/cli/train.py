@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from eroseg_ext.attacks.settings import METHODS
+from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.cli import options
 from eroseg_ext.training.settings import NO_ATTACK, TrainSettings
 

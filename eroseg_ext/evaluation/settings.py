@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eroseg_ext.attacks.apgd import NOT_OF_APGD, checked
-from eroseg_ext.attacks.settings import METHODS
+from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.evaluation.metrics import MIOU_CLASSES
 from eroseg_ext.models.adapter import SETTINGS as OF_THE_MODEL
 from eroseg_ext.utils.validate import check_choice, check_integer, check_number, require
@@ -132,7 +132,7 @@ class EvaluationSettings:
 def _row(entry: str) -> dict[str, str]:
     """What ``method`` or ``method:radii`` passes to the attack."""
     method, colon, radii = entry.partition(":")
-    check_choice("attacks", method, METHODS)
+    check_choice("attacks", method, tuple(METHODS))
     return {"method": method, "radii": radii} if colon else {"method": method}
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import platform
-from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from eroseg_ext.ops import reference
+from eroseg_ext.ops.protocol import Operations
 from eroseg_ext.utils import cuda_architectures
 
 
@@ -87,7 +87,7 @@ def why_not_fused(device: torch.device) -> str | None:
     return f"there are no fused kernels for {device.type} tensors"
 
 
-def select(device: torch.device, name: str = "auto") -> ModuleType:
+def select(device: torch.device, name: str = "auto") -> Operations:
     """The module whose functions are the operations: ``eroseg_ext.ops.fused`` or ``eroseg_ext.ops.reference``.
 
     Args:
@@ -106,7 +106,7 @@ def select(device: torch.device, name: str = "auto") -> ModuleType:
     fused = importlib.import_module("eroseg_ext.ops.fused")
     if device.type == "cpu":
         fused.cpu_level()  # raises for a wrong EROSEG_CPU_LEVEL
-    return fused
+    return cast("Operations", fused)
 
 
 def report() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from eroseg_ext.attacks.pgd import NotFiniteError
+from eroseg_ext.attacks.result import NotFiniteError
 from eroseg_ext.models import loading
 from eroseg_ext.ops import backend
 from eroseg_ext.training import checkpoint, distributed, network, report, seeds

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,10 +9,11 @@ from torch import Tensor
 from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.data.datasets import VOID
 from eroseg_ext.ops import reference
+from eroseg_ext.ops.protocol import Operations
 
 
 def summed_loss(
-    logits: Tensor, labels: Tensor, class_weights: Tensor | None, front_loss: float, ops: ModuleType
+    logits: Tensor, labels: Tensor, class_weights: Tensor | None, front_loss: float, ops: Operations
 ) -> Tensor:
     """The cross-entropy summed over the valid pixels, a scalar.
 
@@ -32,7 +31,7 @@ def summed_loss(
     return (losses * front_factor(logits.detach(), labels, front_loss, ops)).sum()
 
 
-def front_factor(logits: Tensor, labels: Tensor, front_loss: float, ops: ModuleType) -> Tensor:
+def front_factor(logits: Tensor, labels: Tensor, front_loss: float, ops: Operations) -> Tensor:
     """``1 + front_loss * w``, divided by its mean over the image's valid pixels.
 
     w is the weight that EroSeg's attack would give a pixel in its next step from here: 1 where the network is

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from eroseg_ext.attacks.settings import METHODS, AttackSettings
+from eroseg_ext.attacks.methods import METHODS
+from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.data.datasets import DATASETS, FOLDER, VOID
 from eroseg_ext.utils.validate import check_choice, check_integer, check_number, check_sequence, require
 

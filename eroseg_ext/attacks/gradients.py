@@ -1,0 +1,215 @@
+"""What a method makes of the logits in a step: their gradient, from the fused operations or the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eroseg_ext.attacks.methods import METHODS
+from eroseg_ext.attacks.settings import AttackSettings
+from eroseg_ext.ops.protocol import Operations
+
+
+class GradientBuffer:
+    """Keeps one logits-sized buffer over the steps: a fresh one costs more in page faults than filling it does."""
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def adopt(self, buffer: Tensor) -> None:
+        """Takes another buffer, for logits that are like it."""
+        self._buffer = buffer
+
+    def like(self, logits: Tensor) -> Tensor:
+        """A buffer of the logits' shape, dtype, device and layout; its content is undefined."""
+        kept = self._buffer
+        if kept is None or kept.shape != logits.shape or kept.dtype != logits.dtype or kept.stride() != logits.stride():
+            kept = self._buffer = torch.empty_like(logits)
+        return kept
+
+
+class SideStream:
+    """Runs work beside the current CUDA stream, so that the model's backward need not wait for it; on the CPU at once.
+
+    Memory is safe without further ado if what the work reads is kept until ``join``, and what it returned is used
+    before the next ``run``: each of the two makes one stream wait for the other.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def run(self, work: Callable[[], Tensor]) -> Tensor:
+        """The work's result, to be used after ``join``."""
+        if self._stream is None:
+            return work()
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            return work()
+
+    def join(self) -> None:
+        """Makes the current stream wait for all work."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
+class MethodGradient:
+    """A method on one batch of labels: cross-entropy with a weight per pixel.
+
+    Args:
+        settings: of the attack.
+        ops: the backend's operations.
+        labels: ``[B, H, W]``.
+        buffer: where gradients are written.
+        ignore_index: of these labels, if not the settings'.
+    """
+
+    def __init__(
+        self,
+        settings: AttackSettings,
+        ops: Operations,
+        labels: Tensor,
+        buffer: GradientBuffer,
+        ignore_index: int | None = None,
+    ) -> None:
+        self._settings = settings
+        self._ops = ops
+        self._labels = labels
+        self._buffer = buffer
+        self._ignore_index = settings.ignore_index if ignore_index is None else ignore_index
+        self._method = METHODS[settings.method]
+        self._class_weight: Tensor | None = None
+
+    @property
+    def tau(self) -> Tensor | None:
+        """``[B]``, the width of the front in the last step; None without a front."""
+        return None
+
+    def gradient(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """G in the logits' shape, and stats ``[B, 4]``."""
+        settings, op = self._settings, self._method.op
+        return self._ops.pixel_grad(
+            logits,
+            self._labels,
+            "cospgd_sigmoid" if op == "cospgd" and settings.variant == "sigmoid" else op,
+            step / settings.steps,
+            ignore_index=self._ignore_index,
+            targeted=settings.targeted,
+            q=settings.q,
+            class_weight=self._weight_by_class(logits, 1.0 if self._method.balanced else 0.0),
+            out=self._buffer.like(logits),
+        )
+
+    def select(self, rows: Tensor) -> None:
+        """Continues with these images of the batch only."""
+        self._labels = self._labels[rows]
+        if self._class_weight is not None:
+            self._class_weight = self._class_weight[rows]
+
+    def _weight_by_class(self, logits: Tensor, exponent: float) -> Tensor | None:
+        if exponent > 0 and self._class_weight is None:
+            classes = max(logits.shape[1], 2)
+            balance = self._ops.class_balance(self._labels, classes, ignore_index=self._ignore_index)
+            self._class_weight = balance**exponent
+        return self._class_weight
+
+
+class LastStep(NamedTuple):
+    """What EroSeg carries from one step to the next."""
+
+    log_odds: Tensor
+    stats: Tensor
+    tau: Tensor
+    next_tau: Tensor
+    """the width for the step to come; ``tau`` itself where that step finds its own"""
+
+
+class ErosionFront(MethodGradient):
+    """EroSeg on one batch of labels."""
+
+    def __init__(self, *batch: Any) -> None:
+        super().__init__(*batch)
+        self._last: LastStep | None = None
+        self._side = SideStream(self._labels.device)
+
+    @property
+    def tau(self) -> Tensor | None:
+        return None if self._last is None else self._last.tau
+
+    def gradient(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        settings, last = self._settings, self._last
+        class_weight = self._weight_by_class(logits, settings.balance)
+        self._side.join()
+        if last is None or settings.threshold == "exact":
+            tau = self._tau_from_own_scores(logits, step)
+        else:
+            tau = last.next_tau
+        grad, log_odds, stats = self._ops.erosion_grad(
+            logits,
+            self._labels,
+            tau,
+            None if last is None else last.log_odds,
+            ignore_index=self._ignore_index,
+            confidence=settings.confidence,
+            front=settings.front,
+            direction=settings.direction,
+            radius=settings.radius,
+            slope=settings.slope,
+            within=settings.within,
+            targeted=settings.targeted,
+            class_weight=class_weight,
+            out=self._buffer.like(logits),
+        )
+        self._last = LastStep(log_odds, stats, tau, self._ahead(log_odds, stats, tau, step + 1))
+        return grad, stats
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        if self._last is not None:
+            self._last = LastStep(*(kept[rows] for kept in self._last))
+
+    def _ahead(self, log_odds: Tensor, stats: Tensor, tau: Tensor, step: int) -> Tensor:
+        """The width for ``step``, selected behind the backward pass of the step before."""
+        settings = self._settings
+        movement_unknown = settings.schedule == "movement" and step == 1
+        if settings.threshold == "exact" or movement_unknown or step == settings.steps:
+            return tau
+        return self._side.run(lambda: self._next_tau(log_odds, stats, step))
+
+    def _tau_from_own_scores(self, logits: Tensor, step: int) -> Tensor:
+        """At the price of reading the logits twice: the confidence first, then the gradient."""
+        scores = self._ops.confidence(
+            logits, self._labels, ignore_index=self._ignore_index, confidence=self._settings.confidence
+        )
+        if self._last is not None:
+            stats = self._last.stats
+        else:
+            stats = torch.zeros(logits.shape[0], 4, dtype=torch.float64, device=logits.device)
+            stats[:, 0] = (scores < float("inf")).sum((1, 2))
+        return self._next_tau(scores, stats, step)
+
+    def _next_tau(self, log_odds: Tensor, stats: Tensor, step: int) -> Tensor:
+        settings = self._settings
+        if settings.schedule != "movement":
+            low = high = settings.rho(step)
+        elif step <= 1:
+            low = high = settings.front_first
+        else:
+            low, high = settings.front_min, settings.front_max
+        return self._ops.next_tau(
+            log_odds, stats, settings.steps - step, reach=settings.reach, front_min=low, front_max=high
+        )
+
+
+def create(
+    settings: AttackSettings,
+    ops: Operations,
+    labels: Tensor,
+    buffer: GradientBuffer,
+    ignore_index: int | None = None,
+) -> MethodGradient:
+    """The method that the settings name, see :class:`MethodGradient`."""
+    kind = ErosionFront if METHODS[settings.method].op == "erosion_grad" else MethodGradient
+    return kind(settings, ops, labels, buffer, ignore_index)

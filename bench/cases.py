@@ -120,7 +120,7 @@ def other_cases(shapes: dict[str, Shape]) -> list[Case]:
     names = ("next_tau", "kth_value", "confidence", "erode", "linf_step_", "l2_step_", "confusion")
     return [
         *(Case("step", data, shape) for data, shape in shapes.items()),
-        *(Case("pixel_grad", "PASCAL VOC", voc, method=method) for method in reference.METHODS),
+        *(Case("pixel_grad", "PASCAL VOC", voc, method=method) for method in reference.PIXEL_METHODS),
         *(Case(name, "PASCAL VOC", voc) for name in names),
     ]
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from eroseg_ext.ops.fused import CONFIDENCES, DIRECTIONS, FRONTS, WITHINS
-from eroseg_ext.ops.reference import METHODS
+from eroseg_ext.ops.reference import PIXEL_METHODS
 
 TESTS = Path(__file__).parent
 COMPILER = shutil.which("c++")
@@ -216,7 +216,7 @@ def pixel_grad(
         weight.address,
         grad.address,
         stats.address,
-        METHODS.index(method),
+        PIXEL_METHODS.index(method),
         targeted,
         progress / 2,
         q - 1,

@@ -298,7 +298,7 @@ def test_confusion_counts_valid_pixels(classes: int) -> None:
     assert np.array_equal(reference.confusion(predicted, labels, max(classes, 2)).numpy(), expected)
 
 
-@pytest.mark.parametrize("method", [None, *reference.METHODS])
+@pytest.mark.parametrize("method", [None, *reference.PIXEL_METHODS])
 def test_a_class_that_the_model_rules_out_is_as_if_it_were_not_there(method: str | None) -> None:
     logits, labels = case(5)
     labels[labels == 4] = 0

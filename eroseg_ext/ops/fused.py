@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eroseg_ext import _C
-from eroseg_ext.ops.reference import METHODS, class_balance
+from eroseg_ext.ops.reference import PIXEL_METHODS, class_balance
 
 __all__ = [
     "class_balance",
@@ -125,7 +125,7 @@ def pixel_grad(
     grad = _gradient_for(logits, out)
     weight = None if class_weight is None else class_weight.contiguous()
     stats = _eroseg.pixel_grad(
-        logits, labels.contiguous(), weight, grad, METHODS.index(method), progress, ignore_index, targeted, q
+        logits, labels.contiguous(), weight, grad, PIXEL_METHODS.index(method), progress, ignore_index, targeted, q
     )
     return _delivered(grad, out), stats
 

@@ -315,7 +315,7 @@ def erosion_grad(
     return grad, signed, _stats(terms.valid, terms.right, in_front, moved.where(~broken, math.nan))
 
 
-METHODS = ("pgd", "segpgd", "cospgd", "cospgd_sigmoid", "mce", "js", "tsallis")
+PIXEL_METHODS = ("pgd", "segpgd", "cospgd", "cospgd_sigmoid", "mce", "js", "tsallis")
 """Methods of :func:`pixel_grad`. ``mce_bal`` is ``mce`` with a class weight."""
 
 
@@ -346,7 +346,7 @@ def pixel_grad(
     Args:
         logits: ``[B, C, H, W]`` float32, float16 or bfloat16.
         labels: ``[B, H, W]`` int64, int32 or uint8.
-        method: one of :data:`METHODS`.
+        method: one of :data:`PIXEL_METHODS`.
         progress: t / T with t counted from 0.
         ignore_index: the label of void pixels.
         targeted: labels are the wanted classes.
@@ -381,7 +381,7 @@ def pixel_grad(
     elif method == "tsallis":
         weight = ((q - 1) * F.logsigmoid(terms.log_odds)).exp()
     else:
-        raise ValueError(f"method is {method!r}, wanted one of {', '.join(METHODS)}")
+        raise ValueError(f"method is {method!r}, wanted one of {', '.join(PIXEL_METHODS)}")
     weight = _weighted_by_label(weight * p_rest, class_weight, terms, labels)
     grad = weighted_direction(terms, -weight if targeted else weight, logits, out)
 

@@ -300,6 +300,15 @@ def test_labels_that_are_no_class(
     refused(net, arguments | changed, ValueError, message, forwards=0 if value < 0 else 1)
 
 
+@pytest.mark.parametrize("find", [attack, eroseg_ext.strong_attack])
+def test_negative_labels_are_refused_before_the_model_is_touched(
+    net: nn.Module, arguments: dict[str, Any], find: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(net, "train", lambda mode: pytest.fail("the model's mode was set"))
+    with pytest.raises(ValueError, match=r"^labels has the value -1, wanted classes from 0 or ignore_index=255$"):
+        find(net, **arguments | {"labels": arguments["labels"].where(arguments["labels"] != 0, -1)})
+
+
 @pytest.mark.parametrize("ignore_index", [255, -100, 3, 2**40])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 @pytest.mark.parametrize("classes", [4, 256])

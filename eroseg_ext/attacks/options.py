@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from collections.abc import Callable as Function
 from collections.abc import Sequence
 from typing import Any, TypedDict, TypeVar
@@ -116,8 +117,9 @@ def with_settings(options: Any, **defaults: object) -> Function[[F], F]:
             for name in names
         ]
         vars(function)["__signature__"] = signature.replace(parameters=[*own.values(), *keywords])
-        entries = "\n".join(explained[name] for name in names if name in explained)
-        function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nSettings:\n{inspect.cleandoc(entries)}"
+        entries = inspect.cleandoc("\n".join(explained[name] for name in names if name in explained))
+        own_doc = inspect.cleandoc(function.__doc__ or "")
+        function.__doc__ = f"{own_doc}\n\nSettings:\n{textwrap.indent(entries, '    ')}"
         return function
 
     return shown

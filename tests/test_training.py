@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 from training_common import CLASSES, SMALL, dropout_net, furthest_apart, plain_net, weights
 
-from eroseg_ext import attack, evaluate, train
+from eroseg_ext import AttackSettings, attack, evaluate, train
+from eroseg_ext.attacks import pgd
 from eroseg_ext.cli import main
 from eroseg_ext.data import datasets
 from eroseg_ext.models.loading import load_weights
@@ -192,14 +193,15 @@ def test_an_attack_without_budget_is_no_attack(data: Path, tmp_path: Path) -> No
 def test_the_fraction_is_what_is_attacked(
     data: Path, tmp_path: Path, fraction: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attacked: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
+    attacked: list[tuple[Tensor, Tensor, AttackSettings]] = []
+    attack = pgd.Loop.run
 
-    def watched(model: nn.Module, images: Tensor, labels: Tensor, **settings: Any) -> Tensor:
-        adversarial = attack(model, images, labels, **settings)
-        attacked.append((images, adversarial, settings))
-        return adversarial
+    def watched(loop: pgd.Loop) -> tuple[Tensor, None]:
+        adversarial, _ = attack(loop)
+        attacked.append((loop.images, adversarial, loop.config))
+        return adversarial, None
 
-    monkeypatch.setattr("eroseg_ext.training.update.attack", watched)
+    monkeypatch.setattr(pgd.Loop, "run", watched)
     run(
         data,
         tmp_path,
@@ -212,7 +214,7 @@ def test_the_fraction_is_what_is_attacked(
     assert [len(images) for images, _, _ in attacked] == [int(4 * fraction)] * 3
     for images, adversarial, settings in attacked:
         assert 2 / 255 < (adversarial - images).abs().max() <= 3 / 255 + 1e-6
-        assert (settings["method"], settings["variant"], settings["steps"]) == ("cospgd", "sigmoid", 3)
+        assert (settings.method, settings.variant, settings.steps) == ("cospgd", "sigmoid", 3)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(data: Path, tmp_path: Path) -> None:

@@ -142,10 +142,9 @@ def strong_attack(
     Source: Croce & Hein, ICML 2020 (APGD); Croce, Singh & Hein, ECCV 2024 (radii of SEA).
     """
     config = checked(radii=radii, **settings)
-    found, info = Loop(
-        config=config, model=model, images=images, labels=labels, mask=mask, indices=indices, seed=seed, radii=radii
-    ).run()
-    return found if not return_info or info is None else (found, info)
+    loop = Loop(config, model, images, labels, mask, indices=indices, seed=seed, radii=radii)
+    found, info = loop.run(return_info=True)
+    return found if info is None or not return_info else (found, info)
 
 
 def checked(*, radii: str = "fixed", **settings: Any) -> AttackSettings:
@@ -162,7 +161,7 @@ def noise_seed(seed: int, index: int, restart: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {index} {restart}".encode()).digest()[:8], "little")
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Loop(Engine):
     """:func:`strong_attack` with settings that :func:`checked` has made."""
 

@@ -93,8 +93,7 @@ class Attack:
         **call: Unpack[Call],
     ) -> Tensor | tuple[Tensor, AttackInfo]:
         """Adversarial images; the arguments are those of :func:`eroseg_ext.attack`."""
-        loop = Loop(config=self.settings, model=self.model, images=images, labels=labels, graphs=self._graphs, **call)
-        return loop.result(return_info)
+        return Loop(self.settings, self.model, images, labels, graphs=self._graphs, **call).result(return_info)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.settings})"

@@ -46,7 +46,7 @@ class Evaluated(NamedTuple):
     grad: Tensor
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Engine:
     """One call of an attack. A loop is a subclass that has ``noise`` and ``ascend``.
 
@@ -92,17 +92,14 @@ class Engine:
         """Takes the steps of a part; ``images`` are its first iterates, and in place become its last."""
         raise NotImplementedError
 
-    def run(self, judge: bool = True) -> tuple[Tensor, AttackInfo | None]:
-        """The adversarial images, in the dtype of the clean ones.
-
-        Args:
-            judge: of each image return the best of its restarts and of what was offered, and the info.
-        """
+    def run(self, return_info: bool = False) -> tuple[Tensor, AttackInfo | None]:
+        """The adversarial images, in the dtype of the clean ones, and the info if it is asked for."""
         with torch.inference_mode(False), torch.enable_grad():
             if self.labels is not None:
                 self._take(self.labels)
             with frozen(self.model, self.config.model_mode):
-                return self._run(judge)
+                found, info = self._run(return_info or self.config.keep == "best" or self.config.restarts > 1)
+        return found, info if return_info else None
 
     def _run(self, judge: bool) -> tuple[Tensor, AttackInfo | None]:
         config = self.config

@@ -94,10 +94,7 @@ def attack(
     Source: arXiv 2601.14950 for ``eroseg``; the other methods' are in :func:`eroseg_ext.ops.reference.pixel_grad`.
     """
     config = AttackSettings.create(**settings)
-    loop = Loop(
-        config=config, model=model, images=images, labels=labels, mask=mask, generator=generator, callback=callback
-    )
-    return loop.result(return_info)
+    return Loop(config, model, images, labels, mask, generator=generator, callback=callback).result(return_info)
 
 
 def _host_waits(device: torch.device) -> bool:
@@ -132,7 +129,7 @@ class _Leavers:
             self._is_copying = True
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Loop(Engine):
     """:func:`attack` with settings that were made before: projected steps of one size."""
 
@@ -141,8 +138,8 @@ class Loop(Engine):
 
     def result(self, return_info: bool) -> Tensor | tuple[Tensor, AttackInfo]:
         """What :func:`attack` returns."""
-        found, info = self.run(judge=return_info or self.config.keep == "best" or self.config.restarts > 1)
-        return (found, info) if return_info and info is not None else found
+        found, info = self.run(return_info)
+        return found if info is None else (found, info)
 
     def noise(self, restart: int) -> Tensor:
         config = self.config

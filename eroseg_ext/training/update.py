@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from eroseg_ext.attacks.pgd import attack
+from eroseg_ext.attacks import pgd
 from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.data.datasets import VOID
 from eroseg_ext.models.adapter import SETTINGS as OF_THE_MODEL
@@ -68,11 +68,11 @@ class Updater:
             average = get_ema_multi_avg_fn(settings.ema)
             self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         config = settings.attack_settings()
-        self._attack: dict[str, Any] | None = None
+        self._attack: AttackSettings | None = None
         if config is not None and settings.adv_fraction > 0:
             # The network normalises, casts and reads the model's output by itself.
-            defaults = _fields(AttackSettings())
-            self._attack = {**_fields(config), **{name: defaults[name] for name in OF_THE_MODEL}}
+            defaults = AttackSettings()
+            self._attack = dataclasses.replace(config, **{name: getattr(defaults, name) for name in OF_THE_MODEL})
 
     @property
     def trained(self) -> nn.Module:
@@ -171,11 +171,11 @@ class Updater:
         if not rows:
             return images
         self._clock.switch(phases.ATTACK_KERNELS)
-        options = self._attack if backend is None else {**self._attack, "backend": backend}
+        config = self._attack if backend is None else dataclasses.replace(self._attack, backend=backend)
         before = sum(_chosen(place, fraction) for place in range(first))
         index = torch.tensor(rows, device=images.device)
-        adversarial = attack(self.network, images[index], labels[index], generator=noise.generator(before), **options)
-        images = images.index_copy(0, index, adversarial)
+        loop = pgd.Loop(config, self.network, images[index], labels[index], generator=noise.generator(before))
+        images = images.index_copy(0, index, loop.run()[0])
         self._clock.switch(phases.UPDATE)
         return images
 
@@ -230,7 +230,3 @@ def _optimizer(settings: TrainSettings, model: nn.Module) -> torch.optim.Optimiz
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, rate, momentum=0.9, weight_decay=decay)
     return torch.optim.AdamW(parameters, rate, weight_decay=decay)
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    return {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from eroseg_ext.attacks.pgd import attack
+from eroseg_ext.attacks import pgd
+from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.data.datasets import VOID
 from eroseg_ext.data.reading import evenly_spaced
 from eroseg_ext.evaluation.metrics import miou_and_accuracy
@@ -21,7 +22,7 @@ from eroseg_ext.utils.plots import Example
 
 def examples(settings: TrainSettings, model: nn.Module, read: Reader, device: torch.device) -> list[Example]:
     """Up to four evenly spaced validation images, attacked as in :func:`validate`."""
-    network = Network(model, Clock(device), settings)
+    network, config = Network(model, Clock(device), settings), _attack(settings)
     training = model.training
     model.eval()
     shown = []
@@ -34,8 +35,8 @@ def examples(settings: TrainSettings, model: nn.Module, read: Reader, device: to
         with torch.no_grad():
             before = network(images).argmax(1)
         adversarial = after = None
-        if _attacks(settings):
-            attacked = _attacked(settings, network, images, labels, place)
+        if config is not None:
+            attacked = _attacked(config, settings.seed, network, images, labels, place)
             with torch.no_grad():
                 after = network(attacked).argmax(1)[0].cpu()
             adversarial = attacked[0].cpu()
@@ -60,8 +61,8 @@ def validate(
     batches = [keys[start : start + size] for start in range(0, len(keys), size)]
     network = Network(model, Clock(processes.device), settings)
     ops = backend.select(processes.device, settings.backend)
-    attacked = _attacks(settings)
-    matrices = torch.zeros(1 + attacked, classes, classes, dtype=torch.int64, device=processes.device)
+    config = _attack(settings)
+    matrices = torch.zeros(1 + (config is not None), classes, classes, dtype=torch.int64, device=processes.device)
     training = model.training
     model.eval()
     for keys_of_batch, batch in zip(batches, loader(Samples(read, None), batches, workers), strict=True):
@@ -69,36 +70,37 @@ def validate(
             raise batch
         images = batch.images.to(processes.device).float().div_(255)
         labels = batch.labels.to(processes.device).long()
-        for number in range(1 + attacked):
-            if number == 1:
-                images = _attacked(settings, network, images, labels, keys_of_batch[0].image)
+        for number in range(len(matrices)):
+            if number == 1 and config is not None:
+                images = _attacked(config, settings.seed, network, images, labels, keys_of_batch[0].image)
             with torch.no_grad():
                 prediction = network(images).argmax(1)
             matrices[number] += ops.confusion(prediction, labels, classes, ignore_index=VOID)
     model.train(training)
     processes.sum_(matrices)
     result = miou_and_accuracy(matrices[0])
-    if attacked:
+    if config is not None:
         result |= {f"adversarial_{name}": value for name, value in miou_and_accuracy(matrices[1]).items()}
     return result
 
 
-def _attacks(settings: TrainSettings) -> bool:
-    return settings.val_attack_steps > 0 and settings.eps > 0
-
-
-def _attacked(settings: TrainSettings, network: Network, images: Tensor, labels: Tensor, number: int) -> Tensor:
-    """The images after eroseg's attack, whose random start depends on ``number``."""
-    generator = torch.Generator(images.device)
-    generator.manual_seed(seeds.torch_seed(settings.seed, seeds.ATTACK, number))
-    return attack(
-        network,
-        images,
-        labels,
+def _attack(settings: TrainSettings) -> AttackSettings | None:
+    """The attack of ``settings.val_attack_steps``; None where there is none."""
+    if settings.val_attack_steps == 0 or settings.eps == 0:
+        return None
+    return AttackSettings(
         eps=settings.eps,
         norm=settings.norm,
         steps=settings.val_attack_steps,
         ignore_index=VOID,
         backend=settings.backend,
-        generator=generator,
     )
+
+
+def _attacked(
+    config: AttackSettings, seed: int, network: Network, images: Tensor, labels: Tensor, number: int
+) -> Tensor:
+    """The images after the attack, whose random start depends on the run's ``seed`` and on ``number``."""
+    generator = torch.Generator(images.device)
+    generator.manual_seed(seeds.torch_seed(seed, seeds.ATTACK, number))
+    return pgd.Loop(config, network, images, labels, generator=generator).run()[0]

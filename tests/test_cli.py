@@ -126,13 +126,13 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "the following arguments are required"),
         (["dance"], "invalid choice: 'dance'"),
-        (["demo", "--eps", "8/0"], "argument --eps: '8/0' came, wanted a number such as 0.03 or 8/255"),
+        (["demo", "--eps", "8/0"], "argument --eps: got '8/0', wanted a number such as 0.03 or 8/255"),
         (
             ["demo", "--eps", "1"],
             "--eps is 1.0, wanted a number below 1, the range of clip=(0.0, 1.0): lengths are in pixel values",
         ),
         (["demo", "--steps", "0"], "--steps is 0, wanted an integer from 1 to 10000"),
-        (["demo", "--size", "100"], "argument --size: '100' came, wanted HEIGHTxWIDTH"),
+        (["demo", "--size", "100"], "argument --size: got '100', wanted HEIGHTxWIDTH"),
         (
             ["demo", "--class-names", "a,b"],
             "--class-names is ('a', 'b'), wanted None without data, whose classes they name",
@@ -140,9 +140,9 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--device", "toaster"], "device 'toaster' cannot be used"),
         (
             ["demo", "--json", "no/such/folder/x.json"],
-            "argument --json: 'no/such/folder/x.json' came, wanted a file in a folder that exists",
+            "--json is 'no/such/folder/x.json', wanted a file in a folder that exists",
         ),
-        (["info", "--json", "."], "argument --json: '.' came, wanted a file in a folder that exists"),
+        (["info", "--json", "."], "--json is '.', wanted a file in a folder that exists"),
         (["demo", "--data", "no/such/folder"], "no/such/folder must hold the folders images/ and labels/"),
     ],
 )
@@ -258,7 +258,7 @@ class Drawn:
     """mirror"""
 
     weights: Path | None = dataclasses.field(default=None, metadata={"aliases": ["--checkpoint"]})
-    hidden: int = 1
+    progress: bool = False
     """never told"""
 
     def __post_init__(self) -> None:
@@ -268,7 +268,7 @@ class Drawn:
 
 def test_options_are_the_fields_of_a_dataclass() -> None:
     parser = options.Parser(prog="draw")
-    options.add_options(parser, Drawn, leave_out=["hidden"])
+    options.add_options(parser, Drawn)
     shown = parser.format_help()
     assert "of images, see eroseg_ext.attack: 100 % of them (required)" in " ".join(shown.split())
     assert re.search(r"--eps X +\(default: 4/255\)", shown)

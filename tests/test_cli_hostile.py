@@ -187,7 +187,7 @@ def test_every_option_is_tried() -> None:
         (
             "evaluate",
             {"--size": "100000x100000"},
-            "'100000x100000' came, wanted HEIGHTxWIDTH of at most 16777216 pixels",
+            "got '100000x100000', wanted HEIGHTxWIDTH of at most 16777216 pixels",
         ),
         ("train", {"--threads": "100000"}, "--threads is 100000, wanted an integer from 1 to 1024"),
         ("train", {"--workers": "99999999999"}, "--workers is 99999999999, wanted an integer from 0 to 256"),

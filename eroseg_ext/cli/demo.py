@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
@@ -21,14 +20,13 @@ from tqdm import tqdm
 from eroseg_ext.attacks import methods
 from eroseg_ext.attacks.pgd import StepInfo, attack
 from eroseg_ext.attacks.settings import AttackSettings
-from eroseg_ext.cli import options
+from eroseg_ext.cli.options import Output
 from eroseg_ext.data.reading import SegmentationFolder, one_class
 from eroseg_ext.data.scenes import IGNORE_INDEX, generated_scenes
 from eroseg_ext.evaluation.metrics import miou_and_accuracy
 from eroseg_ext.models.small_deeplab import DEMO_WIDTH, SmallDeepLab
 from eroseg_ext.ops import backend, reference
 from eroseg_ext.utils import plots
-from eroseg_ext.utils.atomic_files import write_json
 from eroseg_ext.utils.validate import check_integer, require, usable_device
 
 METHODS = ("pgd", "segpgd", "cospgd", "mce", "mce_bal", "js", "tsallis", "eroseg")
@@ -427,16 +425,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
-    options.add_options(parser, DemoSettings, leave_out=["progress"])
-    options.add_json(parser)
-
-
-def command(args: argparse.Namespace) -> None:
+def command(settings: DemoSettings, output: Output) -> None:
     """Trains a small network for about a minute on scenes it draws (or on --data), attacks it with every method at
     equal budget, prints a table and writes pictures."""
-    settings = replace(options.settings(DemoSettings, args), progress=sys.stderr.isatty())
-    result = run(settings, say=lambda line: print(line, flush=True))
-    if args.json is not None:
-        write_json(args.json, result)
+    settings = replace(settings, progress=sys.stderr.isatty())
+    output.write(run(settings, say=lambda line: print(line, flush=True)))

@@ -1,8 +1,7 @@
-"""``eroseg evaluate``: its own options, and the fields of :class:`eroseg_ext.EvaluationSettings`."""
+"""``eroseg evaluate``."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 
 from eroseg_ext import EvaluationSettings, evaluate
-from eroseg_ext.cli import options
 from eroseg_ext.cli.main import ChecksFailed
 from eroseg_ext.data.datasets import DATASETS, FOLDER, VOID, NamedDataset
 from eroseg_ext.data.reading import SegmentationFolder
@@ -58,18 +56,10 @@ class Files:
             check_integer("classes", self.classes, 1, 2**15 - 1)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
-    options.add_options(parser, Files)
-    beside = ["clip", "autocast", "logits", "model_description", "progress"]
-    options.add_options(parser, EvaluationSettings, leave_out=beside)
-
-
-def command(args: argparse.Namespace) -> None:
+def command(files: Files, settings: EvaluationSettings) -> None:
     """Attacks a model with APGD and the gradient of several methods, prints mIoU / mAcc / aAcc in percent per attack
     and in the worst case, and writes them to evaluation.json. An interrupted evaluation goes on where it was; a further
     attack or eps computes only what is new."""
-    files, settings = options.settings(Files, args), options.settings(EvaluationSettings, args)
     if files.strict and settings.sanity == 0:
         raise ValueError("--strict needs the sanity checks, which --sanity 0 leaves out")
     device = usable_device(files.device)

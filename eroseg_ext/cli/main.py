@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from eroseg_ext import __version__
-from eroseg_ext.cli.options import Parser, plain
+from eroseg_ext.cli.options import Parser, add_options, plain, settings, settings_of
 
 EXIT_USER_ERROR = 2
 EXIT_CHECKS_FAILED = 3
@@ -24,7 +24,7 @@ COMMANDS = {
     "evaluate": "scores of a model, clean, under attack and in the worst case",
     "info": "versions, backends and devices",
 }
-"""What each does. The module of the same name has ``add_options`` and ``command``, whose docstring describes it."""
+"""What each does. The module of that name has the function ``command``, whose parameters are settings dataclasses."""
 
 
 class ChecksFailed(Exception):
@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         backend.select(device("cpu"))  # raises for a wrong EROSEG_CPU_LEVEL
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            import_module(f"eroseg_ext.cli.{args.command}").command(args)
+            command = import_module(f"eroseg_ext.cli.{args.command}").command
+            command(*(settings(kind, args) for kind in settings_of(command)))
     except BaseException as error:
         # A library may make an error of its own of an interrupt in the midst of its work.
         if interrupts or isinstance(error, KeyboardInterrupt):
@@ -89,9 +90,10 @@ def _parser(command: str | None) -> Parser:
     for name, text in COMMANDS.items():
         added = commands.add_parser(name, help=text, usage="%(prog)s [options]")
         if name == command:
-            module = import_module(f"eroseg_ext.cli.{name}")
-            added.description = plain(module.command.__doc__)
-            module.add_options(added)
+            run = import_module(f"eroseg_ext.cli.{name}").command
+            added.description = plain(run.__doc__)
+            for kind in settings_of(run):
+                add_options(added, kind)
     return parser
 
 
@@ -101,7 +103,8 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 def _told(error: BaseException) -> int:
     """Says in one line what is wrong; returns the exit code."""
-    if isinstance(error, (ChecksFailed, ValueError, OSError)):
+    ours = type(error).__module__.startswith("eroseg_ext.")
+    if ours or isinstance(error, (ValueError, OSError)):
         sentence = str(error) or type(error).__name__
     elif isinstance(error, MemoryError):
         sentence = "there is not enough memory for images, batches or a model of this size"

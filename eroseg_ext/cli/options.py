@@ -10,13 +10,18 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Callable, Collection
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
+
+from eroseg_ext.utils.atomic_files import write_json
+from eroseg_ext.utils.validate import require
 
 MAX_PIXELS = 2**24
 """Of an image that is asked for: 4096x4096. Far more would be told of by the system's memory, not by us."""
+LEFT_OUT = ("autocast", "clip", "logits", "model_description", "progress")
+"""Fields that a command sets itself, or that no text can give."""
 
 Settings = TypeVar("Settings")
 
@@ -31,8 +36,31 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
-def add_options(parser: argparse.ArgumentParser, kind: type, leave_out: Collection[str] = ()) -> None:
-    """Adds an option for each field of a dataclass, but for those left out.
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Where a command's result goes, beside what it prints."""
+
+    json: Path | None = None
+    """also write the results to this file"""
+
+    def __post_init__(self) -> None:
+        # Found out before the work, not after it.
+        possible = self.json is None or (self.json.parent.is_dir() and not self.json.is_dir())
+        require(possible, "json", str(self.json), "a file in a folder that exists")
+
+    def write(self, result: dict[str, Any]) -> None:
+        """Writes the result if that is asked for."""
+        if self.json is not None:
+            write_json(self.json, result)
+
+
+def settings_of(command: Callable[..., None]) -> list[type]:
+    """The dataclasses that a command takes, one a parameter."""
+    return [kind for name, kind in get_type_hints(command).items() if name != "return"]
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
+    """Adds an option for each field of a dataclass, but for ``LEFT_OUT``.
 
     Name, type and default are the field's, the help is the text below it, and ``metadata={"aliases": ["--x"]}`` gives
     more names. Fields that no blank line separates are a group in the help.
@@ -46,7 +74,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type, leave_out: Collecti
             if node.lineno > (before.end_lineno or 0) + 1:
                 group = parser.add_argument_group()
             field = fields[ast.unparse(node.target)]
-            if field.name not in leave_out:
+            if field.name not in LEFT_OUT:
                 _add_option(group, field, ast.literal_eval(after.value) if isinstance(after, ast.Expr) else "")
 
 
@@ -64,12 +92,6 @@ def _add_option(group: argparse._ActionsContainer, field: dataclasses.Field[Any]
             text += f" (default: {_shown(field.default)})"
     names = [f"--{field.name.replace('_', '-')}", *field.metadata.get("aliases", ())]
     group.add_argument(*names, **given, help=plain(text).replace("%", "%%"))
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--json``. That the file cannot be written is found out before the work that gives its content."""
-    kind = _checked(_new_file, "a file in a folder that exists")
-    parser.add_argument("--json", type=kind, metavar="PATH", help="also write the results here")
 
 
 def plain(text: str) -> str:
@@ -104,7 +126,7 @@ def _checked(convert: Callable[[str], Any], wanted: str) -> Callable[[str], Any]
         try:
             return convert(text)
         except (ValueError, ArithmeticError, RecursionError):
-            raise argparse.ArgumentTypeError(f"{text!r} came, wanted {wanted}") from None
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted {wanted}") from None
 
     return converted
 
@@ -121,13 +143,6 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(map(_number, text.split(",")))
 
 
-def _or_text(convert: Callable[[str], Any], text: str) -> Any:
-    try:
-        return convert(text)
-    except (ValueError, ArithmeticError):
-        return text
-
-
 def _json_object(text: str) -> dict[str, Any]:
     value = json.loads(text)
     json.dumps(value, allow_nan=False)
@@ -140,13 +155,6 @@ def _path(text: str) -> Path:
     if not text:  # Path("") is the current folder
         raise ValueError
     return Path(text)
-
-
-def _new_file(text: str) -> Path:
-    file = _path(text)
-    if file.is_dir() or not file.parent.is_dir():
-        raise ValueError
-    return file
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -163,8 +171,12 @@ CONVERTERS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "float": (_number, "X", "a number such as 0.03 or 8/255"),
     "str": (str, "NAME", "a name"),
     "Path": (_path, "PATH", "a path"),
-    "int | str": (partial(_or_text, int), "N|NAME", "a number or a name"),
-    "str | tuple[float, ...]": (partial(_or_text, _numbers), "NAME|X,...", "a name or numbers"),
+    "int | str": (lambda text: int(text) if text.lstrip("-").isdigit() else text, "N|NAME", "a number or a name"),
+    "str | tuple[float, ...]": (
+        lambda text: text if text[:1].isalpha() else _numbers(text),
+        "NAME|X,...",
+        "a name or numbers",
+    ),
     "float | Sequence[float]": _NUMBERS,
     "Sequence[float]": _NUMBERS,
     "tuple[float, ...]": _NUMBERS,

@@ -1,29 +1,18 @@
-"""``eroseg train``: the fields of :class:`eroseg_ext.TrainSettings` are its options."""
+"""``eroseg train``."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from tqdm import tqdm
 
-from eroseg_ext import TrainingStopped, TrainSettings, train
-from eroseg_ext.cli import options
+from eroseg_ext import TrainSettings, train
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
-    options.add_options(parser, TrainSettings, leave_out=["progress"])
-
-
-def command(args: argparse.Namespace) -> None:
+def command(settings: TrainSettings) -> None:
     """Trains a segmentation model on a folder of images and labels, part of each batch attacked. Under torchrun,
     processes share the batches."""
-    settings = options.settings(TrainSettings, args)
-    try:
-        train(say=_say, **vars(settings) | {"progress": sys.stderr.isatty()})
-    except TrainingStopped as stopped:
-        raise ValueError(str(stopped)) from stopped
+    train(say=_say, **vars(settings) | {"progress": sys.stderr.isatty()})
 
 
 def _say(line: str) -> None:

@@ -1,6 +1,10 @@
 """The command ``eroseg``: what it prints and writes, and how it fails."""
 
+from __future__ import annotations
+
+import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +16,8 @@ import torch
 from folders import write_folder
 from PIL import Image
 
-from eroseg_ext.cli import demo, main
+from eroseg_ext import EvaluationSettings, TrainSettings
+from eroseg_ext.cli import demo, main, options
 from eroseg_ext.ops import backend
 from eroseg_ext.utils import atomic_files
 
@@ -121,14 +126,23 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "the following arguments are required"),
         (["dance"], "invalid choice: 'dance'"),
-        (["demo", "--eps", "8/0"], "8/0 is no budget, wanted a number such as 8/255"),
-        (["demo", "--eps", "1"], "--eps is 1, wanted a number from 0 to below 1 such as 8/255"),
-        (["demo", "--steps", "0"], "argument --steps: 0 is not allowed, wanted a whole number of at least 1"),
-        (["demo", "--size", "100"], "100 is not a size, wanted HEIGHTxWIDTH"),
-        (["demo", "--class-names", "a,b"], "--class-names names the classes of --data, which is missing"),
+        (["demo", "--eps", "8/0"], "argument --eps: got '8/0', wanted a number such as 0.03 or 8/255"),
+        (
+            ["demo", "--eps", "1"],
+            "--eps is 1.0, wanted a number below 1, the range of clip=(0.0, 1.0): lengths are in pixel values",
+        ),
+        (["demo", "--steps", "0"], "--steps is 0, wanted an integer from 1 to 10000"),
+        (["demo", "--size", "100"], "argument --size: got '100', wanted HEIGHTxWIDTH"),
+        (
+            ["demo", "--class-names", "a,b"],
+            "--class-names is ('a', 'b'), wanted None without data, whose classes they name",
+        ),
         (["demo", "--device", "toaster"], "device 'toaster' cannot be used"),
-        (["demo", "--json", "no/such/folder/x.json"], "--json no/such/folder/x.json cannot be written"),
-        (["info", "--json", "."], "--json . cannot be written"),
+        (
+            ["demo", "--json", "no/such/folder/x.json"],
+            "--json is 'no/such/folder/x.json', wanted a file in a folder that exists",
+        ),
+        (["info", "--json", "."], "--json is '.', wanted a file in a folder that exists"),
         (["demo", "--data", "no/such/folder"], "no/such/folder must hold the folders images/ and labels/"),
     ],
 )
@@ -198,7 +212,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyte
 def test_interrupt_while_modules_are_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted() -> None:
+    def interrupted(command: str | None) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(main, "_parser", interrupted)
@@ -211,6 +225,61 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["demo", "--help"]) == 0
     assert main.main(["--version"]) == 0
     assert "eroseg_ext" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "left_out"),
+    [
+        ("train", TrainSettings, {"progress"}),
+        ("evaluate", EvaluationSettings, {"clip", "autocast", "logits", "model_description", "progress"}),
+        ("demo", demo.DemoSettings, {"progress"}),
+    ],
+)
+def test_help_lists_every_field_once_with_its_text(
+    command: str, settings: type, left_out: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main([command, "--help"]) == 0
+    listed = re.findall(r"^  --([a-z-]+)", capsys.readouterr().out, re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    fields = {field.name for field in dataclasses.fields(settings)}
+    assert {name.replace("-", "_") for name in listed} >= fields - left_out
+    assert not {name.replace("-", "_") for name in listed} & left_out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Fields of each kind."""
+
+    data: Path
+    """of ``images``, see :func:`eroseg_ext.attack`: 100 % of
+    them"""
+    eps: float = 4 / 255
+    flip: bool = True
+    """mirror"""
+
+    weights: Path | None = dataclasses.field(default=None, metadata={"aliases": ["--checkpoint"]})
+    progress: bool = False
+    """never told"""
+
+    def __post_init__(self) -> None:
+        if self.eps < 0:
+            raise ValueError("eps is below 0")
+
+
+def test_options_are_the_fields_of_a_dataclass() -> None:
+    parser = options.Parser(prog="draw")
+    options.add_options(parser, Drawn)
+    shown = parser.format_help()
+    assert "of images, see eroseg_ext.attack: 100 % of them (required)" in " ".join(shown.split())
+    assert re.search(r"--eps X +\(default: 4/255\)", shown)
+    assert re.search(r"--flip, --no-flip +mirror\n\n", shown)
+    assert "never told" not in shown
+    given = parser.parse_args(["--data", "a", "--eps", "8/255", "--no-flip", "--checkpoint", "b"])
+    made = options.settings(Drawn, given)
+    assert made == Drawn(data=Path("a"), eps=8 / 255, flip=False, weights=Path("b"))
+    assert options.settings(Drawn, parser.parse_args(["--data", "a"])) == Drawn(data=Path("a"))
+    with pytest.raises(ValueError, match=r"^--eps is below 0$"):
+        options.settings(Drawn, parser.parse_args(["--data", "a", "--eps", "-1"]))
 
 
 def test_an_error_that_a_library_makes_of_ctrl_c_is_told_as_an_interrupt(

@@ -473,13 +473,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path, met
     ("options", "words"),
     [
         (["--attack-options", '{"radios": 1}'], "radios is not a setting of attack"),
-        (["--attack-options", "radius"], "radius is not a JSON object"),
-        (["--eps", "8:255"], "8:255 is no budget"),
-        (["--eps", "8"], "eps is 8.0, wanted a number below 1, the range of clip"),
-        (["--step-size", "2"], "step_size is 2.0, wanted a number below 1, the range of clip"),
-        (["--size", "big"], "big is not a size"),
-        (["--class-weights", "balanced"], "class_weights is 'balanced', wanted one of none, median-frequency"),
-        (["--attack", "fgsm"], "invalid choice: 'fgsm'"),
+        (["--attack-options", "radius"], "argument --attack-options: got 'radius', wanted a JSON object"),
+        (["--eps", "8:255"], "argument --eps: got '8:255', wanted a number such as 0.03 or 8/255"),
+        (["--eps", "8"], "--eps is 8.0, wanted a number below 1, the range of clip"),
+        (["--step-size", "2"], "--step-size is 2.0, wanted a number below 1, the range of clip"),
+        (["--size", "big"], "argument --size: got 'big', wanted HEIGHTxWIDTH"),
+        (["--class-weights", "balanced"], "--class-weights is 'balanced', wanted one of none, median-frequency"),
+        (["--attack", "fgsm"], "--attack is 'fgsm', wanted one of eroseg, "),
     ],
 )
 def test_wrong_options_are_told_in_one_sentence(

@@ -1,11 +1,12 @@
-"""The logic of ``eroseg demo``: train a small network, attack it with every method, tell and draw what happened."""
+"""``eroseg demo``: train a small network, attack it with every method, tell and draw what happened."""
 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from eroseg_ext.attacks import gradients
 from eroseg_ext.attacks.pgd import attack
 from eroseg_ext.attacks.result import StepInfo
 from eroseg_ext.attacks.settings import AttackSettings
+from eroseg_ext.cli.options import Output
 from eroseg_ext.data.reading import SegmentationFolder, one_class
 from eroseg_ext.data.scenes import IGNORE_INDEX, generated_scenes
 from eroseg_ext.evaluation.metrics import miou_and_accuracy
@@ -26,7 +28,7 @@ from eroseg_ext.models.small_deeplab import DEMO_WIDTH, SmallDeepLab
 from eroseg_ext.ops import backend, reference
 from eroseg_ext.ops.protocol import Operations
 from eroseg_ext.utils import plots
-from eroseg_ext.utils.validate import usable_device
+from eroseg_ext.utils.validate import check_integer, require, usable_device
 
 METHODS = ("pgd", "segpgd", "cospgd", "mce", "mce_bal", "js", "tsallis", "eroseg")
 """Methods in the order of the table, with their default settings."""
@@ -46,8 +48,11 @@ class DemoSettings:
     quick: bool = False
     """a few seconds instead of a minute or two"""
     seed: int = 0
+    """of the scenes, the network and the random starts"""
     eps: float = 2 / 255
+    """l_inf budget of every method"""
     steps: int = 10
+    """of each attack"""
     train_steps: int | None = None
     """default 600, quick 40"""
     size: tuple[int, int] | None = None
@@ -55,10 +60,25 @@ class DemoSettings:
     ignore_index: int = 255
     """label of void pixels in ``data``; drawn scenes have 255"""
     class_names: tuple[str, ...] | None = None
+    """names of the classes of ``data``"""
     device: str | None = None
     """default: cuda if there is one, else cpu"""
     progress: bool = False
     """show bars on stderr"""
+
+    def __post_init__(self) -> None:
+        check_integer("seed", self.seed, 0, 2**63 - 1)
+        check_integer("steps", self.steps, 1, 10**4)  # numbers of each step are kept
+        if self.train_steps is not None:
+            check_integer("train_steps", self.train_steps, 1, 10**6)
+        if self.size is not None:
+            height, width = self.size
+            fits = min(height, width) >= 32 and height * width <= 2**20
+            require(fits, "size", self.size, "(height, width) of at least 32x32 and at most 2^20 pixels")
+        check_integer("ignore_index", self.ignore_index, -(2**63), 2**63 - 1)
+        named = self.class_names is None or self.data is not None
+        require(named, "class_names", self.class_names, "None without data, whose classes they name")
+        AttackSettings(eps=self.eps, steps=self.steps)
 
 
 class Task(NamedTuple):
@@ -404,3 +424,10 @@ def front_weight(logits: Tensor, labels: Tensor, tau: Tensor, settings: AttackSe
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def command(settings: DemoSettings, output: Output) -> None:
+    """Trains a small network for about a minute on scenes it draws (or on --data), attacks it with every method at
+    equal budget, prints a table and writes pictures."""
+    settings = replace(settings, progress=sys.stderr.isatty())
+    output.write(run(settings, say=lambda line: print(line, flush=True)))

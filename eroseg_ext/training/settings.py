@@ -57,7 +57,7 @@ class TrainSettings:
     dataset: str = FOLDER
     """class map (and layout of files): ``folder``, ``camvid``, ``voc``, ``cityscapes`` or ``ade20k``"""
     classes: int | None = None
-    """number of classes of ``dataset="folder"``; None: one more than the largest label of ``data`` and ``val``,
+    """number of classes of ``dataset="folder"``; default: one more than the largest label of ``data`` and ``val``,
     found by reading them all"""
     ignore_index: int = 255
     """label of void pixels in the files of ``dataset="folder"``"""
@@ -71,15 +71,16 @@ class TrainSettings:
     """weights to start from: any file with a state dict, or a checkpoint, whose average is taken where it has one"""
 
     size: tuple[int, int] | None = None
-    """resize all images and labels to this; None leaves every image at its own size"""
+    """resize all images and labels to this; default: every image keeps its own size"""
     crop: tuple[int, int] | None = None
-    """size of the random crops to train on; None: ``size``, else the size of the first image"""
+    """size of the random crops to train on; default: ``size``, else the size of the first image"""
     scale: tuple[float, float] = (0.6, 1.67)
     """range of the random scale, drawn log-uniformly; (1, 1) switches it off"""
     flip: bool = True
     """mirror every second image"""
 
     epochs: int = 60
+    """passes over the images"""
     batch_size: int = 8
     """images per update, over all processes together"""
     accumulate: int = 1
@@ -104,9 +105,11 @@ class TrainSettings:
     adv_fraction: float = 0.5
     """part of each batch that is attacked: 0.5 as SegPGD-AT, 1.0 as PIR-AT"""
     eps: float = 4 / 255
+    """radius of the l_inf ball, or of another one where ``attack_options`` give ``norm``"""
     attack_steps: int = 3
+    """steps of the attack on each batch"""
     step_size: float | None = None
-    """default: the larger of eps / 4 and 1.5 eps / attack_steps, so that few steps cross the ball too"""
+    """of the attack; default: the larger of eps / 4 and 1.5 eps / attack_steps, so that few steps cross the ball too"""
     attack_mode: str = "eval"
     """mode of the model during the attack: ``eval``, ``train`` or ``keep``"""
     attack_options: Mapping[str, Any] = field(default_factory=dict)
@@ -120,6 +123,7 @@ class TrainSettings:
     mean: tuple[float, ...] | None = None
     """with std: the model is given (image - mean) / std, per channel"""
     std: tuple[float, ...] | None = None
+    """with mean"""
     output: str = "logits"
     """what the model returns: ``logits``, ``probabilities`` (of a softmax) or scores of a ``sigmoid``"""
     output_key: int | str | None = None
@@ -130,10 +134,11 @@ class TrainSettings:
     """``bf16``: the model runs under bfloat16 autocast, in training and in the attack; weights stay float32"""
 
     seed: int = 0
+    """of the weights, the order and augmentation of the images, and the random starts"""
     device: str | None = None
     """default: the process's GPU if there is one, else cpu"""
     threads: int | None = None
-    """CPU threads of each process; None leaves torch's number"""
+    """CPU threads of each process; default: torch's number"""
     workers: int | None = None
     """processes that read and augment images, per training process; default 4 with a GPU, else 0"""
     cache: bool = False
@@ -144,9 +149,9 @@ class TrainSettings:
     val_attack_steps: int = 10
     """steps of the eroseg attack in validation, of eps / 4; 0 validates on clean images only"""
     val_images: int | None = None
-    """validate on so many evenly spaced images; None: all"""
+    """validate on so many evenly spaced images; default: all"""
     checkpoint_every: int | None = None
-    """updates between checkpoints; None: an epoch's"""
+    """updates between checkpoints; default: an epoch's"""
     log_every: int = 10
     """updates between lines of the log"""
     resume: bool = False

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from folders import SIZE, write_folder
 
 import eroseg_ext
 from eroseg_ext.cli.main import main
 from eroseg_ext.models import SmallDeepLab
-from folders import SIZE, write_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -1,4 +1,4 @@
-"""What mkdocs cannot do by options: formulas as MathML, pictures from bench/results, roles in docstrings."""
+"""What mkdocs cannot do by options: formulas as MathML, and pictures from bench/results."""
 
 import html
 import re
@@ -19,10 +19,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Formulas become MathML, which browsers show without a script; of ``:func:`name``` the name stays."""
+    """Formulas become MathML, which browsers show without a script."""
 
     def mathml(found: re.Match[str]) -> str:
         display = "inline" if found[1] == "span" else "block"
         return convert(html.unescape(found[2]).strip(), display=display)
 
-    return re.sub(r":(func|class|data|meth):(?=<code>)", "", FORMULA.sub(mathml, content))
+    return FORMULA.sub(mathml, content)

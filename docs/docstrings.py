@@ -1,4 +1,4 @@
-"""Docstrings as mkdocstrings reads them: roles such as ``:func:`` are Sphinx's, and ``>>>`` is a quotation in Markdown."""
+"""Docstrings as mkdocstrings reads them: ``:func:`` is a role of Sphinx's, and ``>>>`` a quotation in Markdown."""
 
 import re
 from typing import Any

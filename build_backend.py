@@ -5,7 +5,7 @@ build requirement on torch would therefore fetch a second torch, several gigabyt
 the isolated process still runs the target environment's interpreter, so `site` names the directories it hides; they
 go to the end of sys.path, where they provide torch and shadow nothing that the frontend installed for the build.
 torch is required only where there is none. uv and build isolate with an interpreter of their own, which names no such
-directories: README.md says how to build without isolation there.
+directories: docs/install.md says how to build without isolation there.
 """
 
 import os

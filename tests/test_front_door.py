@@ -94,6 +94,6 @@ def test_settings_say_which_method_reads_them() -> None:
         assert readers == ({said} & set(METHODS))
 
 
-def test_the_table_of_methods_is_in_the_readme() -> None:
+def test_the_table_of_methods_is_in_the_documentation() -> None:
     table = options.methods_table()
-    assert table in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8"), table
+    assert table in (Path(__file__).parents[1] / "docs" / "attack.md").read_text(encoding="utf-8"), table

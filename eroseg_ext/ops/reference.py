@@ -18,7 +18,7 @@ Conventions shared by all operations
 ``stats[B, 4]`` (float64): valid pixels, right pixels, front pixels, summed movement of the front.
 
 Source: Song et al., "Erosion Attack for Adversarial Training to Enhance Semantic Segmentation Robustness", ICASSP 2026,
-arXiv 2601.14950; the choices that its abstract leaves open are described in the package's README.
+arXiv 2601.14950; the choices that its abstract leaves open are described in docs/method.md.
 """
 
 from __future__ import annotations
@@ -295,7 +295,7 @@ def erosion_grad(
         front that stats count are the sensitive pixels, s <= tau, and their movement is the log-odds they have lost
         since ``previous`` (gained, if targeted); 0 without it.
 
-    Source: after arXiv 2601.14950; README.md, "How it works".
+    Source: after arXiv 2601.14950; docs/method.md.
     """
     terms = pixel_terms(logits, labels, ignore_index)
     signed = _signed_confidence(terms, confidence)

@@ -82,10 +82,16 @@ def profile(request: pytest.FixtureRequest) -> str:
     return _profile(request.config)
 
 
-@pytest.fixture(scope="session")
-def seconds(profile: str) -> float:
-    """Time for the samples of one figure."""
-    return cases.SECONDS[profile]
+@pytest.fixture
+def seconds(profile: str, device: torch.device) -> float:
+    """Time for the samples of one figure; a GPU takes hundreds of them in a fifth of a second."""
+    return cases.SECONDS["quick" if device.type == "cuda" else profile]
+
+
+@pytest.fixture
+def compile_seconds(pytestconfig: pytest.Config) -> float:
+    """How long torch.compile may take: no longer than there is time."""
+    return min(cases.COMPILE_SECONDS, max(pytestconfig.stash[DEADLINE] - time.monotonic(), 1))
 
 
 @pytest.fixture

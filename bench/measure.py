@@ -180,11 +180,6 @@ def peak_memory(run: Call, device: torch.device) -> int:
     return int(max(np.cumsum([0, *(size for _, size in changes)])))
 
 
-def exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """The slope b of the least-squares line through (log x, log y): y grows like x^b."""
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
-
-
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raises TimeoutError in the main thread once the block has run that long."""

@@ -15,8 +15,8 @@ import torch
 from bench import ROOT
 
 RESULTS = ROOT / "bench" / "results" / "results.csv"
-UNITS = {"p20": "ms", "p50": "ms", "p80": "ms", "peak": "bytes", "model peak": "bytes", "logits": "bytes"}
-"""Of quantities whose unit is not percent."""
+BYTES = ("bytes", "peak", "model peak", "logits")
+"""Quantities in bytes. Times end with their percentile, and everything else but a loss is in percent."""
 
 
 class Row(NamedTuple):
@@ -56,12 +56,19 @@ class Run:
         """Adds a row for each quantity."""
         where = describe(device)
         new = [
-            Row(group, case, name, quantity, value, UNITS.get(quantity, "%"), where, self._commit, self._date)
+            Row(group, case, name, quantity, value, unit(quantity), where, self._commit, self._date)
             for quantity, value in figures.items()
         ]
         self.rows += new
         if self._path is not None:
             write(self._path, new)
+
+
+def unit(quantity: str) -> str:
+    """``ms``, ``bytes``, ``nats`` or ``%``."""
+    if quantity.endswith(("p20", "p50", "p80")):
+        return "ms"
+    return "bytes" if quantity in BYTES else "nats" if quantity == "loss" else "%"
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:

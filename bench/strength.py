@@ -6,8 +6,9 @@ The data is CamVid as in the SegNet tutorial: a folder with ``train`` and ``val`
     python -m bench.strength commands --data camvid --work runs      # prints the commands that make every network
     python -m bench.strength table --data camvid --work runs         # attacks `clean` and `robust` with every method
     python -m bench.strength training --work runs --seeds 0 1        # collects what was trained against each attack
+    python -m bench.strength evaluation --work evaluation            # collects the table of one `eroseg evaluate`
 
-The last two append their figures to ``bench/results/results.csv`` (or ``--csv``). ``table`` attacks evenly spaced
+The last three append their figures to ``bench/results/results.csv`` (or ``--csv``). ``table`` attacks evenly spaced
 images of ``val`` with bfloat16 autocast, l_inf, steps of eps/4, random start, last iterate, seed 0.
 """
 
@@ -135,14 +136,8 @@ def training(work: Path, seed: int, run: Run) -> int:
         found += 1
         result = json.loads(path.read_text())
         device = torch.device("cpu")
-        for case, entry in [
-            ("clean", result["clean"]),
-            *((f"eps {round(255 * w['eps'])}/255", w) for w in result["worst"]),
-        ]:
-            figures = {
-                key.replace("_", " "): entry[key] for key in ("miou", "miou_bound", "macc", "aacc") if key in entry
-            }
-            run.add("training", f"{case}, seed {seed}", name, device, figures)
+        for case, entry in [("clean", result["clean"]), *((budget(worst["eps"]), worst) for worst in result["worst"])]:
+            run.add("training", f"{case}, seed {seed}", name, device, figures_of(entry))
         epochs: dict[int, list[float]] = {}
         for line in map(json.loads, (work / f"{name}_{seed}" / "log.jsonl").read_text().splitlines()):
             if "loss" in line:
@@ -152,9 +147,27 @@ def training(work: Path, seed: int, run: Run) -> int:
     return found
 
 
+def evaluation(work: Path, run: Run) -> None:
+    """Adds what ``eroseg evaluate --out WORK`` has printed."""
+    result = json.loads((work / "evaluation.json").read_text())
+    for worst in result["worst"]:
+        of_eps = {row["attack"]: row for row in result["rows"] if row["eps"] == worst["eps"]}
+        for name, entry in {"none": result["clean"], **of_eps, "worst case": worst}.items():
+            run.add("evaluation", budget(worst["eps"]), name, torch.device("cpu"), figures_of(entry))
+
+
+def budget(eps: float) -> str:
+    return f"eps {round(255 * eps)}/255"
+
+
+def figures_of(entry: dict[str, Any]) -> dict[str, float]:
+    """The scores of an entry of ``evaluation.json``."""
+    return {key.replace("_", " "): entry[key] for key in ("miou", "miou_bound", "macc", "aacc") if key in entry}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.strength", description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["commands", "table", "training"])
+    parser.add_argument("part", choices=["commands", "table", "training", "evaluation"])
     parser.add_argument("--data", type=Path, default=Path("camvid"), metavar="DIR", help="folder with train/ and val/")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the networks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -164,6 +177,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.part == "commands":
         for seed in args.seeds:
             print("\n".join(shlex.join(line) for line in commands(args.data, args.work, seed)))
+    elif args.part == "evaluation":
+        evaluation(args.work, Run(args.csv))
     elif args.part == "table":
         table(args.data, args.work, args.images, Run(args.csv))
     else:

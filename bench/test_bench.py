@@ -16,7 +16,7 @@ from torch import Tensor
 from bench import cases
 from bench.cases import VOID, Case, Scene, Unavailable, operations, scene
 from bench.conftest import Record
-from bench.measure import Call, Timing, cold_copies, peak_memory, time_calls
+from bench.measure import Call, cold_copies, peak_memory, time_calls
 from bench.models import MODELS, Trained, build, trained
 from bench.peers import PEERS, WAYS, Budget, OnlyLogits, textbook
 from eroseg_ext.cli import demo
@@ -31,20 +31,22 @@ BASE = {"quick": (1, 21, 128, 128), "default": (2, 21, 256, 256), "full": (4, 21
 
 
 def test_operation(
-    record: Record, device: torch.device, case: Case, implementation: str, profile: str, seconds: float
+    record: Record,
+    device: torch.device,
+    case: Case,
+    implementation: str,
+    profile: str,
+    seconds: float,
+    compile_seconds: float,
 ) -> None:
     """The reference eager and under ``torch.compile``, the fused kernels, and a copy of as many bytes: the floor."""
     if implementation == "compiled" and not cases.is_compiled(case, profile):
         pytest.skip(f"a {profile} run does not wait for torch.compile here")
-    timing = _or_skip(lambda: cases.timed(case, implementation, device, seconds))
-    record("operations", case.name, implementation, timing, bytes=case.bytes)
-
-
-def _or_skip(measure: Callable[[], Timing]) -> Timing:
     try:
-        return measure()
+        timing = cases.timed(case, implementation, device, seconds, compile_seconds)
     except Unavailable as reason:
         pytest.skip(str(reason))
+    record("operations", case.name, implementation, timing, bytes=case.bytes)
 
 
 def _of(sizes: dict[str, tuple[int, int, int, int]], profile: str, device: torch.device) -> tuple[int, int, int, int]:
@@ -80,9 +82,9 @@ def test_parts(record: Record, device: torch.device, name: str, way: str, profil
             torch.autograd.grad(whole(leaf), leaf, kept)
 
     timing = time_calls([attacking(model, steps)], device, seconds=0, least=3).scaled(1 / steps)
-    more = {"peak": peak_memory(attacking(model, 2), device)}
+    more: dict[str, float] = {"peak": peak_memory(attacking(model, 2), device)}
     if make is not None and "graph" not in options:
-        kept = torch.zeros(shape[0], CLASSES, *shape[2:], device=device)
+        kept = torch.randn(shape[0], CLASSES, *shape[2:], generator=generator).to(device)
         with torch.no_grad():
             more["forward_p50"] = time_calls([lambda: whole(images)], device, seconds=0, least=5).to_json()["p50"]
         more["backward_p50"] = time_calls([backward], device, seconds=0, least=5).to_json()["p50"] - more["forward_p50"]

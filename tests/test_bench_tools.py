@@ -40,12 +40,6 @@ def test_drift_compares_the_halves() -> None:
     assert Timing((1.0,)).drift == 0.0
 
 
-@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
-def test_exponent_of_a_power_law(power: float) -> None:
-    x = [1.0, 3.0, 10.0, 100.0]
-    assert measure.exponent(x, [7 * value**power for value in x]) == pytest.approx(power, abs=1e-9)
-
-
 def test_every_call_takes_its_turn_and_rounds_stay_within_their_bounds() -> None:
     seen: list[int] = []
     calls = [lambda index=index: seen.append(index) for index in range(3)]
@@ -291,6 +285,21 @@ def test_figures_of_trainings_come_from_the_runs_that_are_there(tmp_path: Path) 
     rows = results.read(path)
     assert report.table("training", rows).splitlines()[-1] == "| `pgd` | 51.0 / 90.0 | 40.0 / 80.0 |"
     assert [row.value for row in rows if row.quantity == "loss"] == [1.5, 1.5]
+
+
+def test_the_table_of_an_evaluation_is_what_it_printed(tmp_path: Path) -> None:
+    scores = {"miou": 50.0, "macc": 60.0, "aacc": 90.0}
+    rows = [{"attack": "eroseg", "eps": 2 / 255, **scores}]
+    result = {"clean": scores, "rows": rows, "worst": [{"eps": 2 / 255, "miou_bound": 40.0, **scores}]}
+    (tmp_path / "evaluation.json").write_text(json.dumps(result))
+    path = tmp_path / "r.csv"
+    assert strength.main(["evaluation", "--work", str(tmp_path), "--csv", str(path)]) == 0
+    assert report.table("evaluation", results.read(path)).splitlines()[2:] == [
+        "| none | 50.00 / 60.00 / 90.00 |",
+        "| `eroseg` | 50.00 / 60.00 / 90.00 |",
+        "| **worst case** | **50.00 / 60.00 / 90.00** |",
+        "| lower bound of its mIoU | 40.00 |",
+    ]
 
 
 def test_the_table_of_strength_has_a_row_per_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import eroseg_ext
 from eroseg_ext import AttackSettings, StepInfo, attack
-from eroseg_ext.data.reading import SegmentationFolder, one_class
+from eroseg_ext.data.reading import SegmentationFolder, evenly_spaced, one_class
 from eroseg_ext.data.scenes import IGNORE_INDEX, generated_scenes
 from eroseg_ext.evaluation.metrics import miou_and_accuracy
 from eroseg_ext.models.small_deeplab import DEMO_WIDTH, SmallDeepLab
@@ -45,7 +45,7 @@ class DemoSettings:
     eps: float = 2 / 255
     steps: int = 10
     train_steps: int | None = None
-    """updates, up to whole epochs; default 600, quick 300"""
+    """updates, rounded to whole epochs; default 600, quick 400"""
     size: tuple[int, int] | None = None
     """(height, width); default 144x192, quick 72x96"""
     ignore_index: int = 255
@@ -70,11 +70,7 @@ class Task(NamedTuple):
 
 
 def run(settings: DemoSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Runs the whole demo.
-
-    Args:
-        settings: what to do.
-        say: told every finished part, one line at a time, and the table.
+    """Runs the whole demo; ``say`` is told every finished part and the table, a line at a time.
 
     Returns:
         Everything told and more, as plain values: ``settings``, ``environment``, ``task``, ``training``,
@@ -89,18 +85,20 @@ def run(settings: DemoSettings, say: Callable[[str], None] = print) -> dict[str,
     task = load_task(settings)
     images, labels = task.test_images.to(device), task.test_labels.to(device)
     size = list(images.shape[-2:])
-    where = "drawn scenes" if settings.data is None else f"images of {settings.data}"
+    count, where = len(task.train_images), settings.data and f"images of {settings.data}"
     say(
-        f"{len(task.train_images)} {where} to train on, {len(images)} to test on, {len(task.classes)} classes, "
+        f"{count} {where or 'drawn scenes'} to train on, {len(images)} to test on, {len(task.classes)} classes, "
         f"{size[0]}x{size[1]} pixels"
     )
-    model, training = _trained(task, settings, device)
+    start, updates = time.perf_counter(), settings.train_steps or (400 if settings.quick else 600)
+    model = train(task, updates, settings.seed, device, settings.progress)
+    training = {"steps": updates, "seconds": time.perf_counter() - start}
+    training["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     unattacked = evaluate(model, images, labels, task)
     say(
-        f"trained {training['parameters']:,} parameters for {training['steps']} updates of {training['batch']} images in "
-        f"{training['seconds']:.0f} s: mIoU {unattacked['miou']:.1f} %, pixel accuracy {unattacked['accuracy']:.1f} %"
+        f"trained {training['parameters']:,} parameters for {updates} updates in {training['seconds']:.0f} s: "
+        f"mIoU {unattacked['miou']:.1f} %, pixel accuracy {unattacked['accuracy']:.1f} %"
     )
-
     results, curves = {}, {}
     for method in METHODS:
         results[method], curves[method] = _attacked(model, images, labels, task, settings, method)
@@ -112,8 +110,7 @@ def run(settings: DemoSettings, say: Callable[[str], None] = print) -> dict[str,
 
     files = [settings.out / "accuracy.png"]
     plots.accuracy_curves(files[0], curves, len(images))
-    count = 1 if settings.quick else min(4, len(images))
-    for index in (int(i * len(images) / count) for i in range(count)):
+    for index in evenly_spaced(len(images), 1 if settings.quick else 4):
         files.append(settings.out / f"example-{len(files)}.png")
         plots.attack_panel(files[-1], _story(model, images[index, None], labels[index, None], task, settings))
     say(f"\npictures: {', '.join(map(str, files))}")
@@ -121,7 +118,7 @@ def run(settings: DemoSettings, say: Callable[[str], None] = print) -> dict[str,
     return {
         "settings": told | {name: getattr(settings, name) for name in ("quick", "seed", "eps", "steps")},
         "environment": {**backend.report(), "device": str(device)},
-        "task": {"train": len(task.train_images), "test": len(images), "classes": list(task.classes)},
+        "task": {"train": count, "test": len(images), "classes": list(task.classes)},
         "training": training,
         "unattacked": unattacked,
         "methods": results,
@@ -132,22 +129,18 @@ def run(settings: DemoSettings, say: Callable[[str], None] = print) -> dict[str,
 def load_task(settings: DemoSettings) -> Task:
     """The images and labels that the settings name, every fifth of a folder (16 at most) held back to test on."""
     size = settings.size or ((72, 96) if settings.quick else (144, 192))
-    tested = 8 if settings.quick else 16
+    trained, tested = 96 if settings.quick else 160, 16
     if settings.data is None:
-        images, labels, classes, palette = generated_scenes(
-            tested + (96 if settings.quick else 160), size, settings.seed
-        )
+        images, labels, classes, palette = generated_scenes(tested + trained, size, settings.seed)
         return Task(images[tested:], labels[tested:], images[:tested], labels[:tested], classes, palette, IGNORE_INDEX)
     folder = SegmentationFolder(settings.data, size)
     if len(folder) < 2:
-        raise ValueError(
-            f"{settings.data} holds {len(folder)} image, wanted at least 2: some to train on, some to test on"
-        )
+        raise ValueError(f"{settings.data} holds {len(folder)} image, wanted at least 2: to train on and to test on")
     held_back = max(1, min(len(folder) // 5, tested))
     test = sorted({int((i + 0.5) * len(folder) / held_back) for i in range(held_back)})
     rest = [index for index in range(len(folder)) if index not in test]
     if settings.quick:
-        rest = rest[:: max(1, len(rest) // 96)]
+        rest = rest[:: max(1, len(rest) // trained)]
     train_images, train_labels = folder.load(rest)
     test_images, test_labels = folder.load(test)
     count = _count_classes(settings, train_labels, test_labels)
@@ -173,28 +166,10 @@ def _count_classes(settings: DemoSettings, *labels: Tensor) -> int:
     return int(values[-1]) + 1
 
 
-def _trained(task: Task, settings: DemoSettings, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    start = time.perf_counter()
-    steps = settings.train_steps or (300 if settings.quick else 600)
-    model = train(task, steps, settings.seed, device, settings.progress)
-    batch = min(BATCH, len(task.train_images))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    seconds = time.perf_counter() - start
-    return model, {"steps": steps, "batch": batch, "seconds": seconds, "parameters": parameters}
-
-
 def train(task: Task, steps: int, seed: int, device: torch.device, progress: bool = False) -> SmallDeepLab:
-    """Trains a small network on a task's training images with :func:`eroseg_ext.train`, on clean images.
+    """Trains a small network with :func:`eroseg_ext.train`, on clean images, for about so many updates of 8 images.
 
-    Args:
-        task: images and labels.
-        steps: updates of 8 images each, rounded to whole epochs.
-        seed: of the weights, and of the order and augmentation of the images.
-        device: where.
-        progress: show a bar.
-
-    Returns:
-        The network in eval mode, on the device, in channels_last.
+    The updates are rounded to whole epochs. Returns the network in eval mode, on the device, in channels_last.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -240,36 +215,43 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, task: Task) -> di
     return miou_and_accuracy(matrix)
 
 
+def _attack(model: Any, images: Tensor, labels: Tensor, task: Task, settings: DemoSettings, **more: Any) -> Any:
+    generator = torch.Generator().manual_seed(settings.seed)
+    options: dict[str, Any] = {"eps": settings.eps, "steps": settings.steps, "ignore_index": task.ignore_index}
+    return attack(model, images, labels, **{**options, "generator": generator, **more})
+
+
 def _attacked(
     model: nn.Module, images: Tensor, labels: Tensor, task: Task, settings: DemoSettings, method: str
 ) -> tuple[dict[str, float | None], list[float]]:
     """One method's row of the table, and the pixel accuracy in percent before every step and at the end."""
-    options: dict[str, Any] = {"method": method, "eps": settings.eps, "ignore_index": task.ignore_index}
     start = time.perf_counter()
-    adversarial, info = attack(
-        model,
-        images,
-        labels,
-        **options,
-        steps=settings.steps,
-        generator=torch.Generator().manual_seed(settings.seed),
-        progress=settings.progress,
-        return_info=True,
-    )
+    more = {"method": method, "progress": settings.progress, "return_info": True}
+    adversarial, info = _attack(model, images, labels, task, settings, **more)
     row: dict[str, float | None] = {"seconds_per_step": (time.perf_counter() - start) / settings.steps}
     counts = info.stats[0].sum(1)
     curve = [*(100 * counts[:, 1] / counts[:, 0]).tolist(), 100 * info.right.sum().item() / info.valid.sum().item()]
     row |= evaluate(model, adversarial, labels, task)
     with torch.no_grad():
-        logits = model(adversarial)
-    fused = backend.why_not_fused(images.device) is None
-    row["fused_ms"] = _our_part(logits, images, labels, backend="fused", **options) if fused else None
-    row["reference_ms"] = _our_part(logits, images, labels, backend="reference", **options)
+        known = known_logits(model(adversarial))
+
+    def our_part(backend: str) -> float:
+        """Milliseconds of a step besides the network, from two attacks that differ in the number of steps."""
+        seconds = []
+        for steps in (1, 2, 6):  # the first loads what is needed
+            start = time.perf_counter()
+            _attack(known, images, labels, task, settings, method=method, backend=backend, steps=steps)
+            if images.is_cuda:
+                torch.cuda.synchronize(images.device)
+            seconds.append(time.perf_counter() - start)
+        return max(1000 * (seconds[2] - seconds[1]) / 4, 1e-3)
+
+    row["fused_ms"] = None if backend.why_not_fused(images.device) else our_part("fused")
+    row["reference_ms"] = our_part("reference")
     return row, curve
 
 
 class _Known(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx: Any, images: Tensor, logits: Tensor) -> Tensor:
         ctx.save_for_backward(images)
@@ -283,18 +265,6 @@ class _Known(torch.autograd.Function):
 def known_logits(logits: Tensor) -> Callable[[Tensor], Tensor]:
     """A network that costs nothing: it has these logits, and the images themselves as gradient."""
     return lambda images: _Known.apply(images, logits)
-
-
-def _our_part(logits: Tensor, images: Tensor, labels: Tensor, **options: Any) -> float:
-    """Milliseconds of a step besides the network, from two attacks on known logits that differ in their steps."""
-    seconds = []
-    for steps in (1, 2, 6):  # the first is there to load what is needed
-        start = time.perf_counter()
-        attack(known_logits(logits), images, labels, steps=steps, **options)
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
-        seconds.append(time.perf_counter() - start)
-    return max(1000 * (seconds[2] - seconds[1]) / 4, 1e-3)
 
 
 def table(unattacked: dict[str, float], results: dict[str, dict[str, float | None]]) -> list[str]:
@@ -330,16 +300,7 @@ def _story(model: nn.Module, image: Tensor, labels: Tensor, task: Task, settings
             weight = reference.front_weight(eroded, info.tau, config.front).where(valid, math.nan)
             fronts.append((info.step, weight[0].cpu()))
 
-    adversarial = attack(
-        model,
-        image,
-        labels,
-        eps=settings.eps,
-        steps=settings.steps,
-        ignore_index=task.ignore_index,
-        generator=torch.Generator().manual_seed(settings.seed),
-        callback=keep_front,
-    )
+    adversarial = _attack(model, image, labels, task, settings, callback=keep_front)
     with torch.no_grad():
         before, after = model(image), model(adversarial)
     return plots.Story(

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import Call, Timing, cold_copies, copy_timing, time_calls, time_limit
-from bench.results import Figure, traffic
 from eroseg_ext import AttackSettings
-from eroseg_ext.attacks import gradients
 from eroseg_ext.ops import backend, reference
 
 Shape = tuple[int, int, int, int]
@@ -37,18 +35,10 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "binary": (8, 1, 512, 512),
     },
 }
-KERNEL_SHAPES: dict[str, Shape] = {
-    "PASCAL VOC": (8, 21, 512, 512),
-    "Cityscapes": (8, 19, 1024, 1024),
-    "ADE20K": (4, 150, 512, 512),
-}
-"""Of ``python -m bench.kernels``; with ``--quick`` a batch of one, a tenth as high and wide."""
-VARIANTS: dict[str, dict[str, Any]] = {
-    "progressive": {"confidence": "top", "front": "hard", "direction": "ce"},
-    "geodesic": {"within": "class"},
-    "radius 3": {"radius": 3},
-}
-"""Of ``erosion_grad``, which have kernels of their own on a GPU: as ``preset="progressive"`` has it, and others."""
+VARIANTS: dict[str, dict[str, Any]] = {"progressive": {"confidence": "top", "front": "hard", "direction": "ce"}}
+"""Of ``erosion_grad``, which have kernels of their own on a GPU: as ``preset="progressive"`` has it."""
+METHODS = tuple(method for method in reference.METHODS if method != "cospgd_sigmoid")
+"""Of ``pixel_grad``, those that are fused."""
 SECONDS = {"quick": 0.2, "default": 1.0, "full": 2.0}
 """Time for the samples of one figure."""
 COMPILE_SECONDS = 120.0
@@ -78,9 +68,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        parts = [self.op, self.method, self.data, str(self.dtype).removeprefix("torch."), self.layout]
-        parts += ["" if self.labels == torch.int64 else f"{self.labels} labels".removeprefix("torch.")]
-        return " ".join(part for part in parts if part)
+        """Operation, data, and logits, divided by slashes: three columns of a table."""
+        kind = str(self.dtype).removeprefix("torch.") + (" NHWC" if self.layout == "channels_last" else "")
+        labels = "" if self.labels == torch.int64 else f", {self.labels} labels".replace("torch.", "")
+        op = f"{self.op} {self.method}" if self.method else self.op
+        return f"{op}/{self.data}{labels}/{str(list(self.shape)).replace(' ', '')} {kind}"
 
     @property
     def bytes(self) -> int:
@@ -95,63 +87,41 @@ class Case:
             "confidence": logits + label + score,
             "next_tau": score,
             "kth_value": score,
-            "erode": 2 * score + pixels,
             "linf_step_": 4 * image,
-            "l2_step_": 4 * image,
             "confusion": logits + label,
             "step": 2 * logits + label + 2 * score + 4 * image,
         }[self.op]
 
 
-def gradient_cases(shapes: dict[str, Shape]) -> list[Case]:
-    """``erosion_grad`` at every shape, dtype and layout; one class has one layout."""
-    return [
-        Case("erosion_grad", data, shape, dtype, layout)
-        for data, shape in shapes.items()
-        for dtype in (torch.float32, torch.bfloat16)
-        for layout in LAYOUTS
-        if shape[1] > 1 or layout == "NCHW"
-    ]
-
-
-def other_cases(shapes: dict[str, Shape]) -> list[Case]:
-    """Every other operation at the shape of PASCAL VOC, and the whole step at every shape."""
-    voc = shapes["PASCAL VOC"]
-    names = ("next_tau", "kth_value", "confidence", "erode", "linf_step_", "l2_step_", "confusion")
-    return [
-        *(Case("step", data, shape) for data, shape in shapes.items()),
-        *(Case("pixel_grad", "PASCAL VOC", voc, method=method) for method in reference.PIXEL_METHODS),
-        *(Case(name, "PASCAL VOC", voc) for name in names),
-    ]
-
-
 def operation_cases(profile: str, device: torch.device) -> list[Case]:
     """All cases of a profile; the default on CUDA has the shapes of ``full``."""
     shapes = SHAPES["full" if profile == "default" and device.type == "cuda" else profile]
-    return gradient_cases(shapes) + other_cases(shapes)
+    batch, classes, height, width = voc = shapes["PASCAL VOC"]
+    half = Case("erosion_grad", "PASCAL VOC", voc, torch.bfloat16)
+    return [
+        *(
+            Case("erosion_grad", data, shape, dtype, layout)
+            for data, shape in shapes.items()
+            for dtype in (torch.float32, torch.bfloat16)
+            for layout in LAYOUTS
+            if shape[1] > 1 or layout == "NCHW"  # one class has one layout
+        ),
+        *(Case("step", data, shape) for data, shape in shapes.items()),
+        *(Case("pixel_grad", "PASCAL VOC", voc, method=method) for method in METHODS),
+        *(Case(op, "PASCAL VOC", voc) for op in ("next_tau", "kth_value", "confidence", "linf_step_", "confusion")),
+        *(replace(half, method=variant) for variant in VARIANTS),
+        replace(half, labels=torch.uint8),
+        replace(half, data="batch 1", shape=(1, classes, height, width)),
+        replace(half, data="odd width", shape=(batch, classes, height | 1, width | 1)),
+    ]
 
 
 def is_compiled(case: Case, profile: str) -> bool:
     """Whether a profile takes the time that torch.compile needs: seconds for each case on a CPU, minutes on a GPU."""
+    usual = case.data in SHAPES[profile] and case.labels == torch.int64 and case.method not in VARIANTS
     if profile == "quick":
-        return case in (Case(op, "PASCAL VOC", SHAPES["quick"]["PASCAL VOC"]) for op in ("erosion_grad", "step"))
-    return profile == "full" or case.method in (None, "pgd", "cospgd")
-
-
-def kernel_cases(quick: bool) -> list[Case]:
-    """All cases of ``python -m bench.kernels``."""
-    shapes = KERNEL_SHAPES
-    if quick:
-        shapes = {data: (1, classes, h // 10, w // 10) for data, (_, classes, h, w) in shapes.items()}
-    voc = Case("erosion_grad", "PASCAL VOC", shapes["PASCAL VOC"], torch.bfloat16)
-    batch, classes, height, width = voc.shape
-    special = [
-        *(replace(voc, method=variant) for variant in VARIANTS),
-        replace(voc, labels=torch.uint8),
-        replace(voc, data="batch 1", shape=(1, classes, height, width)),
-        replace(voc, data="odd width", shape=(batch, classes, height | 1, width | 1)),
-    ]
-    return gradient_cases(shapes) + other_cases(shapes) + special
+        return usual and case.data == "PASCAL VOC" and (case.op, case.dtype) == ("step", torch.float32)
+    return profile == "full" or (usual and case.method in (None, "cospgd"))
 
 
 @dataclass(frozen=True)
@@ -199,7 +169,7 @@ def call_of(case: Case, ops: Any, inputs: Scene) -> Call:
         out = torch.empty_like(logits)
         return lambda: ops.pixel_grad(logits, labels, case.method, 0.5, out=out)
     if case.op == "step":
-        return _step(ops, logits, labels, x, grad)
+        return _step(ops, logits, labels, previous, x, grad)
     if case.op == "next_tau":
         stats = torch.tensor(
             [[scores.shape[1], 0.5, 0.3 * scores.shape[1], 0.1 * scores.shape[1]]], dtype=torch.float64
@@ -209,29 +179,24 @@ def call_of(case: Case, ops: Any, inputs: Scene) -> Call:
     if case.op == "kth_value":
         k = torch.tensor([kth_ranks(scores.shape[1])] * batch, device=logits.device)
         return lambda: ops.kth_value(scores, k)
-    if case.op == "erode":
-        valid = labels != VOID
-        height_width = scores.view_as(previous)
-        return lambda: ops.erode(height_width, valid, 1, tau)
-    if case.op in ("linf_step_", "l2_step_"):
-        x_adv, run = x.clone(), getattr(ops, case.op)
-        return lambda: run(x_adv, x, grad, 8 / 255, 2 / 255)
+    if case.op == "linf_step_":
+        x_adv = x.clone()
+        return lambda: ops.linf_step_(x_adv, x, grad, 8 / 255, 2 / 255)
     if case.op == "confusion":
         return lambda: ops.confusion(logits, labels, max(logits.shape[1], 2))
     return lambda: ops.confidence(logits, labels)
 
 
-def _step(ops: Any, logits: Tensor, labels: Tensor, x: Tensor, grad: Tensor) -> Call:
+def _step(ops: Any, logits: Tensor, labels: Tensor, previous: Tensor, x: Tensor, grad: Tensor) -> Call:
     """What the loop does besides the model, in a step in its middle."""
-    config = AttackSettings(steps=10)
-    method = gradients.create(config, ops, labels, gradients.GradientBuffer())
-    x_adv = x.clone()
-    for step in range(2):  # the first two have no movement to go by
-        method.gradient(logits, step)
+    settings, x_adv, out = AttackSettings(), x.clone(), torch.empty_like(logits)
+    weight = reference.class_balance(labels, max(logits.shape[1], 2)) ** settings.balance
+    tau = torch.ones(len(logits), device=logits.device)
 
     def run() -> None:
-        method.gradient(logits, 5)
-        ops.linf_step_(x_adv, x, grad, config.eps, config.alpha)
+        _, log_odds, stats = ops.erosion_grad(logits, labels, tau, previous, class_weight=weight, out=out)
+        ops.next_tau(log_odds, stats, 5)
+        ops.linf_step_(x_adv, x, grad, settings.eps, settings.alpha)
 
     return run
 
@@ -247,14 +212,8 @@ def _kthvalue(scores: Tensor, k: Tensor) -> Tensor:
     return torch.stack([torch.kthvalue(scores, rank, 1).values for rank in ranks], 1)
 
 
-def _topk(scores: Tensor, k: Tensor) -> Tensor:
-    ranks = kth_ranks(scores.shape[1])
-    smallest = scores.topk(max(ranks), dim=1, largest=False, sorted=True).values
-    return smallest[:, [rank - 1 for rank in ranks]]
-
-
-TORCH_SELECTIONS = {"torch.kthvalue": _kthvalue, "torch.topk": _topk}
-"""``kth_value`` by what torch has; both give the same values."""
+TORCH_SELECTIONS = {"torch.kthvalue": _kthvalue}
+"""``kth_value`` by what torch has."""
 
 
 def implementations(case: Case) -> tuple[str, ...]:
@@ -278,9 +237,8 @@ def operations(implementation: str, device: torch.device) -> Any:
     torch.compiler.reset()
     # No CUDA graphs: they hand out the same memory again for log-odds that the next step still reads.
     mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
-    names = ("erosion_grad", "pixel_grad", "confidence", "next_tau", "kth_value", "erode", "confusion")
-    steps = ("linf_step_", "l2_step_")
-    compiled = {name: torch.compile(getattr(reference, name), dynamic=False, mode=mode) for name in (*names, *steps)}
+    names = ("erosion_grad", "pixel_grad", "confidence", "next_tau", "kth_value", "linf_step_", "confusion")
+    compiled = {name: torch.compile(getattr(reference, name), dynamic=False, mode=mode) for name in names}
     return SimpleNamespace(**compiled, class_balance=reference.class_balance)
 
 
@@ -301,18 +259,3 @@ def timed(
     except Exception as error:  # whatever torch.compile stumbles over is its result
         first_line = next(iter(str(error).splitlines()), "")
         raise Unavailable(f"torch.compile: {type(error).__name__}: {first_line[:120]}") from error
-
-
-def figure(case: Case, implementation: str, device: torch.device, timing: Timing, seconds: float) -> Figure:
-    """The record of a measured case, with its traffic."""
-    result = Figure(
-        suite="ops",
-        case=case.name,
-        implementation=implementation,
-        device=device.type,
-        shape=list(case.shape),
-        ms=timing.to_json(),
-        extra={"op": case.op},
-    )
-    traffic(result, case.bytes, copy_timing(device, case.bytes, seconds))
-    return result

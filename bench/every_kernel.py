@@ -1,6 +1,7 @@
-"""Runs every kernel of the package once on small tensors, for compute-sanitizer: see gpu_check.sh.
+"""Runs every kernel of the package once, for NVIDIA's tools: see gpu_check.py.
 
-python bench/every_kernel.py [cpu]
+python bench/every_kernel.py [cpu]      # on small tensors, for compute-sanitizer
+python bench/every_kernel.py large      # those that matter most, on images of the usual size, for Nsight Compute
 """
 
 import itertools
@@ -12,16 +13,20 @@ from eroseg_ext.ops import backend, fused, reference
 
 # A number of classes for each way in which the CUDA kernels share them among threads; rows that are copied in pieces of
 # 16 bytes, and of fewer.
-CLASSES = (1, 4, 21, 40, 90, 170, 300)
+CLASSES = (1, 4, 21, 40, 90, 170, 256)
 WIDTHS = (72, 75)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 LABELS = (torch.int64, torch.int32, torch.uint8)
+LARGE = (
+    ((8, 21, 512, 512), torch.bfloat16, torch.contiguous_format),
+    ((8, 21, 512, 512), torch.bfloat16, torch.channels_last),
+    ((8, 21, 512, 512), torch.float32, torch.contiguous_format),
+    ((4, 150, 512, 512), torch.bfloat16, torch.contiguous_format),
+)
 
 
-def main(device: torch.device) -> None:
-    if why_not := backend.why_not_fused(device):
-        raise SystemExit(why_not)
+def small(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     # All inputs are made on the CPU, so that a copy is what writes them on the device, and no kernel of torch.
     for number, (classes, dtype, layout) in enumerate(itertools.product(CLASSES, DTYPES, LAYOUTS)):
@@ -34,9 +39,8 @@ def main(device: torch.device) -> None:
         _, log_odds, stats = fused.erosion_grad(logits, labels, tau, class_weight=weight)
         fused.next_tau(log_odds, stats, 5)
         fused.erosion_grad(logits, labels, tau, log_odds, radius=0, direction="ce")
-        for radius in (1, 3):
-            fused.erosion_grad(logits, labels, tau, log_odds, radius=radius, confidence="top", within="class")
-        for method in ("pgd", "cospgd", "cospgd_sigmoid"):
+        fused.erosion_grad(logits, labels, tau, log_odds, confidence="top")
+        for method in ("pgd", "cospgd"):
             fused.pixel_grad(logits, labels, method)
         fused.confidence(logits, labels, confidence="top")
         fused.confusion(logits, labels, max(classes, 2))
@@ -44,18 +48,32 @@ def main(device: torch.device) -> None:
     ranks = torch.tensor([[1, 17, 20_000]] * 3).to(device)
     for valid in (None, (scores > 0.5).to(device)):
         fused.kth_value(scores.to(device), ranks, valid)
-    maps, cone = torch.rand(2, 40, 50, generator=generator), torch.ones(2).to(device)
-    for radius, predicted in itertools.product((0, 1, 4), (None, (maps > 0.5).int().to(device))):
-        fused.erode(maps.to(device), (maps < 0.9).to(device), radius, cone, predicted)
     for shape in ((2, 3, 16, 20), (1, 3, 7, 9)):
         x, grad = torch.rand(shape, generator=generator), torch.randn(shape, generator=generator).to(device)
         for mask in (None, (x[:, :1] > 0.5).to(device)):
-            for step_ in (fused.linf_step_, fused.l2_step_):
-                step_(x.to(device, copy=True), x.to(device), grad, 0.1, 0.1, mask=mask)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    print(f"every kernel has run on {device}")
+            fused.linf_step_(x.to(device, copy=True), x.to(device), grad, 0.1, 0.1, mask=mask)
+
+
+def large(device: torch.device) -> None:
+    for (batch, classes, height, width), dtype, layout in LARGE:
+        logits = (torch.randn(batch, classes, height, width, device=device) * 4).to(dtype, memory_format=layout)
+        # Regions of one class, as in real images: neighbouring pixels mostly have the same label.
+        labels = torch.randint(0, classes, (batch, height // 16, width // 16), device=device)
+        labels = labels.repeat_interleave(16, 1).repeat_interleave(16, 2)
+        weight = reference.class_balance(labels, classes)
+        tau, previous = torch.ones(batch, device=device), torch.randn(labels.shape, device=device)
+        _, log_odds, stats = fused.erosion_grad(logits, labels, tau, previous, class_weight=weight)
+        fused.next_tau(log_odds, stats, 5)
+        fused.pixel_grad(logits, labels, "cospgd")
+    x = torch.rand(8, 3, 512, 512, device=device)
+    fused.linf_step_(x.clone(), x, torch.randn_like(x), 0.1, 0.1)
 
 
 if __name__ == "__main__":
-    main(torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda"))
+    device = torch.device("cpu" if "cpu" in sys.argv else "cuda")
+    if why_not := backend.why_not_fused(device):
+        raise SystemExit(why_not)
+    (large if "large" in sys.argv else small)(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print(f"every kernel has run on {device}")

@@ -3,19 +3,20 @@
     bench/gpu_check.sh OUT.json [WHEEL]
 
 Builds the package for the GPU at hand (or takes a built wheel) and runs the CUDA tests with compute-sanitizer's four
-tools beside them, the kernel benchmarks, and Nsight Compute over the large kernels. Needs torch with CUDA, pytest and
+tools beside them, the benchmarks, and Nsight Compute over the large kernels. Needs torch with CUDA, pytest and
 hypothesis, and nvcc unless a wheel is given. Installs nothing outside a folder that it removes.
 
-OUT.json is written anew after every part, whatever became of it. A part that takes too long is interrupted, then
-killed. A short table is printed last. The exit status is 1 if a part did not pass; the profile is not held against the
-package, since who may count is a matter of the machine.
+OUT.json tells of the parts and is written anew after each, whatever became of it; the figures of the benchmarks are
+in OUT.csv, one a row. A part that takes too long is interrupted, then killed. The tables are printed last. The exit
+status is 1 if a part did not pass; the profile is not held against the package, since who may count is a matter of the
+machine.
 
 Environment variables:
     PYTHON: the interpreter that has torch; default python3.
     COMMIT: names the code outside a git checkout.
     DEVICE: default cuda; with cpu, a rehearsal with small shapes.
     TESTS: test files in tests/; default all.
-    LIMITS: seconds for parts, such as ``tests=60 kernels=100``; see ``LIMITS`` below.
+    LIMITS: seconds for parts, such as ``tests=60 bench=100``; see ``LIMITS`` below.
 """
 
 from __future__ import annotations
@@ -40,19 +41,11 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-PARTS = ("device", "build", "tests", *SANITIZERS, "kernels", "profile")
-LIMITS = {
-    "total": 545,
-    "device": 60,
-    "build": 70,
-    "tests": 150,
-    "sanitizers": 120,
-    "kernels": 230,
-    "margin": 30,
-    "profile": 60,
-}
-"""Seconds. No part begins after the total, or goes on for longer than ``GRACE`` after it. The margin is of the kernels'
-time: ``bench.kernels`` begins no measurement in it, and ends what it has begun."""
+PARTS = ("device", "build", "tests", *SANITIZERS, "bench", "profile")
+LIMITS = {"total": 545, "device": 60, "build": 70, "tests": 150, "sanitizers": 120}
+LIMITS |= {"bench": 230, "margin": 50, "profile": 60}
+"""Seconds. No part begins after the total, or goes on for longer than ``GRACE`` after it. The margin is of the time of
+the benchmarks, which begin no measurement in it and end what they have begun."""
 GRACE = 10
 """Seconds from the interrupt, upon which pytest and Nsight Compute tell what they have, to the kill."""
 MOST_BYTES = 2**22
@@ -100,7 +93,7 @@ class Check:
 
     def __init__(self, out: Path, work: Path, seconds: float) -> None:
         self.result: dict[str, Any] = {"environment": environment(), "checks": {}}
-        self._out = out
+        self.out = out
         self._work = work
         self._deadline = time.monotonic() + seconds
         self._running: list[Running] = []
@@ -114,9 +107,9 @@ class Check:
 
     def save(self) -> None:
         """Writes the file, whole or not at all."""
-        part = self._out.with_suffix(".part")
+        part = self.out.with_suffix(".part")
         part.write_text(json.dumps(self.result, indent=1) + "\n")
-        os.replace(part, self._out)
+        os.replace(part, self.out)
 
     def within(self, limit: float) -> float:
         """The seconds that are left of a limit."""
@@ -296,31 +289,26 @@ def run_all(check: Check, wheel: str | None, work: Path, limits: dict[str, float
         parts.append(Part(tool, command, limits["sanitizers"], sanitizer_summary, environment=own_memory))
     check.run(*parts)
 
-    figures = work / "kernels.json"
-    seconds = check.within(limits["kernels"])
-    kernels = [python, "-m", "bench.kernels", "--device", device, "--out", str(figures)]
-    kernels += ["--limit", str(max(seconds - limits["margin"], 1)), *(["--quick"] if device == "cpu" else [])]
-    kernels += ["--commit", os.environ["COMMIT"]] if "COMMIT" in os.environ else []
-
-    def kernels_summary(lines: list[str]) -> dict[str, Any]:
-        check.result |= json.loads(figures.read_text())
-        return {"output": lines}
-
-    check.run(Part("kernels", kernels, seconds, kernels_summary))
+    seconds = check.within(limits["bench"])
+    bench = [python, "-m", "pytest", "bench/", "-q", "-rs", "--tb=short", "-p", "no:cacheprovider", "--device", device]
+    bench += ["-k", "not test_demo and not test_attack", "--csv", str(check.out.with_suffix(".csv"))]
+    bench += ["--limit", str(max(seconds - limits["margin"], 1)), *(["--quick"] if device == "cpu" else [])]
+    bench += ["--commit", os.environ["COMMIT"]] if "COMMIT" in os.environ else []
+    check.run(Part("bench", bench, seconds, lambda lines: {"output": lines}))
 
     profile = ["ncu", "--clock-control", "none", "--print-details", "all"]
     profile += ["--kernel-name", "regex:erosion_grad|pixel_grad|select|linf_step"]
     for section in ("SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "LaunchStats"):
         profile += ["--section", section]
-    profile += ["--section", "Occupancy", python, str(ROOT / "bench" / "large_kernels.py"), device]
+    profile += ["--section", "Occupancy", python, str(ROOT / "bench" / "every_kernel.py"), "large", device]
     check.run(Part("profile", profile, limits["profile"], lambda lines: {"output": lines}))
 
 
 def tell(checks: dict[str, dict[str, Any]]) -> None:
-    """A few lines for each part, the table of the kernels last."""
+    """The tables of the benchmarks and a line for each part."""
     for failure in checks["tests"].get("failures", [])[:20]:
         print(f"{failure['test']}: {' '.join(failure['message'])[:200]}")
-    print("\n".join(checks["kernels"].get("output", [])))
+    print("\n".join(checks["bench"].get("output", [])))
     for name, part in checks.items():
         print(f"{name:<10} {part.get('seconds', 0):4} s  {part['outcome']}")
 
@@ -330,6 +318,7 @@ def main(arguments: Sequence[str]) -> int:
         raise SystemExit(f"usage: bench/gpu_check.sh OUT.json [WHEEL], and the arguments are {list(arguments)}")
     out = Path(arguments[0]).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".csv").unlink(missing_ok=True)
     wheel = str(Path(arguments[1]).resolve()) if len(arguments) == 2 else None
     changed = dict(entry.split("=") for entry in os.environ.get("LIMITS", "").split())
     limits = LIMITS | {name: float(seconds) for name, seconds in changed.items()}

@@ -54,6 +54,10 @@ class Timing:
         first, second = np.median(self.seconds[:half]), np.median(self.seconds[half:])
         return float(abs(first - second) / min(first, second))
 
+    def scaled(self, factor: float) -> Timing:
+        """The same samples, each multiplied."""
+        return Timing(tuple(factor * value for value in self.seconds))
+
     def to_json(self) -> dict[str, float]:
         """Milliseconds, as results hold them."""
         ms = {f"p{q}": round(1000 * self.percentile(q), 6) for q in (20, 50, 80)}
@@ -174,11 +178,6 @@ def peak_memory(run: Call, device: torch.device) -> int:
         events = json.loads(path.read_text())["traceEvents"]
     changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
     return int(max(np.cumsum([0, *(size for _, size in changes)])))
-
-
-def exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """The slope b of the least-squares line through (log x, log y): y grows like x^b."""
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 @contextmanager

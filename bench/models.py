@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from bench import ROOT
 from bench.cases import Unavailable
 from eroseg_ext.cli import demo
 from eroseg_ext.models.small_deeplab import DEMO_WIDTH, SmallDeepLab
+from eroseg_ext.utils.atomic_files import write_tensors
 
 
 class Built(NamedTuple):
@@ -26,8 +26,7 @@ class Built(NamedTuple):
 
 def light(classes: int) -> Built:
     """The package's own small DeepLab."""
-    model = SmallDeepLab(classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Built(model, "SmallDeepLab, 1.06 M parameters")
+    return Built(SmallDeepLab(classes), "SmallDeepLab, 1.06 M parameters")
 
 
 def resnet50(classes: int) -> Built:
@@ -65,37 +64,28 @@ def build(name: str, classes: int, device: torch.device) -> Built:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, description = MODELS[name](classes)
-    return Built(model.to(device).eval(), description)
+    return Built(model.to(device).to(memory_format=torch.channels_last).eval(), description)  # type: ignore[call-overload]
 
 
 class Trained(NamedTuple):
     """A network that knows its task: only on such one does the strength of an attack mean anything."""
 
-    model: SmallDeepLab
+    model: nn.Module
     task: demo.Task
 
 
-def trained(profile: str, device: torch.device, cache: Path) -> Trained:
-    """The demo's network trained on the demo's generated scenes: seconds with ``quick``, else a minute or two.
-
-    Args:
-        profile: ``quick``, ``default`` or ``full``.
-        device: where it is trained and returned.
-        cache: folder that keeps the weights, named after the code that made them.
-    """
-    quick = profile == "quick"
+def trained(quick: bool, device: torch.device, cache: Path) -> Trained:
+    """The demo's network trained on the demo's scenes; ``cache`` keeps its weights, named after what made them."""
     task = demo.load_task(demo.DemoSettings(quick=quick))
     sources = b"".join(
         (ROOT / "eroseg_ext" / name).read_bytes()
-        for name in ("models/small_deeplab.py", "cli/demo.py", "data/reading.py")
+        for name in ("models/small_deeplab.py", "cli/demo.py", "data/scenes.py")
     )
-    path = cache / f"{profile}-{hashlib.sha256(sources).hexdigest()[:12]}.pt"
+    path = cache / f"{hashlib.sha256(sources).hexdigest()[:12]}-{quick}.pt"
     if path.is_file():
         model = SmallDeepLab(len(task.classes), DEMO_WIDTH)
         model.load_state_dict(torch.load(path, weights_only=True))
         return Trained(model.to(device).to(memory_format=torch.channels_last).eval(), task)  # type: ignore[call-overload]
     model = demo.train(task, 150 if quick else 600, 0, device)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    torch.save(model.state_dict(), part)
-    os.replace(part, path)
+    write_tensors(path, model.state_dict())
     return Trained(model, task)

@@ -1,4 +1,4 @@
-"""Other people's loops, as they ship them or as everyone writes them, behind one signature.
+"""Ways to attack: ours, and other people's loops as they ship them or as everyone writes them, behind one signature.
 
 Each is given the same model, images, labels with void pixels, eps, step size and number of steps, and returns
 adversarial images. Their own random start stays theirs; the global generator is seeded before every call.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 import eroseg_ext
 from bench.cases import Unavailable
+from eroseg_ext import PGD, EroSeg
+from eroseg_ext.models.adapter import Logits
 
 
 @dataclass(frozen=True)
@@ -109,3 +112,25 @@ PEERS: dict[str, Attack] = {
     "torchattacks PGD": torchattacks_pgd,
     "textbook PGD loop": textbook,
 }
+
+WAYS: dict[str, tuple[type[EroSeg] | type[PGD] | None, dict[str, Any]]] = {
+    "EroSeg": (EroSeg, {}),
+    "EroSeg, graph=True": (EroSeg, {"graph": True}),
+    "EroSeg, backend='reference'": (EroSeg, {"backend": "reference"}),
+    "EroSeg, bf16 autocast": (EroSeg, {"autocast": torch.bfloat16}),
+    "PGD": (PGD, {}),
+    "PGD, graph=True": (PGD, {"graph": True}),
+    "textbook PGD loop": (None, {}),
+}
+"""Attack objects that are called for batch after batch, with their options; None is the textbook's loop."""
+
+
+class OnlyLogits(nn.Module):
+    """The model as the textbook's loop wants it: its output the logits at the images' size."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return Logits(self.model)(images, (images.shape[-2], images.shape[-1]))

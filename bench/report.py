@@ -1,336 +1,302 @@
-"""Markdown tables and plots of results.
+"""Markdown tables and plots of the figures in ``bench/results/results.csv``.
 
-    python -m bench.report                      # every result under bench/results
-    python -m bench.report speed_cpu            # one of them
-    python -m bench.report speed_cpu --plots DIR
+    python -m bench.report                     # every table
+    python -m bench.report --write             # fill in README.md and docs/
+    python -m bench.report --plots             # draw bench/results/*.png
+    python -m bench.report mine.csv            # the tables of another file
+    python -m bench.report after.csv --against before.csv    # what got slower or faster beyond the noise
 
-What a result should hold and does not is marked "not measured", and so is a kind of device that none was made on.
+A table shows the last run of its group on its kind of device. In the documentation it stands between
+``<!-- bench:NAME -->`` and ``<!-- /bench -->``, where NAME is one of ``TABLES``, or NAME-cuda for a GPU's figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
+import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from bench import ROOT, plots, results
-from bench.cases import TORCH_SELECTIONS, Case, kernel_cases, operation_cases
-from bench.loop import PARTS
-from bench.measure import exponent
-from bench.models import MODELS
-from bench.peers import PEERS
-from bench.results import Figure
-from bench.whole import ATTACK, GRAPH, LOOP, VARIANTS
+from bench import ROOT, results
+from bench.results import RESULTS, Row
 
 NOT_MEASURED = "not measured"
-DEVICES = {"cpu": "CPU", "cuda": "GPU"}
-GROWING = ("pixels", "classes", "batch", "radius")
-FLAT = ("valid share", "content", "selection")
+LEAST_CHANGE = 0.05
+MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 
-Cell = Callable[[Figure], str]
+
+class Group:
+    """The figures of one group, by case, name and quantity, in the order in which they were measured."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = list(rows)
+        self._value = {(row.case, row.name, row.quantity): row.value for row in self.rows}
+
+    @property
+    def cases(self) -> list[str]:
+        return list(dict.fromkeys(row.case for row in self.rows))
+
+    def names(self, case: str | None = None) -> list[str]:
+        return list(dict.fromkeys(row.name for row in self.rows if case in (None, row.case)))
+
+    def get(self, case: str, name: str, quantity: str = "p50") -> float | None:
+        return self._value.get((case, name, quantity))
+
+    def ratio(self, case: str, above: str, below: str) -> str:
+        """How many times as long as ``below`` ``above`` takes."""
+        over, under = self.get(case, above), self.get(case, below)
+        return NOT_MEASURED if over is None or under is None else f"{number(over / under)}x"
+
+    def interval(self, case: str, name: str) -> str:
+        """The median and, in parentheses, the 20 and 80 % percentiles."""
+        p50, p20, p80 = (self.get(case, name, quantity) for quantity in ("p50", "p20", "p80"))
+        return NOT_MEASURED if p50 is None else f"{number(p50)} ({number(p20)}-{number(p80)})"
+
+    def scores(self, case: str, name: str, digits: int, *quantities: str) -> str:
+        values = [self.get(case, name, quantity) for quantity in quantities]
+        return " / ".join(NOT_MEASURED if value is None else f"{value:.{digits}f}" for value in values)
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, without an exponent."""
+    if value is None:
+        return NOT_MEASURED
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:.{max(2 - math.floor(math.log10(abs(value))), 0)}f}"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table; all columns but the first are aligned right."""
-    line = "|" + "|".join([" --- ", *[" ---: "] * (len(head) - 1)]) + "|"
-    return [f"| {' | '.join(head)} |", line, *(f"| {' | '.join(row)} |" for row in rows)]
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def number(value: float) -> str:
-    """Three significant digits, without an exponent."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    digits = 2 - math.floor(math.log10(abs(value)))
-    return f"{value:.{max(digits, 0)}f}"
-
-
-def interval(ms: dict[str, float]) -> str:
-    """The median and, in parentheses, the 20 and 80 % percentiles."""
-    return f"{number(ms['p50'])} ({number(ms['p20'])}-{number(ms['p80'])})"
-
-
-def ratio(above: Figure | None, below: Figure | None) -> str:
-    """How many times as long as ``below`` ``above`` takes."""
-    if above is None or below is None:
-        return NOT_MEASURED
-    return f"{number(above['ms']['p50'] / below['ms']['p50'])}x"
-
-
-def cell(figure: Figure | None, text: Cell) -> str:
-    return NOT_MEASURED if figure is None else text(figure)
-
-
-def median(figure: Figure | None) -> str:
-    return cell(figure, lambda f: number(f["ms"]["p50"]))
-
-
-class Device:
-    """The figures of one result on one device."""
-
-    def __init__(self, result: dict[str, Any], kind: str) -> None:
-        self.result = result
-        self.kind = kind
-        self.figures: list[Figure] = [f for f in result["figures"] if f["device"] == kind]
-        self._by_name = {results.key(figure): figure for figure in self.figures}
-
-    def get(self, suite: str, case: str, implementation: str) -> Figure | None:
-        return self._by_name.get((suite, case, implementation, self.kind))
-
-    def cases(self, suite: str) -> list[str]:
-        """Names of the cases of a suite, in the order in which they were measured."""
-        return list(dict.fromkeys(figure["case"] for figure in self.figures if figure["suite"] == suite))
-
-    def planned(self) -> list[Case]:
-        """The operations that a complete result would hold."""
-        profile, device = self.result["profile"], torch.device(self.kind)
-        if profile.startswith("kernels"):
-            return kernel_cases(quick=profile == "kernels quick")
-        return operation_cases(profile, device)
-
-    @property
-    def title(self) -> str:
-        facts, result = self.result["devices"][self.kind], self.result
-        parts = [facts["name"]]
-        if "threads" in facts:
-            parts.append(f"{facts['threads']} threads, {facts['capability']}")
-        parts.append(f"torch {result['versions']['torch']}")
-        changed = " with changes" if result["dirty"] else ""
-        parts.append(f"commit {result['commit']}{changed}" if result["commit"] else "commit not known")
-        parts.append(f"{result['profile']} run of {result['date'][:10]}, load {result['load']:g} before it")
-        return f"{'; '.join(parts)}; a copy moves {facts['copy GB/s']} GB/s"
-
-
-def operations_table(device: Device) -> list[str]:
-    """Every operation in every implementation, and how near the fused one comes to a copy of the same bytes."""
-    twice = any("again_ms" in figure for figure in device.figures)
-    head = [
-        *("operation", "data", "logits", "reference, ms", "`torch.compile` of it", "fused (20-80 %)"),
-        *("against reference", "against compiled", "a mere copy", "share of the copy's speed", "GB/s"),
-        *(["fused once more"] if twice else []),
-    ]
+def operations(group: Group) -> list[str]:
+    """Every operation in every implementation, and a copy of as many bytes, which is the limit."""
+    head = ["operation", "data", "logits", "reference, ms", "`torch.compile` of it", "fused (20-80 %)"]
+    head += ["against reference", "against compiled", "a mere copy", "share of the copy's speed"]
     rows = []
-    for case in device.planned():
-        copy, eager, compiled, fused = (
-            device.get("ops", case.name, name) for name in ("copy", "reference", "compiled", "fused")
-        )
-        shape = f"{list(case.shape)} {str(case.dtype).removeprefix('torch.')}".replace(", ", ",")
-        row = [
-            f"`{case.op}`" + (f" {case.method}" if case.method else ""),
-            case.data + ("" if case.labels == torch.int64 else f", {case.labels} labels".replace("torch.", "")),
-            shape + ("" if case.layout == "NCHW" else f" {case.layout}"),
-            median(eager),
-            median(compiled),
-            cell(fused, lambda f: interval(f["ms"])),
-            ratio(eager, fused),
-            ratio(compiled, fused),
-            median(copy),
-            cell(fused, lambda f: f"{100 * f['extra']['share_of_copy']:.0f} %"),
-            cell(fused, lambda f: number(f["extra"]["GB/s"])),
+    for case in group.cases:
+        op, data, logits = case.split("/", 2)
+        copy, fused = group.get(case, "copy"), group.get(case, "fused")
+        share = NOT_MEASURED if copy is None or fused is None else f"{100 * copy / fused:.0f} %"
+        name, _, method = op.partition(" ")
+        times = [
+            number(group.get(case, "reference")),
+            number(group.get(case, "compiled")),
+            group.interval(case, "fused"),
         ]
-        if twice:
-            row.append(cell(fused, lambda f: number(f["again_ms"]["p50"]) if "again_ms" in f else NOT_MEASURED))
-        rows.append(row)
+        ratios = [group.ratio(case, "reference", "fused"), group.ratio(case, "compiled", "fused"), number(copy), share]
+        rows.append([f"`{name}` {method}".strip(), data, logits, *times, *ratios])
     return markdown(head, rows)
 
 
-def selection_table(device: Device) -> list[str]:
-    """The k-th smallest by our selection and by what torch has."""
-    names = ("fused", "reference", *TORCH_SELECTIONS)
-    case = next((case.name for case in device.planned() if case.op == "kth_value"), "")
-    rows = [
-        [name, cell(figure, lambda f: interval(f["ms"])), ratio(figure, device.get("ops", case, "fused"))]
-        for name in names
-        for figure in [device.get("ops", case, name)]
-    ]
-    return markdown([f"two k-th values, {case}", "ms (20-80 %)", "against fused"], rows)
+def speed(group: Group) -> list[str]:
+    """The fused operation and the whole step at the shape of each data set, for a front page."""
+    wanted = re.compile(r"(erosion_grad|step)/[^/]*/\S+ float32$")
+    return operations(Group(row for row in group.rows if wanted.match(row.case)))
 
 
-def mib(value: float | None) -> str:
-    return NOT_MEASURED if value is None else f"{number(value / 2**20)} MiB"
-
-
-def peers_table(device: Device) -> list[str]:
-    """One row per attack: time, memory and strength."""
+def attacks(group: Group) -> list[str]:
+    """One row per attack on a trained network: time, memory and strength."""
+    (case,) = group.cases
+    head = ["ms per step (20-80 %)", "against eroseg", "peak memory", "mIoU %", "pixel accuracy %"]
     rows = []
-    case = next(iter(device.cases("peers")), "")
-    ours = device.get("peers", case, next(iter(PEERS)))
-    if ours is not None:
-        unattacked = ours["extra"]["unattacked"]
-        rows.append(["none", "", "", "", f"{unattacked['miou']:.1f}", f"{unattacked['accuracy']:.1f}"])
-    for name in PEERS:
-        figure = device.get("peers", case, name)
-        rows.append(
-            [
-                name,
-                cell(figure, lambda f: interval(f["ms"])),
-                ratio(figure, ours),
-                cell(figure, lambda f: mib(f["extra"]["peak_bytes"])),
-                cell(figure, lambda f: f"{f['extra']['miou']:.1f}"),
-                cell(figure, lambda f: f"{f['extra']['accuracy']:.1f}"),
-            ]
-        )
-    head = [f"attack ({case})", "ms per step (20-80 %)", "against eroseg", "peak memory", "mIoU %", "pixel accuracy %"]
+    for name in group.names():
+        times = ["", "", ""]
+        if name != "none":
+            times = [group.interval(case, name), group.ratio(case, name, "eroseg_ext eroseg"), mib(group, case, name)]
+        rows.append([name, *times, *(group.scores(case, name, 1, quantity) for quantity in ("miou", "accuracy"))])
+    return markdown([f"attack ({case})", *head], rows)
+
+
+def mib(group: Group, case: str, name: str) -> str:
+    peak = group.get(case, name, "peak")
+    return NOT_MEASURED if peak is None else f"{number(peak / 2**20)} MiB"
+
+
+def parts(group: Group) -> list[str]:
+    """Where a step's time goes, and memory beyond the model's own in buffers of the logits' size."""
+    head = ["model", "images", "attack", "ms per step", "model forward", "model backward", "ours", "ours, share"]
+    head.append("memory beyond the model's, in logits")
+    rows = []
+    for case in group.cases:
+        model, images = case.split("/", 1)
+        for name in group.names(case):
+            whole, *inside = (group.get(case, name, f"{part}p50") for part in ("", "forward ", "backward ", "ours "))
+            peak, own, logits = (group.get(case, name, quantity) for quantity in ("peak", "model peak", "logits"))
+            if whole and inside[2] and peak and own and logits:
+                shares = [f"{100 * inside[2] / whole:.1f} %", f"{(peak - own) / logits:.2f}"]
+                rows.append([model, images, name, number(whole), *map(number, inside), *shares])
+            elif whole and not name.startswith("one habit less"):
+                rows.append([model, images, name, number(whole), *[""] * 5])
     return markdown(head, rows)
 
 
-def end_to_end_table(device: Device) -> list[str]:
-    """Throughput, where a step's time goes, and memory beyond the model's own."""
-    head = [
-        *("model", "images", "images/s", "ms per step", "model forward", "model backward", "ours", "ours, share"),
-        "memory beyond the model's, in logits",
-    ]
+def scaling(group: Group) -> list[str]:
+    """Time and memory along every axis."""
     rows = []
-    for case in MODELS:
-        whole, split = device.get("end_to_end", case, ATTACK), device.get("end_to_end", case, LOOP)
-        graph = device.get("end_to_end", case, GRAPH)
-        some = whole or split or graph
-        row = [case, ""] if some is None else [some["extra"]["model"], str(some["shape"])]
-        row.append(cell(whole, lambda f: f"{number(f['extra']['images/s'])} at {f['extra']['steps']} steps"))
-        row.append(median(whole) + ("" if graph is None else f", CUDA graph {median(graph)}"))
-        row += [
-            cell(split, lambda f, part=part: number(f["extra"]["parts"][part]["p50"])) for part in (PARTS[0], PARTS[2])
-        ]
-        row.append(cell(split, lambda f: number(f["extra"]["ours"]["p50"])))
-        row.append(cell(split, lambda f: f"{100 * f['extra']['ours']['p50'] / f['ms']['p50']:.1f} %"))
-        row.append(
-            cell(
-                whole,
-                lambda f: (
-                    f"{(f['extra']['peak_bytes'] - f['extra']['model_peak_bytes']) / f['extra']['logits_bytes']:.2f}"
-                ),
-            )
-        )
-        rows.append(row)
-    return markdown(head, rows)
+    for case in group.cases:
+        (name,) = group.names(case)
+        rows.append([*case.split("/", 1), group.interval(case, name), mib(group, case, name)])
+    return markdown(["axis", "value", "ms (20-80 %)", "peak memory beyond the kept gradient"], rows)
 
 
-def habits_table(device: Device) -> list[str]:
-    """What a step takes when one habit of the loop is changed."""
+def strength(group: Group) -> list[str]:
+    """mIoU / pixel accuracy by method and setting."""
+    settings = [case for case in group.cases if "logits" not in case]
     rows = []
-    for name in VARIANTS:
-        figures = [(device.get("end_to_end", case, name), device.get("end_to_end", case, LOOP)) for case in MODELS]
-        rows.append(
-            [
-                name,
-                *(
-                    NOT_MEASURED if figure is None else f"{median(figure)} ({ratio(figure, loop)})"
-                    for figure, loop in figures
-                ),
-            ]
-        )
-    return markdown(["ms per step", *MODELS], rows)
+    for name in group.names():
+        cells = [group.scores(case, name, 1, "miou", "accuracy") for case in settings]
+        label = name if name == "none" else f"`{name}`"
+        rows.append([f"**{cell}**" for cell in (label, *cells)] if name == "eroseg" else [label, *cells])
+    return markdown(["method", *settings], rows)
 
 
-def points(device: Device, axis: str) -> list[Figure]:
-    return [f for f in device.figures if f["suite"] == "scaling" and f["extra"]["axis"] == axis]
+def confident(group: Group) -> list[str]:
+    """The same with logits as they are and multiplied."""
+    cases = [case for case in group.cases if "logits" in case]
+    names = [name for name in group.names() if cases and group.get(cases[0], name, "miou") is not None]
+    rows = [[f"`{name}`", *(group.scores(case, name, 1, "miou", "accuracy") for case in cases)] for name in names]
+    return markdown(["method", *cases], rows)
 
 
-def exponents(figures: Sequence[Figure]) -> tuple[float, float] | None:
-    """Fitted exponents of time and peak memory along an axis, from x = 1 on; None for fewer than two points."""
-    used = [f for f in figures if f["extra"]["x"] >= 1]
-    if len(used) < 2:
-        return None
-    x = [f["extra"]["x"] for f in used]
-    return (
-        exponent(x, [f["ms"]["p50"] for f in used]),
-        exponent(x, [max(f["extra"]["peak_bytes"], 1) for f in used]),
-    )
-
-
-def scaling_tables(device: Device) -> list[str]:
-    """Fitted exponents where time may grow, and the spread where it must not."""
+def training(group: Group) -> list[str]:
+    """mIoU / pixel accuracy clean and in the worst case, means over the seeds; runs of one seed are left out."""
+    budgets = dict.fromkeys(case.partition(", ")[0] for case in group.cases if not case.startswith("epoch"))
     rows = []
-    for axis in GROWING:
-        found = points(device, axis)
-        fit = exponents(found)
-        if fit is None:
-            rows.append([axis, *[NOT_MEASURED] * 4])
-            continue
-        x = [f["extra"]["x"] for f in found]
-        times = f"{median(found[0])} - {median(found[-1])}"
-        rows.append([axis, f"{min(x)} - {max(x)}", times, f"{fit[0]:.2f}", f"{fit[1]:.2f}"])
-    head = ["axis", "from - to", "ms", "exponent of time", "exponent of memory beyond the kept gradient"]
-    lines = [*markdown(head, rows), ""]
+    for name in group.names():
+        cells, found = [], []
+        for budget in budgets:
+            found = [case for case in group.cases if case.startswith(f"{budget}, ") and name in group.names(case)]
+            means = (sum(group.get(c, name, q) or 0 for c in found) / max(len(found), 1) for q in ("miou", "aacc"))
+            cells.append(" / ".join(f"{value:.1f}" for value in means))
+        if len(found) > 1:
+            rows.append([f"`{name}`", *cells])
+    return markdown(["trained against", *budgets], rows)
+
+
+def evaluation(group: Group) -> list[str]:
+    """mIoU / mAcc / aAcc as ``eroseg evaluate`` prints them."""
     rows = []
-    for axis in FLAT:
-        found = sorted(points(device, axis), key=lambda f: f["ms"]["p50"])
-        if not found:
-            rows.append([axis, *[NOT_MEASURED] * 3])
-            continue
-        ends = [f"{number(f['ms']['p50'])} ({f['extra']['x']})" for f in (found[0], found[-1])]
-        rows.append([axis, *ends, ratio(found[-1], found[0])])
-    return lines + markdown(["what the pixels hold", "fastest, ms", "slowest, ms", "slowest against fastest"], rows)
+    for name in group.names():
+        cells = [group.scores(case, name, 2, "miou", "macc", "aacc") for case in group.cases]
+        label = name if name in ("none", "worst case") else f"`{name}`"
+        rows.append([f"**{cell}**" for cell in (label, *cells)] if name == "worst case" else [label, *cells])
+    bounds = [group.scores(case, "worst case", 2, "miou bound") for case in group.cases]
+    return markdown(["attack", *group.cases], [*rows, ["lower bound of its mIoU", *bounds]])
 
 
-SECTIONS: dict[str, tuple[str, tuple[Callable[[Device], list[str]], ...]]] = {
-    "ops": ("Operations", (operations_table, selection_table)),
-    "peers": ("Peers", (peers_table,)),
-    "end_to_end": ("Whole attacks", (end_to_end_table, habits_table)),
-    "scaling": ("Scaling", (scaling_tables,)),
+def demo(group: Group) -> list[str]:
+    """What ``eroseg demo`` prints."""
+    (case,) = group.cases
+    rows = []
+    for name in group.names():
+        scores = [group.scores(case, name, 1, quantity) for quantity in ("miou", "accuracy")]
+        times = [group.get(case, name, f"{part} p50") for part in ("fused", "reference")]
+        shown = ["", ""] if name == "none" else [f"{number(value)} ms" for value in times]
+        rows.append([name if name == "none" else f"`{name}`", *scores, *shown])
+    head = ["mIoU", "pixel accuracy", "our part of a step, fused", "in plain PyTorch"]
+    return markdown([f"method ({case})", *head], rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[Group], list[str]]]] = {
+    "operations": ("operations", operations),
+    "speed": ("operations", speed),
+    "attacks": ("attacks", attacks),
+    "parts": ("parts", parts),
+    "scaling": ("scaling", scaling),
+    "strength": ("strength", strength),
+    "confident": ("strength", confident),
+    "training": ("training", training),
+    "evaluation": ("evaluation", evaluation),
+    "demo": ("demo", demo),
 }
+"""Group and renderer of each table."""
 
 
-def reasons(result: dict[str, Any], kind: str) -> list[str]:
-    """Why figures are missing, the most frequent reason first."""
-    found = Counter(reason for name, reason in result["skipped"].items() if f"[{kind}" in name or f"-{kind}-" in name)
-    return [f"- {NOT_MEASURED} ({count}): {reason}" for reason, count in found.most_common()]
+def table(name: str, rows: Sequence[Row] | None = None) -> str:
+    """A table in Markdown, of the committed figures or of others; one sentence where there are none."""
+    bare, _, kind = name.partition("-")
+    if bare not in TABLES:
+        raise ValueError(f"{name} is no table, wanted one of: {', '.join(TABLES)}")
+    group, render = TABLES[bare]
+    found = results.latest(results.read() if rows is None else rows, group, kind or "cpu")
+    return "\n".join(render(Group(found)) if found else [f"{name}: {NOT_MEASURED}."]) + "\n"
 
 
-def report(found: Sequence[dict[str, Any]], folder: Path | None) -> list[str]:
-    """The lines of the report; plots go to ``folder``, if one is given."""
-    lines: list[str] = []
-    for kind, title in DEVICES.items():
-        devices = [Device(result, kind) for result in found if kind in result["devices"]]
-        if not any(device.figures for device in devices):
-            lines += [f"### {title}", "", f"{title}: {NOT_MEASURED}.", ""]
-        for device in devices:
-            if not device.figures:
-                continue
-            lines += [f"### {title}: {device.result['name']}", "", device.title + ". Medians in ms.", ""]
-            for suite, (name, tables) in SECTIONS.items():
-                lines += [f"**{name}**", ""]
-                if not device.cases(suite):
-                    lines += [f"{NOT_MEASURED}.", ""]
-                    continue
-                for table in tables:
-                    lines += [*table(device), ""]
-            if missing := reasons(device.result, kind):
-                lines += [*missing, ""]
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                for what, path in plots.draw(device.figures, device.title, folder / f"{device.result['name']}-{kind}"):
-                    lines += [f"![{what}]({os.path.relpath(path, ROOT)})", ""]
-    return lines[:-1]
+def tables(rows: Sequence[Row], kind: str) -> list[str]:
+    """The lines of every table that there are figures for, each under the device, commit and time of its run."""
+    lines = []
+    for name, (group, _) in TABLES.items():
+        if found := results.latest(rows, group, kind):
+            lines += ["", f"**{name}** ({found[0].device}; commit {found[0].commit}; {found[0].date})", ""]
+            lines += table(name if kind == "cpu" else f"{name}-{kind}", rows).splitlines()
+    return lines or [f"{kind}: {NOT_MEASURED}."]
 
 
-def _all() -> list[dict[str, Any]]:
-    """Every result under bench/results, the oldest first; other files there are none of ours."""
-    found = []
-    for path in sorted(results.FOLDER.glob("*.json")):
-        try:
-            found.append(results.read(str(path)))
-        except ValueError:
-            continue
-    return sorted(found, key=lambda result: result["date"])
+def pages() -> list[Path]:
+    """The files whose marked tables are ours."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def filled(text: str) -> str:
+    """A page with its marked tables rendered anew."""
+    return MARKED.sub(lambda found: found[1] + table(found[2]) + found[4], text)
+
+
+def changed(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Whether two times, each (p20, p50, p80), differ by more than 5 % with intervals that do not meet."""
+    apart = before[2] < after[0] or after[2] < before[0]
+    return apart and abs(before[1] - after[1]) / min(before[1], after[1]) > LEAST_CHANGE
+
+
+def changes(before: Sequence[Row], after: Sequence[Row]) -> list[tuple[float, str]]:
+    """What changed beyond the noise between two files: factor and sentence, the slowest first."""
+
+    def times(rows: Sequence[Row]) -> dict[tuple[str, ...], dict[str, float]]:
+        found: dict[tuple[str, ...], dict[str, float]] = {}
+        for row in rows:
+            if row.quantity in ("p20", "p50", "p80"):
+                found.setdefault((row.group, row.case, row.name, row.device), {})[row.quantity] = row.value
+        return found
+
+    old, new = times(before), times(after)
+    common = [(key, [[t[q] for q in ("p20", "p50", "p80")] for t in (old[key], new[key])]) for key in old if key in new]
+    found = [(b[1] / a[1], key, a[1], b[1]) for key, (a, b) in common if changed(a, b)]
+    return [
+        (factor, f"{factor:.2f}x the time: {', '.join(key)}: {number(a)} -> {number(b)} ms")
+        for factor, key, a, b in sorted(found, reverse=True)
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exits with 1 if ``--against`` finds anything slower."""
     parser = argparse.ArgumentParser(prog="bench.report", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="under bench/results, or paths that end in .json; default: all")
-    parser.add_argument("--plots", type=Path, default=results.FOLDER, metavar="DIR", help="default: bench/results")
+    parser.add_argument("file", nargs="?", type=Path, default=RESULTS, help="default: bench/results/results.csv")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="tell what changed since these figures")
+    parser.add_argument("--write", action="store_true", help="fill the marked tables of README.md and docs/")
+    parser.add_argument("--plots", action="store_true", help="draw bench/results/*.png")
     args = parser.parse_args(argv)
     try:
-        found = [results.read(name) for name in args.names] or _all()
+        rows = results.read(args.file)
+        before = [] if args.against is None else results.read(args.against)
     except ValueError as error:
         parser.error(str(error))
-    print("\n".join(report(found, args.plots)))
+    if args.against is not None:
+        found = changes(before, rows)
+        print("\n".join([sentence for _, sentence in found] or ["nothing changed beyond the noise"]))
+        return int(any(factor > 1 for factor, _ in found))
+    for page in pages() if args.write else []:
+        page.write_text(filled(page.read_text()))
+    if args.plots:
+        from bench import plots
+
+        print("\n".join(str(path) for path in plots.draw(rows, RESULTS.parent)))
+    for kind in ("cpu", "cuda"):
+        print("\n".join(tables(rows, kind)))
     return 0
 
 

@@ -1,87 +1,57 @@
-"""Attack strength on a small network trained on real street scenes: the table of the README, remade from scratch.
+"""Attack strength, and what training against each attack gives, on a small network and real street scenes.
 
-The data is a folder with ``train`` and ``val``, each holding ``images/NAME.*`` and ``labels/NAME.png`` with the classes
-0 to 10 and 11 for void (CamVid as in the SegNet tutorial). Weights and checkpoints go to a folder outside the
-repository, the table to ``bench/results/strength_camvid.json``:
+The data is CamVid as in the SegNet tutorial: a folder with ``train`` and ``val``, each holding ``images/NAME.*`` and
+``labels/NAME.png`` with the classes 0 to 10 and 11 for void. All training and evaluation is the package's own:
 
-    python bench/strength.py train --data DATA --work WORK --net clean     # 60 epochs, about 13 minutes on 2 cores
-    python bench/strength.py train --data DATA --work WORK --net robust    # 20 epochs from clean, about 15 minutes
-    python bench/strength.py table --data DATA --work WORK                 # every method in seven settings
-    python bench/strength.py scale --data DATA --work WORK                 # logits multiplied by 25
+    python -m bench.strength commands --data camvid --work runs      # prints the commands that make every network
+    python -m bench.strength table --data camvid --work runs         # attacks `clean` and `robust` with every method
+    python -m bench.strength training --work runs --seeds 0 1        # collects what was trained against each attack
+    python -m bench.strength evaluation --work evaluation            # collects the table of one `eroseg evaluate`
 
-An interrupted training resumes from its last epoch. ``table --images 8 --rows pgd,eroseg --out FILE`` is a quick look;
-rows that the file has already, of the same networks and images, are kept and printed with the new ones.
-
-The networks: ``SmallDeepLab`` at 180x240, trained on ``train`` with random flip, zoom and position; ``clean`` on the
-images as they are, ``robust`` on 3-step PGD examples at 4/255 from the clean weights. Attacked are evenly spaced images
-of ``val``, with bfloat16 autocast, l_inf, step size eps/4, random start, last iterate, seed 0. Reported are mIoU and
-pixel accuracy from one confusion matrix over all images; void never counts.
+The last three append their figures to ``bench/results/results.csv`` (or ``--csv``). ``table`` attacks evenly spaced
+images of ``val`` with bfloat16 autocast, l_inf, steps of eps/4, random start, last iterate, seed 0.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
+import shlex
 import sys
-import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.results import RESULTS, Run
 from eroseg_ext import attack
-from eroseg_ext.data.reading import SegmentationFolder
+from eroseg_ext.data import VOID, NamedDataset
+from eroseg_ext.data.reading import evenly_spaced
 from eroseg_ext.evaluation.metrics import miou_and_accuracy
-from eroseg_ext.models.small_deeplab import SmallDeepLab
-from eroseg_ext.ops.reference import confusion
-from eroseg_ext.utils.atomic_files import write_json
+from eroseg_ext.models.loading import load_network
+from eroseg_ext.ops import backend
 
-CLASSES = 11
-VOID = 11
-IGNORE = 255
 SIZE = (180, 240)
 BATCH = 8
-EPOCHS = {"clean": 60, "robust": 20}
-LEARNING_RATE = {"clean": 3e-3, "robust": 1.5e-3}
-"""Peak rates of AdamW; the robust training starts from trained weights."""
-RESULTS = Path(__file__).parent / "results" / "strength_camvid.json"
-
-
-class Setting(NamedTuple):
-    """One column of the table."""
-
-    net: str
-    eps: int
-    """in 255ths"""
-    steps: int
-
-    def __str__(self) -> str:
-        return f"{self.net} {self.eps}, T={self.steps}"
-
-
-SETTINGS = (
-    Setting("clean", 1, 10),
-    Setting("clean", 2, 5),
-    Setting("clean", 2, 20),
-    Setting("robust", 2, 10),
-    Setting("robust", 4, 10),
-    Setting("robust", 8, 10),
-    Setting("robust", 12, 10),
-)
-SCALE_SETTING = Setting("clean", 2, 5)
-
+USUAL = ["--size", "180x240", "--amp", "bf16"]
+ADVERSARIAL = ["--adv-fraction", "1", "--attack-steps", "3", "--eps", "4/255"]
+EVALUATE = ["--ignore-index", "11", "--eps", "2/255,4/255,8/255", "--steps", "50", "--images", "48"]
+ATTACKS: dict[str, list[str]] = {
+    "pgd": ["--attack", "pgd"],
+    "segpgd": ["--attack", "segpgd"],
+    "cospgd": ["--attack", "cospgd"],
+    "eroseg": ["--attack", "eroseg"],
+    "eroseg_balanced": ["--attack", "eroseg", "--front-loss", "0"],
+    "eroseg_plain": ["--attack", "eroseg", "--front-loss", "0", "--attack-options", '{"balance": 0.15}'],
+    "eroseg_half": ["--attack", "eroseg", "--attack-options", '{"balance": 0.5}'],
+    "pgd_front": ["--attack", "pgd", "--front-loss", "4"],
+}
+"""Name of a run and what it is trained against; the last four take a part of EroSeg-AT each, or none."""
+SETTINGS = [("clean", 1, 10), ("clean", 2, 5), ("clean", 2, 20), *(("robust", eps, 10) for eps in (2, 4, 8, 12))]
+"""Network, eps in 255ths and steps of each column of the table."""
 ROWS: dict[str, dict[str, Any]] = {
-    "pgd": {"method": "pgd"},
-    "segpgd": {"method": "segpgd"},
-    "cospgd": {"method": "cospgd"},
-    "mce": {"method": "mce"},
-    "mce_bal": {"method": "mce_bal"},
-    "js": {"method": "js"},
+    **{name: {"method": name} for name in ("pgd", "segpgd", "cospgd", "mce", "mce_bal", "js")},
     "tsallis q=2": {"method": "tsallis", "q": 2.0},
     "eroseg preset progressive": {"preset": "progressive"},
     "eroseg schedule geometric": {"schedule": "geometric"},
@@ -91,144 +61,27 @@ ROWS: dict[str, dict[str, Any]] = {
 """Rows of the table: what each passes to ``attack``."""
 
 
-def load(root: Path, images: int | None = None, offset: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, 180, 240] and labels [N, 180, 240] of a folder, void as IGNORE, all in memory.
+def commands(data: Path, work: Path, seed: int) -> list[list[str]]:
+    """The command lines that train every network and evaluate those of the comparison of trainings."""
+    train = ["eroseg", "train", "--dataset", "camvid", "--data", str(data / "train"), *USUAL, "--cache", "--resume"]
+    train += ["--seed", str(seed)]
 
-    Args:
-        root: folder with images/ and labels/.
-        images: how many, evenly spaced over the folder in order of name; None takes all.
-        offset: shifts the choice by this part of the spacing, to get other images.
-    """
-    folder = SegmentationFolder(root, SIZE)
-    total = len(folder)
-    count = total if images is None else min(images, total)
-    pixels, labels = folder.load([min(int((i + offset) * total / count), total - 1) for i in range(count)])
-    return pixels, labels.masked_fill(labels == VOID, IGNORE)
+    def robust(name: str, start: str, options: list[str]) -> list[str]:
+        return [*train, *ADVERSARIAL, *options, "--init", str(work / start / "weights.pt"), "--out", str(work / name)]
 
-
-def save_atomically(value: Any, path: Path) -> None:
-    """``torch.save`` that leaves either the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    torch.save(value, part)
-    os.replace(part, path)
-
-
-def augment(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random flip, zoom (0.75x to 1.67x) and position of every image; what lies outside becomes void."""
-    count = images.shape[0]
-
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(count, generator=generator) * (high - low) + low
-
-    window = torch.exp(uniform(math.log(0.6), math.log(1.33)))
-    flip = torch.where(uniform(-1, 1) < 0, -1.0, 1.0)
-    # The window's centre moves over what the window leaves free, in either direction.
-    free = (1 - window).abs()
-    theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0] = window * flip
-    theta[:, 1, 1] = window
-    theta[:, 0, 2] = uniform(-1, 1) * free
-    theta[:, 1, 2] = uniform(-1, 1) * free
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    moved = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    # Shifted by one so that the zeros outside become a value of their own.
-    shifted = (labels + 1).float()[:, None]
-    shifted = F.grid_sample(shifted, grid, mode="nearest", padding_mode="zeros", align_corners=False)[:, 0].long()
-    return moved.clamp_(0, 1), torch.where(shifted == 0, IGNORE, shifted - 1)
-
-
-def evaluate(
-    model: nn.Module, images: Tensor, labels: Tensor, perturb: Callable[[Tensor, Tensor], Tensor] | None = None
-) -> dict[str, float]:
-    """Scores of the model over all images, one confusion matrix for all, batch by batch.
-
-    Args:
-        model: network in eval mode.
-        images, labels: [N, 3, H, W] and [N, H, W].
-        perturb: maps (images, labels) of a batch to the images to predict on; None leaves them as they are.
-    """
-    matrix = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
-    for batch, wanted in zip(images.split(BATCH), labels.split(BATCH), strict=True):
-        if perturb is not None:
-            batch = perturb(batch, wanted)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            prediction = model(batch.contiguous(memory_format=torch.channels_last)).argmax(1)
-        matrix += confusion(prediction, wanted, CLASSES, ignore_index=IGNORE)
-    return miou_and_accuracy(matrix)
-
-
-def network(work: Path | None = None, name: str = "clean") -> SmallDeepLab:
-    """A fresh network in channels_last, or the trained one of that name from the work folder in eval mode."""
-    model = SmallDeepLab(CLASSES).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if work is not None:
-        path = work / f"{name}.pt"
-        if not path.is_file():
-            raise SystemExit(f"{path} is missing: run `train --net {name}` first")
-        model.load_state_dict(torch.load(path, weights_only=True))
-        model.eval()
-    return model
-
-
-def train(data: Path, work: Path, name: str, epochs: int) -> None:
-    """Trains the clean or the robust network, saving a checkpoint after each epoch and the weights at the end."""
-    torch.manual_seed(0)
-    images, labels = load(data / "train")
-    val_images, val_labels = load(data / "val", 39)
-    model = network() if name == "clean" else network(work, "clean")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE[name], weight_decay=1e-2)
-    batches = len(images) // BATCH
-    checkpoint = work / f"{name}.checkpoint.pt"
-    first = 0
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["epoch"]
-    for epoch in range(first, epochs):
-        start = time.perf_counter()
-        # A generator per epoch: a resumed training sees the same batches as an uninterrupted one.
-        generator = torch.Generator().manual_seed(1000 + epoch)
-        order = torch.randperm(len(images), generator=generator)
-        total = 0.0
-        for index in range(batches):
-            progress = (epoch * batches + index) / (epochs * batches)
-            warmup = min(1.0, (epoch * batches + index + 1) / batches)
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE[name] * warmup * (0.5 + 0.5 * math.cos(math.pi * progress))
-            chosen = order[index * BATCH : (index + 1) * BATCH]
-            batch, wanted = augment(images[chosen], labels[chosen], generator)
-            if name == "robust":
-                batch = attack(
-                    model,
-                    batch,
-                    wanted,
-                    method="pgd",
-                    eps=4 / 255,
-                    step_size=2 / 255,
-                    steps=3,
-                    model_mode="eval",
-                    ignore_index=IGNORE,
-                    autocast=torch.bfloat16,
-                    generator=generator,
-                )
-            model.train()
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model(batch.contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits.float(), wanted, ignore_index=IGNORE)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            total += loss.item()
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
-        save_atomically(state, checkpoint)
-        line = f"{name} epoch {epoch + 1}/{epochs}: loss {total / batches:.3f}, {time.perf_counter() - start:.1f} s"
-        if (epoch + 1) % 5 == 0 or epoch + 1 == epochs:
-            model.eval()
-            result = evaluate(model, val_images, val_labels)
-            line += f", val mIoU {result['miou']:.2f}, accuracy {result['accuracy']:.2f}"
-        print(line, flush=True)
-    save_atomically(model.state_dict(), work / f"{name}.pt")
+    lines = [
+        [*train, "--attack", "none", "--epochs", "60", "--out", str(work / "clean")],
+        robust("robust", "clean", ["--attack", "pgd", "--learning-rate", "1.5e-3", "--epochs", "20"]),
+        [*train, "--attack", "none", "--epochs", "40", "--out", str(work / f"none_{seed}")],
+    ]
+    for name, options in ATTACKS.items():
+        options = [*options, "--learning-rate", "1e-3", "--epochs", "30"]
+        lines.append(robust(f"{name}_{seed}", f"none_{seed}", options))
+    for name in ("none", *ATTACKS):
+        weights = str(work / f"{name}_{seed}" / "weights.pt")
+        evaluate = ["eroseg", "evaluate", "--data", str(data / "val"), "--weights", weights, *USUAL, *EVALUATE]
+        lines.append([*evaluate, "--out", str(work / f"eval_{name}_{seed}")])
+    return lines
 
 
 class Scaled(nn.Module):
@@ -236,8 +89,7 @@ class Scaled(nn.Module):
 
     def __init__(self, model: nn.Module, factor: float) -> None:
         super().__init__()
-        self.model = model
-        self.factor = factor
+        self.model, self.factor = model, factor
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, C, H, W] of images [B, 3, H, W]."""
@@ -245,134 +97,94 @@ class Scaled(nn.Module):
         return logits * self.factor
 
 
-def attacked(model: nn.Module, images: Tensor, labels: Tensor, setting: Setting, row: str) -> dict[str, float]:
-    """Scores of the model on the images that one method perturbs, and the seconds that took."""
-    # The same seed for every row: all start from the same noise.
-    generator = torch.Generator().manual_seed(0)
-    start = time.perf_counter()
-
-    def perturb(batch: Tensor, wanted: Tensor) -> Tensor:
-        return attack(
-            model,
-            batch.contiguous(memory_format=torch.channels_last),
-            wanted,
-            eps=setting.eps / 255,
-            steps=setting.steps,
-            ignore_index=IGNORE,
-            autocast=torch.bfloat16,
-            generator=generator,
-            **ROWS[row],
-        )
-
-    result = evaluate(model, images, labels, perturb)
-    return {**result, "seconds": time.perf_counter() - start}
+def scores(model: nn.Module, images: Tensor, labels: Tensor, classes: int, **settings: Any) -> dict[str, float]:
+    """mIoU and pixel accuracy from one confusion matrix over all images, attacked if there are settings for it."""
+    matrix = torch.zeros(classes, classes, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)  # all rows start from the same noise
+    for batch, wanted in zip(images.split(BATCH), labels.split(BATCH), strict=True):
+        if settings:
+            usual: dict[str, Any] = {"ignore_index": VOID, "autocast": torch.bfloat16, "generator": generator}
+            batch = attack(model, batch, wanted, **usual, **settings)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits = model(batch.contiguous(memory_format=torch.channels_last))
+        matrix += backend.select(batch.device).confusion(logits.float(), wanted, classes, ignore_index=VOID)
+    return miou_and_accuracy(matrix)
 
 
-def environment() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
-    return {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "size": list(SIZE),
-        "batch": BATCH,
-        "seed": 0,
-    }
+def table(data: Path, work: Path, count: int, run: Run) -> None:
+    """Attacks both networks with every row in every setting, and ``clean`` with its logits multiplied as well."""
+    folder = NamedDataset("camvid", data / "val", size=SIZE)
+    images, labels = folder.load(evenly_spaced(len(folder), count))
+    nets = {name: load_network(weights=work / name / "weights.pt") for name in ("clean", "robust")}
+    columns = [(f"{net} {eps}, T={steps}", nets[net], eps, steps) for net, eps, steps in SETTINGS]
+    columns += [(f"clean 2, T=5, logits x{factor}", Scaled(nets["clean"], factor).eval(), 2, 5) for factor in (1, 25)]
+    for name in ("none", *ROWS):
+        for case, model, eps, steps in columns:
+            settings = {} if name == "none" else {**ROWS[name], "eps": eps / 255, "steps": steps}
+            found = scores(model, images, labels, folder.to_class.classes, **settings)
+            run.add("strength", case, name, torch.device("cpu"), found)
+            print(f"{name}, {case}: {found['miou']:.2f} / {found['accuracy']:.2f}", flush=True)
 
 
-def recorded(path: Path) -> dict[str, Any]:
-    """The JSON file of results: ``table`` and ``scale``, as far as they have been made."""
-    parts: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return parts
+def training(work: Path, seed: int, run: Run) -> int:
+    """Adds scores, clean and in the worst case, and losses by epoch of the runs that are there; returns how many."""
+    found = 0
+    for name in ("none", *ATTACKS):
+        path = work / f"eval_{name}_{seed}" / "evaluation.json"
+        if not path.is_file():
+            continue
+        found += 1
+        result = json.loads(path.read_text())
+        device = torch.device("cpu")
+        for case, entry in [("clean", result["clean"]), *((budget(worst["eps"]), worst) for worst in result["worst"])]:
+            run.add("training", f"{case}, seed {seed}", name, device, figures_of(entry))
+        epochs: dict[int, list[float]] = {}
+        for line in map(json.loads, (work / f"{name}_{seed}" / "log.jsonl").read_text().splitlines()):
+            if "loss" in line:
+                epochs.setdefault(int(line["epoch"] - 1e-9) + 1, []).append(line["loss"])
+        for epoch, losses in epochs.items():
+            run.add("training", f"epoch {epoch}, seed {seed}", name, device, {"loss": sum(losses) / len(losses)})
+    return found
 
 
-def record(path: Path, part: str, value: dict[str, Any]) -> None:
-    """Puts one part into the JSON file of results, atomically, and leaves its other parts as they are."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**recorded(path), part: value})
+def evaluation(work: Path, run: Run) -> None:
+    """Adds what ``eroseg evaluate --out WORK`` has printed."""
+    result = json.loads((work / "evaluation.json").read_text())
+    for worst in result["worst"]:
+        of_eps = {row["attack"]: row for row in result["rows"] if row["eps"] == worst["eps"]}
+        for name, entry in {"none": result["clean"], **of_eps, "worst case": worst}.items():
+            run.add("evaluation", budget(worst["eps"]), name, torch.device("cpu"), figures_of(entry))
 
 
-def markdown(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
-    head = list(head)
-    rows = [head, ["---"] * len(head), *map(list, lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def budget(eps: float) -> str:
+    return f"eps {round(255 * eps)}/255"
 
 
-def pair(result: dict[str, float]) -> str:
-    """``mIoU / pixel accuracy`` of a result."""
-    return f"{result['miou']:.2f} / {result['accuracy']:.2f}"
-
-
-def table(data: Path, work: Path, images: int, rows: list[str], out: Path) -> None:
-    """Attacks both networks with every row in every setting; prints the table and records it after each row."""
-    pixels, labels = load(data / "val", images)
-    nets = {name: network(work, name) for name in EPOCHS}
-    unattacked = {name: evaluate(net, pixels, labels) for name, net in nets.items()}
-    for name, result in unattacked.items():
-        print(f"unattacked {name}: {pair(result)}", flush=True)
-    made: dict[str, dict[str, dict[str, float]]] = {}
-    former = recorded(out).get("table", {})
-    if former.get("images") == len(pixels) and former.get("unattacked") == unattacked:
-        made = former["rows"]
-    for row in rows:
-        columns = {}
-        for setting in SETTINGS:
-            columns[str(setting)] = attacked(nets[setting.net], pixels, labels, setting, row)
-            print(f"{row}, {setting}: {pair(columns[str(setting)])}", flush=True)
-        made[row] = columns
-        made = {name: made[name] for name in ROWS if name in made}
-        value = {"environment": environment(), "images": len(pixels), "unattacked": unattacked, "rows": made}
-        record(out, "table", value)
-    print(f"\nmIoU / pixel accuracy in %, {len(pixels)} images, lower is a stronger attack\n")
-    lines = [[row, *(pair(columns[str(setting)]) for setting in SETTINGS)] for row, columns in made.items()]
-    lines.insert(0, ["none", *(pair(unattacked[setting.net]) for setting in SETTINGS)])
-    print(markdown(["method", *map(str, SETTINGS)], lines))
-
-
-def scale(data: Path, work: Path, images: int, rows: list[str], out: Path, factor: float = 25.0) -> None:
-    """Attacks the clean network as it is and with its logits multiplied, on images between those of the table."""
-    pixels, labels = load(data / "val", images, offset=0.5)
-    net = network(work, SCALE_SETTING.net)
-    nets = {"1": net, f"{factor:g}": Scaled(net, factor).eval()}
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    for row in rows:
-        results[row] = {name: attacked(model, pixels, labels, SCALE_SETTING, row) for name, model in nets.items()}
-        print(f"{row}: " + ", ".join(f"x{name} {pair(result)}" for name, result in results[row].items()), flush=True)
-        value = {"environment": environment(), "images": len(pixels), "setting": str(SCALE_SETTING), "rows": results}
-        record(out, "scale", value)
-    print(f"\nmIoU / pixel accuracy in %, {SCALE_SETTING}, {len(pixels)} images\n")
-    lines = [[row, *(pair(results[row][name]) for name in nets)] for row in rows]
-    print(markdown(["method", *(f"logits x{name}" for name in nets)], lines))
+def figures_of(entry: dict[str, Any]) -> dict[str, float]:
+    """The scores of an entry of ``evaluation.json``."""
+    return {key.replace("_", " "): entry[key] for key in ("miou", "miou_bound", "macc", "aacc") if key in entry}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one subcommand; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--data", type=Path, required=True, help="folder with train/ and val/")
-    common.add_argument("--work", type=Path, required=True, help="folder for weights and checkpoints")
-    training = commands.add_parser("train", parents=[common], help="train one of the two networks")
-    training.add_argument("--net", choices=list(EPOCHS), required=True)
-    training.add_argument("--epochs", type=int, help="default: 60 for clean, 20 for robust")
-    for name, images, text in (
-        ("table", 39, "attack both networks in every setting"),
-        ("scale", 20, "attack the clean network with its logits multiplied by 25"),
-    ):
-        command = commands.add_parser(name, parents=[common], help=text)
-        command.add_argument("--images", type=int, default=images, help="how many of val (default: %(default)s)")
-        command.add_argument("--rows", default=",".join(ROWS), help="rows to compute, separated by commas")
-        command.add_argument("--out", type=Path, default=RESULTS, help="JSON file (default: in bench/results)")
+    parser = argparse.ArgumentParser(prog="bench.strength", description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=["commands", "table", "training", "evaluation"])
+    parser.add_argument("--data", type=Path, default=Path("camvid"), metavar="DIR", help="folder with train/ and val/")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the networks")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--images", type=int, default=39, help="how many of val the table attacks (default: 39)")
+    parser.add_argument("--csv", type=Path, default=RESULTS, metavar="FILE", help="default: bench/results/results.csv")
     args = parser.parse_args(argv)
-    if args.command == "train":
-        train(args.data, args.work, args.net, args.epochs or EPOCHS[args.net])
-        return 0
-    rows = args.rows.split(",")
-    unknown = [row for row in rows if row not in ROWS]
-    if unknown:
-        parser.error(f"--rows has {', '.join(unknown)}, wanted some of: {', '.join(ROWS)}")
-    (table if args.command == "table" else scale)(args.data, args.work, args.images, rows, args.out)
+    if args.part == "commands":
+        for seed in args.seeds:
+            print("\n".join(shlex.join(line) for line in commands(args.data, args.work, seed)))
+    elif args.part == "evaluation":
+        evaluation(args.work, Run(args.csv))
+    elif args.part == "table":
+        table(args.data, args.work, args.images, Run(args.csv))
+    else:
+        run = Run(args.csv)
+        if not sum(training(args.work, seed, run) for seed in args.seeds):
+            parser.error(f"{args.work} has no evaluation of seed {', '.join(map(str, args.seeds))}")
     return 0
 
 

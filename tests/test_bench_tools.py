@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from folders import write_folder
 
 # Last, so that the installed package is the one that is tested.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import cases, compare, experiment, kernels, loop, measure, results, whole
+from bench import cases, measure, plots, report, results, strength
 from bench.cases import Case
 from bench.measure import Clock, Timing
-from bench.report import Device, report
-from bench.results import Figure
-from eroseg_ext import AttackSettings, attack
+from bench.results import Row, Run
 from eroseg_ext.cli import main
+from eroseg_ext.models.small_deeplab import SmallDeepLab
 from eroseg_ext.ops import backend, reference
 
 CPU = torch.device("cpu")
@@ -38,12 +38,6 @@ def test_drift_compares_the_halves() -> None:
     assert Timing((1.0, 1.0, 1.0, 1.5, 1.5, 1.5)).drift == pytest.approx(0.5)
     assert Timing((1.5, 1.5, 1.0, 1.0)).drift == pytest.approx(0.5)
     assert Timing((1.0,)).drift == 0.0
-
-
-@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
-def test_exponent_of_a_power_law(power: float) -> None:
-    x = [1.0, 3.0, 10.0, 100.0]
-    assert measure.exponent(x, [7 * value**power for value in x]) == pytest.approx(power, abs=1e-9)
 
 
 def test_every_call_takes_its_turn_and_rounds_stay_within_their_bounds() -> None:
@@ -158,16 +152,17 @@ def test_least_traffic_of_a_case() -> None:
     assert replace(case, labels=torch.uint8).bytes == case.bytes - 7 * pixels
 
 
-def test_the_kernels_cases_have_names_of_their_own_and_one_has_odd_rows() -> None:
-    for quick in (True, False):
-        found = cases.kernel_cases(quick)
-        assert len({case.name for case in found}) == len(found)
-        (odd,) = (case for case in found if case.data == "odd width")
-        assert odd.shape[3] % 2 == 1
+@pytest.mark.parametrize("profile", cases.SHAPES)
+def test_the_cases_have_names_of_their_own_and_one_has_odd_rows(profile: str) -> None:
+    found = cases.operation_cases(profile, CPU)
+    assert len({case.name for case in found}) == len(found)
+    assert all(case.name.count("/") == 2 for case in found)
+    (odd,) = (case for case in found if case.data == "odd width")
+    assert odd.shape[3] % 2 == 1
     assert cases.scene(Case("step", "toy", (1, 2, 4, 4), labels=torch.uint8), CPU).labels.dtype == torch.uint8
 
 
-@pytest.mark.parametrize("case", cases.kernel_cases(quick=True)[12:], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases.operation_cases("quick", CPU)[12:], ids=lambda case: case.name)
 def test_the_call_that_is_timed_runs_on_every_implementation(case: Case) -> None:
     small = replace(case, shape=(2, 3, 6, 5))
     inputs = cases.scene(small, CPU)
@@ -183,239 +178,142 @@ def test_torch_selections_select_what_ours_selects() -> None:
         assert torch.equal(select(scores, k), expected)
 
 
-@pytest.mark.parametrize("gradient_only", [True, False])
-@pytest.mark.parametrize("kept", [True, False])
-def test_the_loop_that_is_taken_apart_is_the_loop_of_attack(gradient_only: bool, kept: bool) -> None:
-    model = torch.nn.Conv2d(3, 4, 3, padding=1).eval()
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(2, 3, 8, 9, generator=generator)
-    labels = torch.randint(4, (2, 8, 9), generator=generator)
-    config = AttackSettings(steps=4, random_start=False)
-    habits = loop.Habits(gradient_only, kept)
-    clock = Clock(CPU)
-    adversarial = loop.run(model, images, labels, config, backend.select(CPU), habits, clock)
-    assert torch.equal(adversarial, attack(model, images, labels, steps=4, random_start=False))
-    split = loop.Split()
-    split.add(clock.laps())
-    assert [len(times) for times in split.parts.values()] == [4] * len(loop.PARTS)
-
-
-def test_split_tells_ours_from_the_models_and_leaves_out_what_is_between_steps() -> None:
-    split = loop.Split()
-    split.add([1.0, 2.0, 4.0, 8.0, 100.0, 10.0, 20.0, 40.0, 80.0])
-    assert split.steps() == [15.0, 150.0]
-    assert split.ours() == [10.0, 100.0]
-
-
-def ms(p50: float, spread: float = 0.0, drift: float = 0.0) -> dict[str, float]:
-    return {"p20": p50 * (1 - spread), "p50": p50, "p80": p50 * (1 + spread), "rounds": 5, "drift": drift}
-
-
-def figure(timing: dict[str, float], implementation: str = "fused", case: str = "c", **extra: Any) -> Figure:
-    return Figure(
-        suite="ops", case=case, implementation=implementation, device="cpu", shape=[1], ms=timing, extra=extra
-    )
+def rows_of(name: str, p50: float, spread: float = 0.0, case: str = "step/toy/[1,2,4,4] float32") -> list[Row]:
+    values = {"p20": p50 * (1 - spread), "p50": p50, "p80": p50 * (1 + spread)}
+    return [Row("operations", case, name, q, v, "ms", "cpu: a CPU", "abc1234", "2020-01-02") for q, v in values.items()]
 
 
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [
-        (ms(1.0), ms(1.2), True),
-        (ms(1.2), ms(1.0), True),
-        (ms(1.0), ms(1.04), False),  # less than the least change
-        (ms(1.0, spread=0.15), ms(1.2, spread=0.15), False),  # the intervals meet
-        (ms(1.0, drift=0.3), ms(1.2), False),  # the first moved by itself
-        (ms(1.0), ms(1.2, drift=0.3), False),
-        (ms(1.0, drift=0.3), ms(1.5), True),
+        ((1.0, 0.0), (1.2, 0.0), True),
+        ((1.2, 0.0), (1.0, 0.0), True),
+        ((1.0, 0.0), (1.04, 0.0), False),  # less than the least change
+        ((1.0, 0.15), (1.2, 0.15), False),  # the intervals meet
     ],
 )
-def test_a_change_is_what_exceeds_the_noise(before: dict[str, float], after: dict[str, float], expected: bool) -> None:
-    assert compare.changed(before, after) is expected
+def test_a_change_is_what_exceeds_the_noise(
+    before: tuple[float, float], after: tuple[float, float], expected: bool
+) -> None:
+    assert bool(report.changes(rows_of("fused", *before), rows_of("fused", *after))) is expected
 
 
-def test_compare_lists_the_slowest_first_and_only_what_both_have() -> None:
-    before = [figure(ms(1.0), case="a"), figure(ms(1.0), case="b"), figure(ms(1.0), case="c"), figure(ms(1.0))]
-    after = [figure(ms(0.5), case="a"), figure(ms(3.0), case="b"), figure(ms(1.0), case="c"), figure(ms(9.0), "new")]
-    found, common = compare.changes(before, after)
-    assert [(change.figure["case"], change.factor) for change in found] == [("b", 3.0), ("a", 0.5)]
-    assert common == 3
+def test_changes_are_told_the_slowest_first_and_only_what_both_files_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, figures in (("before", {"a": 1.0, "b": 1.0, "c": 1.0}), ("after", {"a": 0.5, "b": 3.0, "new": 9.0})):
+        results.write(tmp_path / f"{name}.csv", [row for key, p50 in figures.items() for row in rows_of(key, p50)])
+    before, after = (str(tmp_path / f"{name}.csv") for name in ("before", "after"))
+    assert report.main([after, "--against", before]) == 1
+    found = capsys.readouterr().out.splitlines()
+    assert [line.partition(" ")[0] for line in found] == ["3.00x", "0.50x"]
+    assert report.main([before, "--against", before]) == 0
+    assert capsys.readouterr().out == "nothing changed beyond the noise\n"
 
 
-def result(folder: Path, name: str, figures: list[Figure], **more: Any) -> str:
-    value = {
-        "date": "2020-01-02T03:04:05+00:00",
-        "profile": "quick",
-        "load": 0.1,
-        "commit": "abc1234",
-        "dirty": False,
-        "versions": {"torch": "2.13.0", "python": "3.11"},
-        "devices": {"cpu": {"name": "A CPU", "threads": 2, "capability": "AVX2", "copy GB/s": 9.0}},
-        "figures": figures,
-        "skipped": {"bench/test_operations.py::test_operation[cpu-x]": "there was no kernel"},
-        **more,
-    }
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(value))
-    return str(path)
-
-
-def test_compare_reports_other_conditions_and_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    old = result(tmp_path, "old", [figure(ms(1.0))])
-    versions = {"torch": "2.14.0", "python": "3.11"}
-    new = result(tmp_path, "new", [figure(ms(2.0))], versions=versions, load=3.5)
-    assert compare.main([old, new]) == 1
-    out = capsys.readouterr().out
-    assert "torch was 2.13.0 and is 2.14.0" in out
-    assert "load 3.5 before the run new" in out
-    assert "the run old" not in out
-    assert "2.00x slower: ops: c, fused, cpu: 1 -> 2 ms" in out
-    assert compare.main([new, old]) == 0
-    assert compare.main([old, old]) == 0
-    assert "1 figures in both, 0 changed" in capsys.readouterr().out
-    again = result(tmp_path, "again", [figure(ms(2.5))])
-    assert compare.main([old, new, "--noise", again]) == 0
-    assert compare.main([old, new, "--noise", old]) == 1
-
-
-def test_report_marks_what_was_not_measured(tmp_path: Path) -> None:
-    case = cases.operation_cases("quick", CPU)[0]
-    timing = Timing((0.004, 0.004, 0.004))
-    copy = Timing((0.001, 0.001))
-    fused = figure(timing.to_json(), case=case.name, op=case.op)
-    results.traffic(fused, case.bytes, copy)
-    path = result(tmp_path, "one", [fused])
-    lines = report([results.read(path)], folder=tmp_path / "plots")
-    row = next(line for line in lines if line.startswith("| `erosion_grad`"))
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[3:] == [
-        *("not measured", "not measured", "4.00 (4.00-4.00)", "not measured", "not measured", "not measured", "25 %"),
-        f"{case.bytes / 0.004 / 1e9:.2f}",
-    ]
-    for section in ("**Peers**", "**Whole attacks**", "**Scaling**"):
-        assert lines[lines.index(section) + 2] == "not measured."
-    assert "GPU: not measured." in lines
-    assert "- not measured (1): there was no kernel" in lines
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"one-cpu-time.png", "one-cpu-roofline.png"}
-
-
-def test_report_without_any_result_says_so() -> None:
-    assert [line for line in report([], None) if line.endswith(": not measured.")] == [
-        "CPU: not measured.",
-        "GPU: not measured.",
-    ]
+def test_rows_are_read_back_as_they_were_written(tmp_path: Path) -> None:
+    run = Run(tmp_path / "r.csv", commit="given")
+    run.add("operations", "a, b", "fused", CPU, {"p50": 1.25, "peak": 2.0**30})
+    run.add("attacks", "c", "eroseg", CPU, {"miou": 12.345678})
+    read = results.read(tmp_path / "r.csv")
+    assert read == run.rows
+    assert [(row.value, row.unit) for row in read] == [(1.25, "ms"), (2.0**30, "bytes"), (12.345678, "%")]
+    assert {row.commit for row in read} == {"given"}
+    assert all(row.device.startswith("cpu: ") for row in read)
 
 
 def test_a_file_that_is_no_result_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "other.json"
-    path.write_text("{}")
-    with pytest.raises(ValueError, match=r"other\.json is not a result"):
-        results.read(str(path))
+    path = tmp_path / "other.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"other\.csv cannot be read as results of pytest bench/: its head is a,b"):
+        results.read(path)
     with pytest.raises(ValueError, match="cannot be read"):
-        results.read(str(tmp_path / "missing.json"))
+        results.read(tmp_path / "missing.csv")
 
 
-def test_a_result_is_read_back_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "COPY_BYTES", {"cpu": 2**16})
-    figures = [figure(ms(1.0), x=1)]
-    results.write(tmp_path / "r.json", "quick", [CPU], figures, {"a test": "a reason"}, 0.25, commit="given")
-    read = results.read(str(tmp_path / "r.json"))
-    assert (read["figures"], read["skipped"]) == (figures, {"a test": "a reason"})
-    assert (read["commit"], read["load"]) == ("given", 0.25)
-    assert read["devices"]["cpu"]["copy GB/s"] > 0
+def test_a_table_shows_the_last_run_and_says_what_was_not_measured() -> None:
+    old = [row._replace(date="2019-01-01") for row in rows_of("compiled", 7.0)]
+    rows = [*old, *rows_of("copy", 1.0), *rows_of("fused", 4.0)]
+    lines = report.table("operations", rows).splitlines()
+    assert [cell.strip() for cell in lines[-1].strip("|").split("|")] == [
+        *("`step`", "toy", "[1,2,4,4] float32", "not measured", "not measured", "4.00 (4.00-4.00)"),
+        *("not measured", "not measured", "1.00", "25 %"),
+    ]
+    assert report.table("operations-cuda", rows) == "operations-cuda: not measured.\n"
+    assert report.table("parts", rows) == "parts: not measured.\n"
+    assert report.tables([], "cuda") == ["cuda: not measured."]
+    with pytest.raises(ValueError, match="no table, wanted one of: operations"):
+        report.table("missing")
 
 
-def test_replayed_durations_are_what_was_measured() -> None:
-    from bench.conftest import Replay
-
-    replay = Replay()
-    for timing in (Timing((0.5, 0.25, 4.0)), Timing((1.0,))):
-        replay.load(timing)
-        durations = []
-        for _ in timing.seconds:  # as pytest-benchmark's runner does
-            start = replay()
-            durations.append(replay() - start)
-        assert durations == pytest.approx(timing.seconds)
+def test_the_tables_of_the_documentation_are_those_of_the_results() -> None:
+    marked = [page for page in report.pages() if report.MARKED.search(page.read_text())]
+    assert marked
+    for page in marked:
+        text = page.read_text()
+        assert text.count("<!-- bench:") == text.count("<!-- /bench -->") == len(report.MARKED.findall(text)), page
+        assert text == report.filled(text), f"{page} is out of date: python -m bench.report --write"
 
 
-def test_kernels_that_no_time_is_left_for_are_skipped_and_the_file_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(results, "COPY_BYTES", {"cpu": 2**16})
-    out = tmp_path / "kernels.json"
-    assert kernels.main(["--device", "cpu", "--quick", "--limit", "0", "--out", str(out)]) == 0
-    read = results.read(str(out))
-    assert read["figures"] == []
-    assert set(read["skipped"].values()) == {"no time was left"}
-    assert "| erosion_grad PASCAL VOC float32 NCHW | not measured |" in capsys.readouterr().out
+def test_plots_are_drawn_of_what_is_there(tmp_path: Path) -> None:
+    rows = [*rows_of("fused", 4.0), *rows_of("copy", 1.0)]
+    assert [path.name for path in plots.draw(rows, tmp_path)] == ["cpu-time.png", "cpu-roofline.png"]
+    assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir())
 
 
-def test_kernels_measure_one_case_twice() -> None:
-    run = kernels.Run(CPU, quick=True, deadline=time.monotonic() + 60)
-    case = Case("linf_step_", "toy", (1, 2, 4, 4))
-    run.operation(case, "reference")
-    run.once_more(case, "reference")
-    (found,) = run.figures
-    assert found["extra"]["bytes"] == case.bytes == 4 * 4 * 3 * 16
-    assert found["again_ms"]["p50"] > 0
-
-
-def test_a_figure_that_fails_is_told_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(case: Case, implementation: str, *arguments: Any) -> Timing:
-        if implementation == "fused":
-            raise RuntimeError("CUDA error: an illegal memory access\nand more")
-        return Timing((0.001,))
-
-    monkeypatch.setattr(kernels, "timed", broken)
-    run = kernels.Run(CPU, quick=True, deadline=time.monotonic() + 60)
-    case = Case("linf_step_", "toy", (1, 2, 4, 4))
-    for name in ("fused", "reference"):
-        run.operation(case, name)
-        run.once_more(case, name)
-    assert run.failed
-    assert run.skipped == {f"[cpu-{case.name}-fused]": "RuntimeError: CUDA error: an illegal memory access"}
-    assert [figure["implementation"] for figure in run.figures] == ["reference"]
-    assert run.figures[0]["again_ms"]["p50"] == 1
-
-
-def test_every_way_to_attack_a_model_has_its_line(tmp_path: Path) -> None:
-    run = kernels.Run(CPU, quick=True, deadline=time.monotonic() + 60)
-    task = whole.Task("light", (1, 3, 16, 16), steps=2, rounds=1, device=CPU)
-    for name in (whole.LOOP, whole.PGD_LOOP, whole.REFERENCE_LOOP, *whole.ATTACKS):
-        run.whole(task, name)
-    assert set(run.skipped) == {f"[cpu-light-{name}]" for name, way in whole.ATTACKS.items() if "graph" in way.settings}
-    read = results.read(result(tmp_path, "one", run.figures))
-    lines = kernels.attacks_table(Device(read, "cpu"))[2 : 2 + len(whole.ATTACKS)]
-    for name, line in zip(whole.ATTACKS, lines, strict=True):
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert cells[:2] == ["light", name]
-        assert ("not measured" in cells[2:6]) == (f"[cpu-light-{name}]" in run.skipped)
-        assert cells[6] == "not measured"  # is torch's on a GPU
-
-
-def test_the_experiments_commands_are_commands_of_the_package(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = experiment.commands(tmp_path / "camvid", tmp_path, 0)
-    assert len(lines) == 2 * (1 + len(experiment.ATTACKS))
+def test_commands_are_commands_of_the_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = strength.commands(tmp_path / "camvid", tmp_path, 0)
+    assert len(lines) == 2 + 2 * (1 + len(strength.ATTACKS))
     for _, *arguments in lines:
         # Understood as far as the files, which are not there.
         assert main.main(arguments) == 2
         assert re.search(rf"{tmp_path}/\S+ (is missing|must hold)", capsys.readouterr().err)
 
 
-def test_the_experiments_table_has_the_runs_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_of_trainings_come_from_the_runs_that_are_there(tmp_path: Path) -> None:
     scores = {"miou": 50.04, "macc": 60.0, "aacc": 90.0}
     worst = {"eps": 4 / 255, "miou": 40.0, "miou_bound": 39.0, "macc": 50.0, "aacc": 80.0}
     for seed, better in ((0, 0.0), (1, 2.0)):
         (tmp_path / f"pgd_{seed}").mkdir()
         (tmp_path / f"eval_pgd_{seed}").mkdir()
-        clean = scores | {"miou": scores["miou"] + better}
-        evaluation = {"images": ["a", "b"], "clean": clean, "rows": [worst | {"iou": []}], "worst": [worst]}
+        evaluation = {"clean": scores | {"miou": scores["miou"] + better}, "worst": [worst]}
         (tmp_path / f"eval_pgd_{seed}" / "evaluation.json").write_text(json.dumps(evaluation))
-        log = '{"epoch": 0.5, "loss": 1.0}\n{"epoch": 1.0, "miou": 50.0}\n'
+        log = '{"epoch": 0.5, "loss": 1.0}\n{"epoch": 1.0, "loss": 2.0}\n{"epoch": 1.0, "miou": 50.0}\n'
         (tmp_path / f"pgd_{seed}" / "log.jsonl").write_text(log)
-    assert experiment.main(["report", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "| `pgd` | 1 | 50.0 / 90.0 | 40.0 / 80.0 |"
-    assert experiment.main(["report", str(tmp_path), "--seeds", "0", "1"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "| `pgd` | 2 | 51.0 / 90.0 | 40.0 / 80.0 |"
-    assert experiment.collect(tmp_path, 0)[0]["loss"] == [[0.5, 1.0]]
+    path = tmp_path / "r.csv"
+    assert strength.main(["training", "--work", str(tmp_path), "--seeds", "0", "1", "--csv", str(path)]) == 0
+    rows = results.read(path)
+    assert report.table("training", rows).splitlines()[-1] == "| `pgd` | 51.0 / 90.0 | 40.0 / 80.0 |"
+    assert [row.value for row in rows if row.quantity == "loss"] == [1.5, 1.5]
+
+
+def test_the_table_of_an_evaluation_is_what_it_printed(tmp_path: Path) -> None:
+    scores = {"miou": 50.0, "macc": 60.0, "aacc": 90.0}
+    rows = [{"attack": "eroseg", "eps": 2 / 255, **scores}]
+    result = {"clean": scores, "rows": rows, "worst": [{"eps": 2 / 255, "miou_bound": 40.0, **scores}]}
+    (tmp_path / "evaluation.json").write_text(json.dumps(result))
+    path = tmp_path / "r.csv"
+    assert strength.main(["evaluation", "--work", str(tmp_path), "--csv", str(path)]) == 0
+    assert report.table("evaluation", results.read(path)).splitlines()[2:] == [
+        "| none | 50.00 / 60.00 / 90.00 |",
+        "| `eroseg` | 50.00 / 60.00 / 90.00 |",
+        "| **worst case** | **50.00 / 60.00 / 90.00** |",
+        "| lower bound of its mIoU | 40.00 |",
+    ]
+
+
+def test_the_table_of_strength_has_a_row_per_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "camvid" / "val", 2, void=11)
+    for name in ("clean", "robust"):
+        (tmp_path / name).mkdir()
+        torch.save(SmallDeepLab(11, 4).state_dict(), tmp_path / name / "weights.pt")
+    monkeypatch.setattr(strength, "SIZE", (32, 40))
+    monkeypatch.setattr(strength, "SETTINGS", [("clean", 1, 2), ("robust", 2, 1)])
+    path = tmp_path / "r.csv"
+    arguments = ["--data", str(tmp_path / "camvid"), "--work", str(tmp_path), "--csv", str(path)]
+    assert strength.main(["table", *arguments]) == 0
+    lines = report.table("strength", results.read(path)).splitlines()
+    assert lines[0] == "| method | clean 1, T=2 | robust 2, T=1 |"
+    assert len(lines) == 3 + len(strength.ROWS)
+    assert "not measured" not in "".join(lines)
+    assert len(report.table("confident", results.read(path)).splitlines()) == 3 + len(strength.ROWS)

@@ -45,14 +45,14 @@ KERNEL_SHAPES: dict[str, Shape] = {
 """Of ``python -m bench.kernels``; with ``--quick`` a batch of one, a tenth as high and wide."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "progressive": {"confidence": "top", "front": "hard", "direction": "ce"},
-    "geodesic": {"within": "class"},
-    "radius 3": {"radius": 3},
 }
-"""Of ``erosion_grad``, which have kernels of their own on a GPU: as ``preset="progressive"`` has it, and others."""
+"""Of ``erosion_grad``, which have kernels of their own on a GPU: as ``preset="progressive"`` has it."""
 SECONDS = {"quick": 0.2, "default": 1.0, "full": 2.0}
 """Time for the samples of one figure."""
 COMPILE_SECONDS = 120.0
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+METHODS = tuple(method for method in reference.METHODS if method != "cospgd_sigmoid")
+"""Of ``pixel_grad``, those that are fused."""
 VOID = 255
 
 
@@ -95,9 +95,7 @@ class Case:
             "confidence": logits + label + score,
             "next_tau": score,
             "kth_value": score,
-            "erode": 2 * score + pixels,
             "linf_step_": 4 * image,
-            "l2_step_": 4 * image,
             "confusion": logits + label,
             "step": 2 * logits + label + 2 * score + 4 * image,
         }[self.op]
@@ -117,10 +115,10 @@ def gradient_cases(shapes: dict[str, Shape]) -> list[Case]:
 def other_cases(shapes: dict[str, Shape]) -> list[Case]:
     """Every other operation at the shape of PASCAL VOC, and the whole step at every shape."""
     voc = shapes["PASCAL VOC"]
-    names = ("next_tau", "kth_value", "confidence", "erode", "linf_step_", "l2_step_", "confusion")
+    names = ("next_tau", "kth_value", "confidence", "linf_step_", "confusion")
     return [
         *(Case("step", data, shape) for data, shape in shapes.items()),
-        *(Case("pixel_grad", "PASCAL VOC", voc, method=method) for method in reference.METHODS),
+        *(Case("pixel_grad", "PASCAL VOC", voc, method=method) for method in METHODS),
         *(Case(name, "PASCAL VOC", voc) for name in names),
     ]
 
@@ -209,13 +207,9 @@ def call_of(case: Case, ops: Any, inputs: Scene) -> Call:
     if case.op == "kth_value":
         k = torch.tensor([kth_ranks(scores.shape[1])] * batch, device=logits.device)
         return lambda: ops.kth_value(scores, k)
-    if case.op == "erode":
-        valid = labels != VOID
-        height_width = scores.view_as(previous)
-        return lambda: ops.erode(height_width, valid, 1, tau)
-    if case.op in ("linf_step_", "l2_step_"):
-        x_adv, run = x.clone(), getattr(ops, case.op)
-        return lambda: run(x_adv, x, grad, 8 / 255, 2 / 255)
+    if case.op == "linf_step_":
+        x_adv = x.clone()
+        return lambda: ops.linf_step_(x_adv, x, grad, 8 / 255, 2 / 255)
     if case.op == "confusion":
         return lambda: ops.confusion(logits, labels, max(logits.shape[1], 2))
     return lambda: ops.confidence(logits, labels)
@@ -278,9 +272,8 @@ def operations(implementation: str, device: torch.device) -> Any:
     torch.compiler.reset()
     # No CUDA graphs: they hand out the same memory again for log-odds that the next step still reads.
     mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
-    names = ("erosion_grad", "pixel_grad", "confidence", "next_tau", "kth_value", "erode", "confusion")
-    steps = ("linf_step_", "l2_step_")
-    compiled = {name: torch.compile(getattr(reference, name), dynamic=False, mode=mode) for name in (*names, *steps)}
+    names = ("erosion_grad", "pixel_grad", "confidence", "next_tau", "kth_value", "linf_step_", "confusion")
+    compiled = {name: torch.compile(getattr(reference, name), dynamic=False, mode=mode) for name in names}
     return SimpleNamespace(**compiled, class_balance=reference.class_balance)
 
 

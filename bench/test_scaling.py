@@ -24,7 +24,7 @@ FACTORS = {
     "classes": (2 / 21, 8 / 21, 1, 64 / 21, 192 / 21),
     "batch": (1, 2, 4, 8),
 }
-RADII = (0, 1, 2, 4, 8)
+RADII = (0, 1)
 
 
 def _base(profile: str, device: torch.device) -> tuple[int, int, int, int]:

@@ -14,9 +14,6 @@ struct RowStats {
   double movement = 0;  // NaN if a valid pixel's logits are not finite
 };
 
-// What l2_step_ takes the norm of: the gradient inside the mask, or x_adv + scale * gradient - x.
-enum class L2Term { kGradient, kDelta };
-
 // Working memory of one thread, kept from one band to the next. Not a std::vector: what a template of the standard
 // library would become in a file compiled for AVX-512, the linker might pick for every CPU.
 class Scratch {
@@ -45,14 +42,8 @@ struct Kernels {
   // counts[classes * classes] += the matrix of these rows.
   void (*confusion)(const Confusion&, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch,
                     int64_t* counts);
-  // One image; `rise` is the cone's; scores that are NaN or not valid lend nothing; predicted may be null.
-  void (*erode)(const Erode&, const float* scores, const bool* valid, const int32_t* predicted, float rise, float* out,
-                Scratch& scratch);
   // Elements [begin, end) of one image, in memory order.
   void (*linf_step)(const Step&, int64_t image, int64_t begin, int64_t end);
-  double (*l2_sum_squares)(const Step&, int64_t image, int64_t begin, int64_t end, L2Term term, float scale);
-  // x + shrink * (x_adv + scale * gradient - x), clamped to the range.
-  void (*l2_step)(const Step&, int64_t image, int64_t begin, int64_t end, float scale, float shrink);
 };
 
 // The kernels of the best level that this CPU has, or of the one that the environment variable EROSEG_CPU_LEVEL names;

@@ -109,7 +109,9 @@ struct Row {
 };
 
 // Which further per-pixel reductions a caller needs.
-enum class Extra { kNone, kTop, kSquares, kSigmoids };
+enum class Extra { kNone, kTop, kSquares };
+
+Extra extra_of(Confidence confidence) { return confidence == Confidence::kTop ? Extra::kTop : Extra::kNone; }
 
 int64_t workspace_stride(int64_t width) { return (width + kBlock - 1) / kBlock * kBlock; }
 
@@ -241,16 +243,6 @@ F top_confidence(const float* z, int64_t classes, I predicted, I is_right, F z_t
   return maximum(F{}, (z_top - rest - log_positive(sum)) + __builtin_logf(static_cast<float>(classes - 1)));
 }
 
-// sum over c of (sigma(z_c) / sigma(z_y))^2. The label's own term is 1.
-F sum_squared_sigmoids(const float* z, int64_t classes, F z_label) {
-  const F label = log_sigmoid(z_label);
-  F sum = splat<F>(1.0f);
-  for (int64_t c = 0; c < classes; ++c) {
-    sum += squared_sigmoid_ratio(load<F>(z + c * kBlock), label);
-  }
-  return sum;
-}
-
 // Where the block of pixels [x, x + kBlock) of a row lies in logits or gradient. Binary segmentation's class 0 is in
 // scratch only: memory starts at first_class.
 struct BlockInMemory {
@@ -319,9 +311,6 @@ void reduce_block(const Input& input, int64_t image, int64_t y, int64_t x, Extra
       const F z_top = is_right[u] ? maxima.label[u] : maxima.others[u];
       const F top = top_confidence(z + u * kLanes, classes, predicted, is_right[u], z_top, maxima.label[u]);
       signed_confidence[u] = is_right[u] ? top : -top;
-    }
-    if (extra == Extra::kSigmoids) {
-      store(row.norm + x + u * kLanes, sum_squared_sigmoids(z + u * kLanes, classes, maxima.label[u]));
     }
   }
 

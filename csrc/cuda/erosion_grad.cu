@@ -13,10 +13,8 @@
 // i + 1: four different places in the ring. Logits have three stages: when row i + 1 is fetched, row i - 2 has been
 // copied out, before the barrier at which row i arrived.
 //
-// Radius 0 is radius 1 with a cone that rises to infinity. For a geodesic erosion the predicted classes stand in a ring
-// of their own. A larger radius and more than 256 classes take several passes, erosion_grad_passes.cu.
+// Radius 0 is radius 1 with a cone that rises to infinity.
 #include "counts.cuh"
-#include "passes.cuh"
 #include "rows_launch.cuh"
 
 namespace eroseg::cuda {
@@ -30,11 +28,10 @@ __host__ __device__ constexpr int ring_pitch(const Strips& strips, int pixels_of
   return strips.width + 2 * pixels_of_word;
 }
 
-__host__ __device__ inline bool is_geodesic(const ErosionGrad& job) { return job.within == Within::kClass; }
-
-// Jobs that are not plain take a kernel of their own, so that what they need costs the others no registers.
-inline bool is_plain(const ErosionGrad& job) { return !is_geodesic(job) && job.confidence == Confidence::kLabel; }
-__host__ __device__ constexpr int most_threads(bool plain) { return plain ? kMostThreads : 192; }
+// The confidence of the top class takes a kernel of its own, so that what it needs costs the other no registers.
+__host__ __device__ constexpr int most_threads(Confidence kind) {
+  return kind == Confidence::kLabel ? kMostThreads : 192;
+}
 
 // pixel_math.h's front_weight of a soft front by the exponential unit: its error grows to 1e-5 only where the weight is
 // below 1e-30.
@@ -43,20 +40,6 @@ __device__ __forceinline__ float soft_front_weight(float q, float per_tau) {
   const float r = reciprocal(1.0f + e);
   return 4.0f * e * r * r;
 }
-
-// A word of pixels of a row in shared memory, with one more on either side.
-template <class T, int kPixels>
-struct Neighbourhood {
-  T at[kPixels + 2];
-
-  explicit __device__ __forceinline__ Neighbourhood(const T* word) {
-    const auto own = *reinterpret_cast<const Several<T, kPixels>*>(word);
-    at[0] = word[-1];
-#pragma unroll
-    for (int v = 0; v < kPixels; ++v) at[v + 1] = own.at[v];
-    at[kPixels + 1] = word[kPixels];
-  }
-};
 
 // The lowest score among each pixel of a word and its eight neighbours; row(back) is where the word stands in the rows
 // of the last, the present and the next one.
@@ -67,37 +50,19 @@ __device__ __forceinline__ void find_lowest(const Row& row, float (&lowest)[kPix
   for (int i = 0; i < kPixels + 2; ++i) column[i] = kInf;
 #pragma unroll
   for (int back = 0; back <= 2; ++back) {
-    const Neighbourhood<float, kPixels> scores(row(back));
+    const float* const word = row(back);
+    const auto own = *reinterpret_cast<const Several<float, kPixels>*>(word);
+    column[0] = fminf(column[0], word[-1]);
 #pragma unroll
-    for (int i = 0; i < kPixels + 2; ++i) column[i] = fminf(column[i], scores.at[i]);
+    for (int v = 0; v < kPixels; ++v) column[v + 1] = fminf(column[v + 1], own.at[v]);
+    column[kPixels + 1] = fminf(column[kPixels + 1], word[kPixels]);
   }
 #pragma unroll
   for (int v = 0; v < kPixels; ++v) lowest[v] = fminf(column[v], fminf(column[v + 1], column[v + 2]));
 }
 
-// The same among those of the pixel's own class, which stand at class_row(back).
-template <int kPixels, class Row, class ClassRow>
-__device__ __forceinline__ void find_lowest_of_class(const Row& row, const ClassRow& class_row,
-                                                     float (&lowest)[kPixels]) {
-  const Neighbourhood<int, kPixels> own(class_row(1));
-#pragma unroll
-  for (int v = 0; v < kPixels; ++v) lowest[v] = kInf;
-#pragma unroll
-  for (int back = 0; back <= 2; ++back) {
-    const Neighbourhood<float, kPixels> scores(row(back));
-    const Neighbourhood<int, kPixels> classes(class_row(back));
-#pragma unroll
-    for (int v = 0; v < kPixels; ++v) {
-#pragma unroll
-      for (int i = v; i <= v + 2; ++i) {
-        if (classes.at[i] == own.at[v + 1]) lowest[v] = fminf(lowest[v], scores.at[i]);
-      }
-    }
-  }
-}
-
-template <class Type, Layout kLayout, bool kPlain>
-__global__ void __launch_bounds__(most_threads(kPlain), 2)
+template <class Type, Layout kLayout, Confidence kConfidence>
+__global__ void __launch_bounds__(most_threads(kConfidence), 2)
     erosion_grad_kernel(const __grid_constant__ ErosionGrad job, const __grid_constant__ RowsPlan plan,
                         const __grid_constant__ Counting counting) {
   constexpr int kPixels = Word<Type>::kElements;
@@ -108,10 +73,9 @@ __global__ void __launch_bounds__(most_threads(kPlain), 2)
   unsigned char* memory = shared_memory();
   const int pitch = ring_pitch(plan.strips, kPixels);
   auto* ring = reinterpret_cast<float*>(memory);
-  const bool geodesic = !kPlain && is_geodesic(job);
   Staging<Type, kLayout> staging(job.input, job.grad, plan, place,
-                                 memory + (geodesic ? 2 : 1) * kRing * pitch * static_cast<int>(sizeof(float)));
-  Rows<Type, kLayout, false> rows(job.input, plan, place, staging);
+                                 memory + kRing * pitch * static_cast<int>(sizeof(float)));
+  Rows<Type, false> rows(job.input, plan, place);
 
   const float tau = job.tau[place.image];
   const float per_tau = 1.0f / tau;
@@ -121,7 +85,6 @@ __global__ void __launch_bounds__(most_threads(kPlain), 2)
   const bool writes = place.own && place.group == 0;
   const bool aligned = width % kPixels == 0 && reinterpret_cast<uintptr_t>(job.log_odds) % sizeof(Scores) == 0;
   const auto in_ring = [&](int i) { return (i & (kRing - 1)) * pitch + position; };
-  const auto classes_of = [&](float* scores) { return reinterpret_cast<int*>(scores + kRing * pitch); };
 
   for (int i = thread_of_block(); i < kRing * pitch; i += threads_of_block()) ring[i] = kInf;
 
@@ -150,16 +113,8 @@ __global__ void __launch_bounds__(most_threads(kPlain), 2)
       keep[v] = {-1, 0.0f, 1.0f}, gain[v] = 0.0f, score.at[v] = kInf, front_before[v] = front_now[v] = 0.0f;
     }
     if (y >= 0 && y < height) {
-      if (geodesic) {
-        Several<int, kPixels> predicted;
-        rows.predict(y, now, predicted.at);
-        // Beyond the image, where nobody puts a class, all confidences are +inf, which nobody needs to be kept from.
-        if (place.group == 0 && has_place) {
-          *reinterpret_cast<Several<int, kPixels>*>(classes_of(ring + in_ring(i))) = predicted;
-        }
-      }
       Scores log_odds;
-      const Terms<kPixels> terms = rows.reduce(y, now, kPlain ? Confidence::kLabel : job.confidence, log_odds.at);
+      const Terms<kPixels> terms = rows.reduce(y, staging.at(now, place.x), kConfidence, log_odds.at);
 #pragma unroll
       for (int v = 0; v < kPixels; ++v) {
         const bool weighs = terms.label[v] >= 0 && log_odds.at[v] == log_odds.at[v];
@@ -211,11 +166,7 @@ __global__ void __launch_bounds__(most_threads(kPlain), 2)
       if (place.own) {
         const auto row = [&](int back) { return ring + in_ring(i - back); };
         float lowest[kPixels];
-        if (geodesic) {
-          find_lowest_of_class<kPixels>(row, [&](int back) { return classes_of(row(back)); }, lowest);
-        } else {
-          find_lowest<kPixels>(row, lowest);
-        }
+        find_lowest<kPixels>(row, lowest);
         const auto own = *reinterpret_cast<const Scores*>(row(1));
 #pragma unroll
         for (int v = 0; v < kPixels; ++v) weight[v] = fminf(own.at[v], lowest[v] + rise);
@@ -229,7 +180,7 @@ __global__ void __launch_bounds__(most_threads(kPlain), 2)
 #pragma unroll
         for (int v = 0; v < kPixels; ++v) weight[v] = kept_gain[v] == 0.0f ? 0.0f : kept_gain[v] * weight[v];
       }
-      rows.put(place.row(i - 1), before, kept, weight, job.targeted);
+      rows.put(staging.at(before, place.x), kept, weight, job.targeted);
       staging.copy_out(place.row(i - 1), before);
     }
     // Added up here, where nobody has to wait for the log-odds of the step before any more.
@@ -248,19 +199,16 @@ __global__ void __launch_bounds__(most_threads(kPlain), 2)
 
 }  // namespace
 
-cudaError_t launch_erosion_grad(const ErosionGrad& job, const Counting& counting, void* workspace,
-                                cudaStream_t stream) {
+cudaError_t launch_erosion_grad(const ErosionGrad& job, const Counting& counting, cudaStream_t stream) {
   const Shape& shape = job.input.shape;
   if (shape.pixels() == 0) return count_nothing(shape, counting, stream);
-  if (!is_one_pass(job)) return launch_erosion_grad_passes(job, counting, workspace, stream);
   return for_rows(job.input, job.grad, [&](auto type, auto layout) {
     using Type = decltype(type);
     constexpr Layout kLayout = decltype(layout)::value;
-    constexpr int kPixels = Word<Type>::kElements;
-    const auto kernel =
-        is_plain(job) ? erosion_grad_kernel<Type, kLayout, true> : erosion_grad_kernel<Type, kLayout, false>;
-    const int of_pixel = (is_geodesic(job) ? 2 : 1) * kRing * static_cast<int>(sizeof(float));
-    const RowsNeeds needs{1, kStages, of_pixel, 2 * kPixels * of_pixel, most_threads(is_plain(job))};
+    constexpr int kPixels = Word<Type>::kElements, kOfPixel = kRing * static_cast<int>(sizeof(float));
+    const auto kernel = job.confidence == Confidence::kLabel ? erosion_grad_kernel<Type, kLayout, Confidence::kLabel>
+                                                             : erosion_grad_kernel<Type, kLayout, Confidence::kTop>;
+    const RowsNeeds needs{1, kStages, kOfPixel, 2 * kPixels * kOfPixel, most_threads(job.confidence)};
     return launch_rows<Type, kLayout>(kernel, job, needs, stream, counting);
   });
 }

@@ -28,10 +28,9 @@ struct Place {
   static __device__ __forceinline__ Place of(const Shape& shape, const Strips& strips, int words_of_share) {
     constexpr int kPixels = Word<Type>::kElements;
     Place place;
-    const int block = static_cast<int>(blockIdx.x), image = strips.by_blocks_of_image.quotient(block);
-    const int within = block - image * strips.count * strips.bands;
-    const int strip = strips.by_bands.quotient(within), band = within - strip * strips.bands;
-    place.image = image;
+    const int block = static_cast<int>(blockIdx.x), blocks_of_image = strips.count * strips.bands;
+    const int strip = block % blocks_of_image / strips.bands, band = block % strips.bands;
+    place.image = block / blocks_of_image;
     const int height = static_cast<int>(shape.height), image_width = static_cast<int>(shape.width);
     place.image_width = image_width;
     place.begin = band * strips.rows;

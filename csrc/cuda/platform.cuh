@@ -69,13 +69,6 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   }
 }
 
-// Begins to copy the first so many of 16 bytes; the others become zeros.
-__device__ __forceinline__ void copy_async_some(void* shared, const void* global, int bytes) {
-  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes < 16 ? bytes : 16)
-               : "memory");
-}
-
 // Waits for all copies that this thread has begun.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

@@ -33,19 +33,14 @@ struct Terms {
   Kept kept[kPixels];
 };
 
-template <class Type, Layout kLayout, bool kSquares>
+template <class Type, bool kSquares>
 class Rows {
  public:
   static constexpr int kPixels = Word<Type>::kElements;
   using Element = typename Type::Element;
 
-  __device__ __forceinline__ Rows(const Input& input, const RowsPlan& plan, const Place& place,
-                                  const Staging<Type, kLayout>& staging)
-      : input_(input),
-        place_(place),
-        staging_(staging),
-        groups_(plan.strips.groups),
-        share_(place, staging, input.shape, plan.by_words_of_share) {}
+  __device__ __forceinline__ Rows(const Input& input, const RowsPlan& plan, const Place& place)
+      : input_(input), place_(place), groups_(plan.strips.groups), share_(place, plan, input.shape) {}
 
   // Begins to bring the labels of row y of the image, if there is one, to the L2: its reduction waits for them.
   __device__ __forceinline__ void prefetch_labels(int y) const {
@@ -53,33 +48,12 @@ class Rows {
     with_labels(input_.labels, [&](const auto* data) { prefetch(data + place_.index(y)); });
   }
 
-  // The arg max of row y's pixels, the lowest class on ties. Not to be called after reduce, which changes the row.
-  __device__ __forceinline__ void predict(int y, int s, int (&predicted)[kPixels]) const {
-    Element* const row = own_part(y, s);
-    const bool has_virtual = share_.first_class() > 0;
-    float largest[kPixels];
-    share_.find_largest(row, largest);
-#pragma unroll
-    for (int v = 0; v < kPixels; ++v) largest[v] = fmaxf(largest[v], has_virtual ? 0.0f : -kInf);
-    if (groups_ > 1) merge_largest(largest);
-#pragma unroll
-    for (int v = 0; v < kPixels; ++v) {
-      predicted[v] = has_virtual && largest[v] == 0.0f ? 0 : kBeyondClasses;
-      share_.each_channel(v, [&](int c) {
-        const bool found = Type::to_float(share_.at(row, v, c)) == largest[v];
-        if (found) predicted[v] = min(predicted[v], c + share_.first_class());
-        return !found;
-      });
-    }
-    if (groups_ > 1) merge(predicted, [](int a, int b) { return min(a, b); });
-  }
-
-  // Reduces row y, and finds its signed confidences of the wanted kind: +inf of void pixels, NaN where logits are not
-  // finite.
-  __device__ __forceinline__ Terms<kPixels> reduce(int y, int s, Confidence kind, float (&confidence)[kPixels]) {
+  // Reduces row y, which stands at `row` beginning with the thread's pixels, and finds its signed confidences of the
+  // wanted kind: +inf of void pixels, NaN where logits are not finite.
+  __device__ __forceinline__ Terms<kPixels> reduce(int y, Element* row, Confidence kind, float (&confidence)[kPixels]) {
     const bool is_top = kind == Confidence::kTop;
-    if (is_top) find_top_confidences(y, s, confidence);
-    const Terms<kPixels> terms = reduce(y, s);
+    if (is_top) find_top_confidences(row, confidence);
+    const Terms<kPixels> terms = reduce(y, row);
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
       const float log_odds = terms.log_odds[v];
@@ -93,16 +67,15 @@ class Rows {
     return terms;
   }
 
-  // Reduces row y, which stands in stage s. Pixels whose logits are not finite are set to 0 there.
-  __device__ __forceinline__ Terms<kPixels> reduce(int y, int s) {
+  // Reduces row y, which stands at `row`. Pixels whose logits are not finite are set to 0 there.
+  __device__ __forceinline__ Terms<kPixels> reduce(int y, Element* row) {
     Terms<kPixels> terms;
-    Element* const row = own_part(y, s);
     read_labels(input_.labels, static_cast<int>(input_.shape.classes()), place_.index(y), place_.pixels, terms.label);
     int channel[kPixels];
     float of_label[kPixels], virtual_logit[kPixels];
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
-      channel[v] = share_.channel_of(v, terms.label[v]);
+      channel[v] = share_.channel_of(terms.label[v]);
       of_label[v] = 0.0f;
       if (channel[v] >= 0) {
         Element& element = share_.at(row, v, channel[v]);
@@ -190,7 +163,7 @@ class Rows {
       for (int v = 0; v < kPixels; ++v) {
         if (sum[v] == sum[v]) continue;
         terms.kept[v] = {channel[v], 0.0f, 1.0f};
-        share_.each_channel(v, [&](int c) {
+        share_.each_channel([&](int c) {
           share_.at(row, v, c) = to_element<Type>(0.0f);
           return true;
         });
@@ -199,10 +172,10 @@ class Rows {
     return terms;
   }
 
-  // Turns row y in stage s into weight * dl/dz, or minus that if is_negative. Weights are not negative; 0 gives zeros.
-  __device__ __forceinline__ void put(int y, int s, const typename Terms<kPixels>::Kept (&kept)[kPixels],
+  // Turns a row that has been reduced into weight * dl/dz, or minus that if is_negative. Weights are not negative; 0
+  // gives zeros.
+  __device__ __forceinline__ void put(Element* row, const typename Terms<kPixels>::Kept (&kept)[kPixels],
                                       const float (&weight)[kPixels], bool is_negative) {
-    Element* const row = own_part(y, s);
     float power[kPixels], scale[kPixels];
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
@@ -232,15 +205,9 @@ class Rows {
   // where it has a summand more. And far from the lowest finite number, which must have no exponential left.
   static constexpr float kHuge = kScalesExponent ? 1e3f : 1e6f;
 
-  static constexpr int kBeyondClasses = std::numeric_limits<int>::max();
-
-  // Row y in stage s, beginning with this thread's pixels.
-  __device__ __forceinline__ Element* own_part(int y, int s) const { return staging_.at(y, s, place_.x); }
-
   // Log-odds of the largest logit, plus log(C - 1), not below 0. The sum over the others is relative to the second
   // largest: the largest, held to 1, is more than it by 1, and to subtract that costs a sum of 2 or more nothing.
-  __device__ __forceinline__ void find_top_confidences(int y, int s, float (&confidence)[kPixels]) const {
-    const Element* const row = own_part(y, s);
+  __device__ __forceinline__ void find_top_confidences(const Element* row, float (&confidence)[kPixels]) const {
     const float virtual_logit = share_.first_class() > 0 ? 0.0f : -kInf;
     float largest[kPixels], second[kPixels], sum[kPixels];
 #pragma unroll
@@ -274,7 +241,7 @@ class Rows {
   // Whether a class of this thread's share below the label's has its logit, too.
   __device__ __forceinline__ bool has_below(Element* row, int v, int label_channel, float of_label) const {
     bool found = false;
-    share_.each_channel(v, [&](int c) {
+    share_.each_channel([&](int c) {
       found = c < label_channel && Type::to_float(share_.at(row, v, c)) == of_label;
       return c < label_channel && !found;
     });
@@ -284,7 +251,7 @@ class Rows {
   // Subtracts from pixel v in all classes but the label's. Huge logits differ by 0 or by so much that no exponential is
   // left of the lower one: it does not matter that the difference is rounded.
   __device__ __forceinline__ void shift(Element* row, int v, int label_channel, float by) const {
-    share_.each_channel(v, [&](int c) {
+    share_.each_channel([&](int c) {
       Element& element = share_.at(row, v, c);
       if (c != label_channel) element = to_element<Type>(Type::to_float(element) - by);
       return true;
@@ -299,15 +266,11 @@ class Rows {
     const unsigned own_lanes = ((1u << groups_) - 1) << first_lane;
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
-      const int group = label[v] < 0 ? place_.group : share_.group_of(v, label[v]);
+      const int group = label[v] < 0 ? place_.group : share_.group_of(label[v]);
       of_label[v] = __shfl_sync(kAllLanes, of_label[v], first_lane + group);
       if (channel[v] < 0) is_tied[v] = place_.group < group && largest[v] == of_label[v];
       is_tied[v] = (__ballot_sync(kAllLanes, is_tied[v]) & own_lanes) != 0;
     }
-    merge_largest(largest);
-  }
-
-  __device__ __forceinline__ void merge_largest(float (&largest)[kPixels]) const {
     merge(largest, [](float a, float b) { return fmaxf(a, b); });
   }
 
@@ -327,9 +290,8 @@ class Rows {
 
   const Input& input_;
   const Place& place_;
-  const Staging<Type, kLayout>& staging_;
   const int groups_;
-  Share<Type, kLayout> share_;
+  Share<Type> share_;
 };
 
 // Where a pixel needs none but itself: goes over the block's rows, and calls f(y, stage) when row y has arrived in that

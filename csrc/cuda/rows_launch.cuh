@@ -57,7 +57,6 @@ TimedPlan fastest_plan(const Input& input, const RowsNeeds& needs, const DeviceL
     RowsPlan plan;
     const int classes = static_cast<int>(shape.classes());
     plan.words_of_share = groups == 1 ? classes : ((classes + groups - 1) / groups | 1);
-    plan.by_words_of_share = Divisor::of(plan.words_of_share);
     const StripLimits limits{needs.radius, kPixels, 2, kWarp / groups, groups, needs.most_threads, kNarrowestStrip};
     for_each_cut(shape.width, limits, [&](const Strips& strips) {
       plan.strips = strips;

@@ -86,19 +86,8 @@ __device__ __forceinline__ void descend(Workspace& work, int r, const unsigned* 
   __syncthreads();
 }
 
-// Rows of n scores; valid may be null.
-struct Scores {
-  const float* scores;
-  const bool* valid;
-  int64_t n;
-};
-
 // Ranks from the caller.
-struct KthValue : Scores {
-  const int64_t* k;
-  int64_t count;
-  float* out;
-
+struct GivenRanks : KthValue {
   __device__ int64_t pairs() const { return (count + kRanks - 1) / kRanks; }
   __device__ int64_t row(int64_t selection) const { return selection / pairs(); }
   __device__ unsigned rank(int64_t selection, int r) const {
@@ -115,11 +104,7 @@ struct KthValue : Scores {
 };
 
 // Ranks by the fractions of an image's valid pixels.
-struct NextTau : Scores {
-  const double* stats;
-  TauSettings settings;
-  float* tau;
-
+struct RanksOfFractions : NextTau {
   __device__ int64_t row(int64_t selection) const { return selection; }
   __device__ unsigned rank(int64_t selection, int r) const {
     const double rho = r == 0 ? settings.front_min : settings.front_max;
@@ -216,19 +201,16 @@ cudaError_t launch_select(const Goal& goal, int64_t count, void* workspace, cuda
 
 }  // namespace
 
-cudaError_t launch_kth_value(const float* scores, const bool* valid, int64_t batch, int64_t n, const int64_t* k,
-                             int64_t count, float* out, void* workspace, cudaStream_t stream) {
-  if (n == 0) {
-    const int64_t results = batch * count;
-    return launch(fill_kernel<float>, (results + 255) / 256, dim3(256), 0, stream, out, results, kInf);
+cudaError_t launch_kth_value(const KthValue& job, void* workspace, cudaStream_t stream) {
+  if (job.n == 0) {
+    const int64_t results = job.batch * job.count;
+    return launch(fill_kernel<float>, (results + 255) / 256, dim3(256), 0, stream, job.out, results, kInf);
   }
-  return launch_select(KthValue{{scores, valid, n}, k, count, out}, selections_of(batch, count), workspace, stream);
+  return launch_select(GivenRanks{job}, selections_of(job.batch, job.count), workspace, stream);
 }
 
-cudaError_t launch_next_tau(const float* log_odds, const double* stats, int64_t batch, int64_t n,
-                            const TauSettings& settings, float* tau, void* workspace, cudaStream_t stream) {
-  return launch_select(NextTau{{log_odds, nullptr, n}, stats, settings, tau}, selections_of(batch, 1), workspace,
-                       stream);
+cudaError_t launch_next_tau(const NextTau& job, void* workspace, cudaStream_t stream) {
+  return launch_select(RanksOfFractions{job}, selections_of(job.batch, 1), workspace, stream);
 }
 
 }  // namespace eroseg::cuda

@@ -13,23 +13,6 @@
 
 namespace eroseg::cuda {
 
-// Division by a number that the host knows, as a multiplication and a shift: exact for dividends from 0 to 2^31 - 1.
-struct Divisor {
-  uint32_t factor = 0;
-  int shift = 31;
-
-  static Divisor of(int64_t divisor) {
-    int bits = 0;
-    while ((int64_t{1} << bits) < divisor) ++bits;
-    const uint64_t power = uint64_t{1} << (31 + bits);
-    return {static_cast<uint32_t>((power + divisor - 1) / divisor), 31 + bits};
-  }
-
-  EROSEG_INLINE int quotient(int dividend) const {
-    return static_cast<int>(static_cast<uint64_t>(dividend) * factor >> shift);
-  }
-};
-
 struct Strips {
   int count = 0;   // strips of an image
   int width = 0;   // own pixels of a strip, whole units
@@ -38,7 +21,6 @@ struct Strips {
   int groups = 0;  // threads that share a pixel's classes
   int bands = 0;   // of a strip
   int rows = 0;    // own rows of a band
-  Divisor by_blocks_of_image, by_bands;
 
   int threads() const { return slots * groups; }
   int64_t blocks_of_image() const { return static_cast<int64_t>(count) * bands; }
@@ -104,8 +86,6 @@ double cut_bands(Strips& strips, int64_t batch, int64_t height, int radius, int6
       strips.bands = static_cast<int>((height + rows - 1) / rows);
     }
   }
-  strips.by_blocks_of_image = Divisor::of(strips.blocks_of_image());
-  strips.by_bands = Divisor::of(strips.bands);
   return least;
 }
 

@@ -135,42 +135,8 @@ struct Float16 : LargerOfPairs<Float16, Float16Pair> {
 // Eight bytes of logits: a thread's unit of access to shared memory.
 template <class Type>
 struct alignas(8) Word {
-  // Pixels of a word of planes; classes of a word of a channels_last pixel.
   static constexpr int kElements = 2 * Type::kPixels;
-  using Element = typename Type::Element;
   uint32_t halves[2];
-
-  // Whether an address is odd, counted in 16 bits: a word there has no aligned half.
-  static __device__ __forceinline__ bool is_odd(const Element* at) {
-    return sizeof(Element) == 2 && reinterpret_cast<uintptr_t>(at) % 4 != 0;
-  }
-
-  // The word at any element, `odd` being is_odd(at). Neighbouring words are other threads', which may be writing them:
-  // nothing beyond this one is touched.
-  static __device__ __forceinline__ Word load(const Element* at, bool odd) {
-    constexpr int kHalf = kElements / 2;
-    if constexpr (sizeof(Element) == 2) {
-      if (odd) {
-        const uint32_t middle = *reinterpret_cast<const uint32_t*>(at + 1);
-        return {{at[0] | middle << 16, middle >> 16 | static_cast<uint32_t>(at[3]) << 16}};
-      }
-    }
-    return {{*reinterpret_cast<const uint32_t*>(at), *reinterpret_cast<const uint32_t*>(at + kHalf)}};
-  }
-
-  __device__ __forceinline__ void store(Element* at, bool odd) const {
-    constexpr int kHalf = kElements / 2;
-    if constexpr (sizeof(Element) == 2) {
-      if (odd) {
-        at[0] = static_cast<Element>(halves[0]);
-        *reinterpret_cast<uint32_t*>(at + 1) = halves[0] >> 16 | halves[1] << 16;
-        at[3] = static_cast<Element>(halves[1] >> 16);
-        return;
-      }
-    }
-    *reinterpret_cast<uint32_t*>(at) = halves[0];
-    *reinterpret_cast<uint32_t*>(at + kHalf) = halves[1];
-  }
 
   __device__ __forceinline__ void unpack(float (&out)[kElements]) const {
 #pragma unroll
@@ -255,12 +221,6 @@ __device__ __forceinline__ void read_labels(const Labels& labels, int classes, i
       out[v] = v < n ? checked_label(static_cast<int64_t>(several.at[v]), classes, labels.ignore_index) : -1;
     }
   });
-}
-
-__device__ __forceinline__ int read_label(const Labels& labels, int classes, int64_t index) {
-  int label[1];
-  read_labels(labels, classes, index, 1, label);
-  return label[0];
 }
 
 // x as an element in memory.

@@ -158,7 +158,7 @@ def strong_attack(
         raise ValueError(f"indices has {len(numbers)} numbers, wanted {len(images)}, one per image")
     model = unwrapped(model)
     logits = Logits.under(model, config, dtype=images.dtype)
-    ops = backend.select(images.device, config.backend)
+    ops = backend.select(images.device, config.backend, methods.reference_option(config))
     with torch.inference_mode(False), torch.enable_grad(), frozen(model, config.model_mode):
         search = _Search(config, radii, logits, ops, images, labels, mask)
         adversarial, info = search.run(seed, numbers)

@@ -199,6 +199,15 @@ class WeightedCrossEntropy:
 Method = ErosionFront | WeightedCrossEntropy
 
 
+def reference_option(settings: AttackSettings) -> str | None:
+    """The option of the method that only the reference computes, such as ``radius=2``; None if there is none."""
+    if settings.method == "eroseg" and settings.radius > 1:
+        return f"radius={settings.radius}"
+    if settings.method == "eroseg" and settings.within == "class":
+        return "within='class'"
+    return "variant='sigmoid'" if settings.method == "cospgd" and settings.variant == "sigmoid" else None
+
+
 def create(settings: AttackSettings, ops: ModuleType, labels: Tensor, buffer: GradientBuffer) -> Method:
     """The method that the settings name, for one batch of labels; ``ops`` is the backend's module."""
     kind = ErosionFront if settings.method == "eroseg" else WeightedCrossEntropy

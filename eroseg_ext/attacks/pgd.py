@@ -174,7 +174,7 @@ def run_attack(
     inputs.check(images, labels, mask, config)
     model = unwrapped(model)
     logits = Logits.under(model, config, dtype=images.dtype)
-    ops = backend.select(images.device, config.backend)
+    ops = backend.select(images.device, config.backend, methods.reference_option(config))
     with torch.inference_mode(False), torch.enable_grad(), frozen(model, config.model_mode):
         if config.graph:
             graphs.expect(model)

@@ -11,7 +11,7 @@
 #include <optional>
 #include <vector>
 
-#include "jobs.h"
+#include "params.h"
 
 namespace eroseg {
 

@@ -3,7 +3,7 @@
 // ops/fused.py brings tensors to these forms; who calls torch.ops.eroseg directly is told what is wrong.
 //
 // A Backend is made from the tensor whose device everything must be on. It has a function for each operator, which gets
-// checked parameters (jobs.h); gradients return their stats.
+// checked parameters (params.h); gradients return their stats.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

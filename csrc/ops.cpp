@@ -1,7 +1,7 @@
 // Every operator schema of the package, on one page. eroseg_ext/ops/reference.py defines what they compute,
 // eroseg_ext/ops/fused.py is their Python face, csrc/cpu/ops_cpu.cpp implements them for CPU tensors.
 //
-// Tensors are dense and of the documented dtypes: ops.py brings them there. Names are integers here, see settings.h.
+// Tensors are dense and of the documented dtypes: ops/fused.py brings them there. Names are integers here, see enums.h.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(eroseg, m) {

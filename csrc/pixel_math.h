@@ -15,7 +15,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "settings.h"
+#include "enums.h"
 
 #if defined(__CUDACC__)
 #define EROSEG_INLINE __host__ __device__ __forceinline__
@@ -122,7 +122,7 @@ struct MethodSettings {
 };
 
 // The cross-entropy weight of a pixel, times 1 - p_y, so that it multiplies the gradient of the negative log-odds.
-// `weighty` is where the method looks at right or wrong: right pixels, or wrong ones if targeted. `norm` is, for
+// `weighty` marks the pixels that segpgd and mce weigh more: correct ones, or wrong ones if targeted. `norm` is, for
 // cospgd, sum over c != y of (exp(z_c - m) / S)^2.
 template <class F, class Mask>
 EROSEG_INLINE F method_weight(const MethodSettings& settings, F log_odds, Mask weighty, F norm) {

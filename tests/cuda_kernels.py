@@ -1,4 +1,4 @@
-"""The CUDA kernels with the face of ``ops.py``, on CPU tensors: compiled for the host, see ``cuda_on_host.h``.
+"""The CUDA kernels as the functions of ``ops/fused.py``, on CPU tensors: compiled for the host (``cuda_on_host.h``).
 
 Whatever holds of the operations is tested of the kernels themselves this way where there is no GPU. Around that, this
 module looks for what a result would not show: every tensor that a kernel is given lies between guards, at an address

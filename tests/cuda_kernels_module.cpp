@@ -1,5 +1,5 @@
-// The CUDA kernels compiled for the host, for pytest; tests/cuda_kernels.py builds it and gives it the face of ops.py.
-// Tensors come as addresses.
+// The CUDA kernels compiled for the host, for pytest; tests/cuda_kernels.py builds it and gives it the functions of
+// ops/fused.py. Tensors come as addresses.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

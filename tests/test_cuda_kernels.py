@@ -83,7 +83,7 @@ def test_every_way_to_share_classes_among_threads_and_to_copy_rows(
 @pytest.mark.parametrize("options", [*OPTIONS, {"radius": 0}], ids=str)
 @pytest.mark.parametrize("processors", [1, 7, 1000])
 @pytest.mark.parametrize("width", [255, 256, 257, 600, 1031])
-def test_pixels_do_not_feel_the_borders_of_strips_and_bands(
+def test_pixels_do_not_feel_the_borders_of_tiles(
     width: int, processors: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_kernels, "DEVICES", ((processors, 100), (processors, 228)))

@@ -10,10 +10,10 @@ struct Pixels {
         confidence(load<F>(row.signed_confidence + i)),
         valid(label >= 0),
         finite(confidence == confidence),
-        right(valid & finite & (load<I>(row.predicted + i) == label)) {}
+        correct(valid & finite & (load<I>(row.predicted + i) == label)) {}
   I label;
   F confidence;  // signed
-  I valid, finite, right;
+  I valid, finite, correct;
 };
 
 // The counts of a row in vectors of lanes, added up in a fixed order at its end.
@@ -21,7 +21,7 @@ class RowCounter {
  public:
   EROSEG_INLINE void add(const Pixels& at, I front, F moved) {
     valid_ -= at.valid;  // a mask's lanes are 0 or -1
-    right_ -= at.right;
+    correct_ -= at.correct;
     front_ -= front;
     // A pixel whose logits are not finite has a confidence of NaN.
     movement_ += __builtin_convertvector((at.valid & ~at.finite) ? at.confidence : moved, D);
@@ -30,7 +30,7 @@ class RowCounter {
     RowStats stats;
     for (int i = 0; i < kLanes; ++i) {
       stats.valid += valid_[i];
-      stats.right += right_[i];
+      stats.correct += correct_[i];
       stats.front += front_[i];
       stats.movement += movement_[i];
     }
@@ -38,7 +38,7 @@ class RowCounter {
   }
 
  private:
-  I valid_{}, right_{}, front_{};
+  I valid_{}, correct_{}, front_{};
   D movement_{};
 };
 

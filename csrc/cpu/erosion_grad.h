@@ -64,7 +64,7 @@ void erosion_grad(const ErosionGrad& job, int64_t image, int64_t row_begin, int6
     float* const score = scores(y);
     if (y >= 0 && y < shape.height) {
       const Row row = workspace.row(y % slots);
-      reduce_row(job.input, image, y, extra_of(job.confidence), stride, row);
+      reduce_row(job.input, image, y, reduction_of(job.confidence), stride, row);
       for (int64_t x = 0; x < stride; x += kLanes) {
         // Void pixels, and those beyond the image, have +inf; pixels that are not finite lend nothing either.
         const F confidence = absolute(load<F>(row.signed_confidence + x));

@@ -4,18 +4,18 @@
 
 #include <cstdint>
 
-#include "../jobs.h"
+#include "../params.h"
 
 namespace eroseg::cpu {
 
 // Counts of one row of pixels; summed in row order, so that no result depends on the number of threads.
 struct RowStats {
-  int64_t valid = 0, right = 0, front = 0;
+  int64_t valid = 0, correct = 0, front = 0;
   double movement = 0;  // NaN if a valid pixel's logits are not finite
 };
 
-// Working memory of one thread, kept from one band to the next. Not a std::vector: what a template of the standard
-// library would become in a file compiled for AVX-512, the linker might pick for every CPU.
+// Working memory of one thread, kept from one tile to the next. It is not a std::vector: std templates instantiated in
+// a file for AVX-512 contain AVX-512, and the linker may keep that copy for all files.
 class Scratch {
  public:
   Scratch() = default;

@@ -1,4 +1,4 @@
-// The operators for CPU tensors: threads share the rows, and call the kernels.
+// The operators for CPU tensors: the rows of the images are divided among threads, which call the kernels.
 #include "../operators.h"
 #include "kernels.h"
 #include "select.h"
@@ -6,26 +6,26 @@
 namespace eroseg::cpu {
 namespace {
 
-// What a parallel loop throws loses its text: a wrong EROSEG_CPU_LEVEL has to be told before it.
+// An exception loses its text in a parallel loop: a wrong EROSEG_CPU_LEVEL has to be reported before.
 void check_level() { kernels(); }
 
-// Calls f(image, row_begin, row_end, scratch) over bands of rows of all images. A band is a task; there are a few per
-// thread, for balance, but none lower than min_rows unless an image is. What a band computes does not depend on where
-// its bounds are, so neither does any result on the number of threads.
+// Calls f(image, row_begin, row_end, scratch) for tiles of rows of all images. A tile is a task; there are a few per
+// thread, for balance, but none with fewer rows than min_rows unless an image has fewer. What is computed of a row does
+// not depend on its tile, so no result depends on the number of threads.
 template <class F>
-void for_each_band(const Shape& shape, int64_t min_rows, const F& f) {
+void for_each_tile(const Shape& shape, int64_t min_rows, const F& f) {
   if (shape.batch * shape.pixels() == 0) return;
   check_level();
   constexpr int64_t kTasksPerThread = 4;
   const int64_t tasks = kTasksPerThread * torch::stable::get_num_threads();
-  const int64_t bands_wanted = (tasks + shape.batch - 1) / shape.batch;
-  const int64_t rows = std::max((shape.height + bands_wanted - 1) / bands_wanted, min_rows);
-  const int64_t bands = (shape.height + rows - 1) / rows;
-  torch::stable::parallel_for(0, shape.batch * bands, 1, [&](int64_t begin, int64_t end) {
+  const int64_t tiles_wanted = (tasks + shape.batch - 1) / shape.batch;
+  const int64_t rows = std::max((shape.height + tiles_wanted - 1) / tiles_wanted, min_rows);
+  const int64_t tiles = (shape.height + rows - 1) / rows;
+  torch::stable::parallel_for(0, shape.batch * tiles, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task % bands * rows;
-      f(task / bands, row, std::min(row + rows, shape.height), scratch);
+      const int64_t row = task % tiles * rows;
+      f(task / tiles, row, std::min(row + rows, shape.height), scratch);
     }
   });
 }
@@ -38,12 +38,12 @@ Tensor summed(const std::vector<RowStats>& rows, const Shape& shape, const Tenso
     for (int64_t y = 0; y < shape.height; ++y) {
       const RowStats& row = rows[image * shape.height + y];
       sum.valid += row.valid;
-      sum.right += row.right;
+      sum.correct += row.correct;
       sum.front += row.front;
       sum.movement += row.movement;
     }
     out[0] = static_cast<double>(sum.valid);
-    out[1] = static_cast<double>(sum.right);
+    out[1] = static_cast<double>(sum.correct);
     out[2] = static_cast<double>(sum.front);
     out[3] = sum.movement;
   }
@@ -57,8 +57,8 @@ class Backend {
   Tensor erosion_grad(const ErosionGrad& job) const {
     const Shape& shape = job.input.shape;
     std::vector<RowStats> rows(shape.batch * shape.height);
-    // A band also reduces the rows above and below itself: keep that a small part of it.
-    for_each_band(shape, 16, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
+    // A task also reduces the rows above and below its tile: those should be a small part of its work.
+    for_each_tile(shape, 16, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
       kernels().erosion_grad(job, image, begin, end, scratch, rows.data());
     });
     return summed(rows, shape, first_);
@@ -67,14 +67,14 @@ class Backend {
   Tensor pixel_grad(const PixelGrad& job) const {
     const Shape& shape = job.input.shape;
     std::vector<RowStats> rows(shape.batch * shape.height);
-    for_each_band(shape, 8, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
+    for_each_tile(shape, 8, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
       kernels().pixel_grad(job, image, begin, end, scratch, rows.data());
     });
     return summed(rows, shape, first_);
   }
 
   void confidence(const ConfidenceMap& job) const {
-    for_each_band(job.input.shape, 8, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
+    for_each_tile(job.input.shape, 8, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
       kernels().confidence(job, image, begin, end, scratch);
     });
   }
@@ -108,10 +108,10 @@ class Backend {
     });
   }
 
-  // A band has a matrix of its own; they are added up as integers, so that the order does not matter.
+  // A tile has a matrix of its own. They are integers, so the order in which they are added does not matter.
   void confusion(const Confusion& job) const {
     const int64_t cells = job.classes * job.classes;
-    for_each_band(job.input.shape, 8, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
+    for_each_tile(job.input.shape, 8, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
       std::vector<int64_t> own(cells, 0);
       kernels().confusion(job, image, begin, end, scratch, own.data());
       for (int64_t i = 0; i < cells; ++i) {

@@ -8,17 +8,18 @@ void pixel_grad(const PixelGrad& job, int64_t image, int64_t row_begin, int64_t 
   const Shape& shape = job.input.shape;
   const Workspace workspace(shape, 1, 0, scratch);
   const Row row = workspace.row(0);
-  const Extra extra = job.method.method == Method::kCosPgd ? Extra::kSquares : Extra::kNone;
+  const PixelReduction reduction =
+      job.method.method == Method::kCosPgd ? PixelReduction::kSquares : PixelReduction::kNone;
   const float* class_weight = job.class_weight == nullptr ? nullptr : job.class_weight + image * shape.classes();
   for (int64_t y = row_begin; y < row_end; ++y) {
-    reduce_row(job.input, image, y, extra, workspace.stride(), row);
+    reduce_row(job.input, image, y, reduction, workspace.stride(), row);
     RowCounter counter;
     for (int64_t x = 0; x < shape.width; x += kBlock) {
       F weight[kUnroll];
       for (int u = 0; u < kUnroll; ++u) {
         const int64_t i = x + u * kLanes;
         const Pixels at(row, i);
-        const I weighty = job.method.targeted ? ~at.right : at.right;
+        const I weighty = job.method.targeted ? ~at.correct : at.correct;
         const F w = method_weight(job.method, load<F>(row.log_odds + i), weighty, load<F>(row.norm + i));
         weight[u] = final_weight(w, at, class_weight, job.method.targeted);
         counter.add(at, at.valid, F{});

@@ -1,10 +1,9 @@
 // The CUDA kernels' launchers: plain pointers on the device, a stream, and an error code. No torch header.
 #pragma once
 
-#include <algorithm>
-
-#include "../jobs.h"
+#include "../params.h"
 #include "runtime.h"
+#include "tiles.h"
 
 namespace eroseg::cuda {
 
@@ -19,11 +18,10 @@ struct Counting {
 constexpr int kRetirementCounters = 1024;
 cudaError_t retirement_counters(unsigned** first);
 
-// No launch over these images has more blocks than this: no strip but the last is narrower, and no band is empty.
-constexpr int kNarrowestStrip = 16;
+// No launch over these images has more blocks than this.
 inline int64_t most_blocks(const Shape& shape) {
-  const int64_t strips = (shape.width + kNarrowestStrip - 1) / kNarrowestStrip;
-  return shape.batch * strips * std::min<int64_t>(shape.height, 256);
+  const int64_t tiles = (shape.width + kNarrowestTile - 1) / kNarrowestTile;
+  return shape.batch * tiles * std::min(shape.height, kMostTilesDown);
 }
 
 cudaError_t launch_erosion_grad(const ErosionGrad& job, const Counting& counting, cudaStream_t stream);

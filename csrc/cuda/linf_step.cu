@@ -1,6 +1,6 @@
 // linf_step_: a thread for each kWide neighbouring elements of the images.
 #include "launchers.h"
-#include "platform.cuh"
+#include "types.cuh"
 
 namespace eroseg::cuda {
 namespace {
@@ -8,24 +8,18 @@ namespace {
 constexpr int kThreads = 256;
 
 template <int kWide>
-struct alignas(kWide * sizeof(float)) Floats {
-  float value[kWide];
-};
-
-template <int kWide>
-__global__ void __launch_bounds__(kThreads) linf_step_kernel(const __grid_constant__ Step step, int64_t words) {
-  const int64_t word = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (word >= words) return;
-  auto* to = reinterpret_cast<Floats<kWide>*>(step.x_adv) + word;
-  const auto clean = reinterpret_cast<const Floats<kWide>*>(step.x)[word];
-  const auto grad = reinterpret_cast<const Floats<kWide>*>(step.grad)[word];
-  Floats<kWide> moved = *to;
-  const int64_t elements = step.elements(), first = word * kWide;
+__global__ void __launch_bounds__(kThreads) linf_step_kernel(const __grid_constant__ Step step, int64_t vectors) {
+  const int64_t vector = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (vector >= vectors) return;
+  auto* to = reinterpret_cast<AlignedVector<float, kWide>*>(step.x_adv) + vector;
+  const auto clean = reinterpret_cast<const AlignedVector<float, kWide>*>(step.x)[vector];
+  const auto grad = reinterpret_cast<const AlignedVector<float, kWide>*>(step.grad)[vector];
+  AlignedVector<float, kWide> moved = *to;
+  const int64_t elements = step.elements(), first = vector * kWide;
 #pragma unroll
   for (int j = 0; j < kWide; ++j) {
     if (step.mask != nullptr && !step.is_inside((first + j) / elements, (first + j) % elements)) continue;
-    moved.value[j] =
-        linf_stepped(moved.value[j], clean.value[j], grad.value[j], step.eps, step.alpha, step.low, step.high);
+    moved.at[j] = linf_stepped(moved.at[j], clean.at[j], grad.at[j], step.eps, step.alpha, step.low, step.high);
   }
   *to = moved;
 }

@@ -29,13 +29,13 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// The runtime also keeps an error for whoever asks for the last one; nobody else is to find this one there.
+// The runtime also records the error until cudaGetLastError is called; later checks must not report this one.
 void launched(cudaError_t error, const char* op) {
   if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
   STD_TORCH_CHECK(error == cudaSuccess, op, ": the CUDA kernel was not launched: ", cudaGetErrorString(error));
 }
 
-// Which retirement counter launches on a stream have: one each, since launches on a stream do not overlap; none if all
+// The retirement counter of launches on a stream. Each stream has one, since its launches do not overlap; none if all
 // are taken.
 std::optional<int> counter_of(int32_t device, cudaStream_t stream) {
   static std::mutex mutex;

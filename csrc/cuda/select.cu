@@ -3,8 +3,8 @@
 // The bits of a non-negative float order like the float; as a key of 31 bits it has digits of 11, 10 and 10 bits, the
 // highest first. For each digit there is a launch, in which several blocks share a row of scores:
 //   1. Histogram, in shared memory, of the digit over the block's keys that agree with the digits already found.
-//   2. It is added to the row's histogram in memory. The block that takes the row's last number from the ticket knows
-//      that one to be complete; the others end.
+//   2. It is added to the row's histogram in memory. That one is complete for the block that is the last to raise the
+//      row's retirement counter; the others end.
 //   3. The k-th smallest is in the bin where the running count reaches k: that is its digit, and k is lessened by the
 //      count before the bin. The row's histogram is set to 0 for the next digit.
 // Two ranks at a time, each with its own prefix and histogram: the scores are read three times, whatever their values.
@@ -29,7 +29,7 @@ struct Selection {
   unsigned histogram[kRanks][kMostBins];
   uint32_t prefix[kRanks];
   unsigned rank[kRanks];
-  unsigned ticket;
+  unsigned retired;
 };
 static_assert(sizeof(Selection) <= kBytesOfSelection);
 
@@ -45,7 +45,7 @@ struct Workspace {
 template <class F>
 __device__ __forceinline__ void for_each_key(const float* scores, const bool* valid, int64_t n, const F& f) {
   const auto key_of = [&](float score) { return static_cast<uint32_t>(Bits<float>::of(score)) & 0x7fffffffu; };
-  using FourFloats = Several<float, 4>;
+  using FourFloats = AlignedVector<float, 4>;
   const int64_t self = threadIdx.x;
   if (valid == nullptr && reinterpret_cast<uintptr_t>(scores) % sizeof(FourFloats) == 0) {
     const auto* wide = reinterpret_cast<const FourFloats*>(scores);
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (self == 0) {
     const auto last = static_cast<unsigned>(blocks_of_row - 1);
-    work.is_last = atomicInc(&selection.ticket, last) == last;
+    work.is_last = atomicInc(&selection.retired, last) == last;
   }
   __syncthreads();
   if (work.is_last == 0) return;

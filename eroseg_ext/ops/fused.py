@@ -33,7 +33,7 @@ __all__ = [
     "pixel_grad",
 ]
 
-# The orders of csrc/settings.h.
+# The orders of csrc/enums.h.
 CONFIDENCES = ("label", "top")
 FRONTS = ("soft", "hard")
 DIRECTIONS = ("log_odds", "ce")

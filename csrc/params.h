@@ -1,4 +1,4 @@
-// What the operations are asked to do, as plain pointers and numbers, for the CPU and the CUDA kernels alike.
+// The parameters of the operations as plain pointers and numbers, for the CPU and the CUDA kernels alike.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
-// A thread's share of the logits of its pixels, and how it goes over them where they stand in shared memory.
+// A thread's slice of the classes of its pixels, and its loops over their logits in shared memory.
 //
-// A thread has a word of neighbouring pixels. `groups` threads with the same pixels share the classes: each has some of
-// them, one behind the other.
+// A thread has a vector of neighbouring pixels. The classes are divided among `groups` threads with the same pixels:
+// each has a slice of consecutive ones.
 #pragma once
 
 #include "staging.cuh"
@@ -9,18 +9,18 @@
 namespace eroseg::cuda {
 
 template <class Type>
-class Share {
+class ClassSlice {
  public:
-  static constexpr int kPixels = Word<Type>::kElements;
+  static constexpr int kPixels = Vector<Type>::kElements;
   using Element = typename Type::Element;
 
-  __device__ __forceinline__ Share(const Place& place, const RowsPlan& plan, const Shape& shape)
+  __device__ __forceinline__ ClassSlice(const ThreadTile& tile, const RowsPlan& plan, const Shape& shape)
       : pitch_(plan.memory.pitch),
-        words_of_share_(plan.words_of_share),
+        slice_classes_(plan.slice_classes),
         first_class_(static_cast<int>(shape.classes() - shape.channels)) {
     // The virtual class 0 of binary segmentation has no channel.
-    begin_ = max(place.first - first_class_, 0);
-    end_ = max(place.first + place.count - first_class_, begin_);
+    begin_ = max(tile.first - first_class_, 0);
+    end_ = max(tile.first + tile.count - first_class_, begin_);
   }
 
   // Classes without a channel: 1 in binary segmentation, else 0.
@@ -29,14 +29,14 @@ class Share {
   // A channel of pixel v in a row that begins with the thread's pixels.
   __device__ __forceinline__ Element& at(Element* row, int v, int channel) const { return row[channel * pitch_ + v]; }
 
-  // The channel of a label if it is of this thread's share, else -1.
+  // The channel of a label if it is in this thread's slice, else -1.
   __device__ __forceinline__ int channel_of(int label) const {
     const int channel = label - first_class_;
     return begin_ <= channel && channel < end_ ? channel : -1;
   }
 
   // Which of the threads with the same pixels has a label. Their classes rise with their number.
-  __device__ __forceinline__ int group_of(int label) const { return label / words_of_share_; }
+  __device__ __forceinline__ int group_of(int label) const { return label / slice_classes_; }
 
   // Calls f(channel) for this thread's channels, beginning with the lowest, until it returns false.
   template <class F>
@@ -53,48 +53,47 @@ class Share {
     transform<false>(const_cast<Element*>(row), [&](int v, float z) { return f(v, z), z; });
   }
 
-  // Puts f(v, z) in the place of z, if kWrite.
+  // Replaces each logit z of pixel v by f(v, z), if kWrite.
   template <bool kWrite = true, class F>
   __device__ __forceinline__ void transform(Element* row, const F& f) const {
-    over_words<kWrite>(row + begin_ * pitch_, end_ - begin_, [&](Word<Type>& word) {
+    over_vectors<kWrite>(row + begin_ * pitch_, end_ - begin_, [&](Vector<Type>& vector) {
       float value[kPixels];
-      word.unpack(value);
+      vector.unpack(value);
 #pragma unroll
       for (int v = 0; v < kPixels; ++v) value[v] = f(v, value[v]);
-      if constexpr (kWrite) word = Word<Type>::pack(value);
+      if constexpr (kWrite) vector = Vector<Type>::pack(value);
     });
   }
 
   // The largest logit of each pixel, whatever NaN there may be among them.
   __device__ __forceinline__ void find_largest(const Element* row, float (&largest)[kPixels]) const {
-    Word<Type> held = {{Type::kMinusInf, Type::kMinusInf}};
-    over_words<false>(const_cast<Element*>(row) + begin_ * pitch_, end_ - begin_, [&](const Word<Type>& word) {
+    Vector<Type> held = {{Type::kMinusInf, Type::kMinusInf}};
+    over_vectors<false>(const_cast<Element*>(row) + begin_ * pitch_, end_ - begin_, [&](const Vector<Type>& vector) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) held.halves[h] = Type::larger(held.halves[h], word.halves[h]);
+      for (int h = 0; h < 2; ++h) held.halves[h] = Type::larger(held.halves[h], vector.halves[h]);
     });
     held.unpack(largest);
   }
 
  private:
-  // Calls f(word) for n words, a pitch apart, and puts them back if kWrite. kAtOnce are read before the first is
-  // written: one after the other, each would wait for the one before, since the compiler cannot know that they are
-  // different places.
+  // Calls f(vector) for n vectors, a pitch apart, and writes them back if kWrite. kAtOnce are read before the first is
+  // written: the compiler cannot know that they do not overlap, and would make each read wait for the write before it.
   template <bool kWrite, int kAtOnce = 4, class F>
-  __device__ __forceinline__ void over_words(Element* at, int n, const F& f) const {
+  __device__ __forceinline__ void over_vectors(Element* at, int n, const F& f) const {
 #pragma unroll 1
     for (; n >= kAtOnce; n -= kAtOnce, at += kAtOnce * pitch_) {
-      Word<Type> words[kAtOnce];
+      Vector<Type> vectors[kAtOnce];
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) words[k] = *reinterpret_cast<const Word<Type>*>(at + k * pitch_);
+      for (int k = 0; k < kAtOnce; ++k) vectors[k] = *reinterpret_cast<const Vector<Type>*>(at + k * pitch_);
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) f(words[k]);
+      for (int k = 0; k < kAtOnce; ++k) f(vectors[k]);
 #pragma unroll
-      for (int k = 0; kWrite && k < kAtOnce; ++k) *reinterpret_cast<Word<Type>*>(at + k * pitch_) = words[k];
+      for (int k = 0; kWrite && k < kAtOnce; ++k) *reinterpret_cast<Vector<Type>*>(at + k * pitch_) = vectors[k];
     }
-    if constexpr (kAtOnce > 1) over_words<kWrite, kAtOnce / 2>(at, n, f);
+    if constexpr (kAtOnce > 1) over_vectors<kWrite, kAtOnce / 2>(at, n, f);
   }
 
-  int pitch_, words_of_share_, first_class_;
+  int pitch_, slice_classes_, first_class_;
   int begin_, end_;  // this thread's channels
 };
 

@@ -37,12 +37,12 @@ SHAPES: dict[str, dict[str, Shape]] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {"progressive": {"confidence": "top", "front": "hard", "direction": "ce"}}
 """Of ``erosion_grad``, which have kernels of their own on a GPU: as ``preset="progressive"`` has it."""
-METHODS = tuple(method for method in reference.METHODS if method != "cospgd_sigmoid")
-"""Of ``pixel_grad``, those that are fused."""
 SECONDS = {"quick": 0.2, "default": 1.0, "full": 2.0}
 """Time for the samples of one figure."""
 COMPILE_SECONDS = 120.0
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+METHODS = tuple(method for method in reference.PIXEL_METHODS if method != "cospgd_sigmoid")
+"""Of ``pixel_grad``, those that are fused."""
 VOID = 255
 
 

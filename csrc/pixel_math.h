@@ -15,7 +15,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "settings.h"
+#include "enums.h"
 
 #if defined(__CUDACC__)
 #define EROSEG_INLINE __host__ __device__ __forceinline__
@@ -104,13 +104,6 @@ EROSEG_INLINE F log_sigmoid(F x) {
   return (x < 0.0f ? x : splat<F>(0.0f)) - log_positive(1.0f + exponential(-absolute(x)));
 }
 
-// (sigma(z) / sigma(z_y))^2 from z and log sigma(z_y), since both sigmas may underflow; bounded at e^80.
-template <class F>
-EROSEG_INLINE F squared_sigmoid_ratio(F z, F log_sigmoid_of_label) {
-  const F gap = 2.0f * (log_sigmoid(z) - log_sigmoid_of_label);
-  return exponential(gap > 80.0f ? splat<F>(80.0f) : gap);
-}
-
 // The weight of a pixel with eroded confidence q >= 0 in a front of width tau; q = +inf weighs 0.
 template <class F>
 EROSEG_INLINE F front_weight(Front front, F q, float tau) {
@@ -129,13 +122,12 @@ struct MethodSettings {
 };
 
 // The cross-entropy weight of a pixel, times 1 - p_y, so that it multiplies the gradient of the negative log-odds.
-// `weighty` is where the method looks at right or wrong: right pixels, or wrong ones if targeted. `norm` is, for
-// cospgd, sum over c != y of (exp(z_c - m) / S)^2; for its sigmoid variant sum over c of (sigma(z_c) / sigma(z_y))^2.
+// `weighty` marks the pixels that segpgd and mce weigh more: correct ones, or wrong ones if targeted. `norm` is, for
+// cospgd, sum over c != y of (exp(z_c - m) / S)^2.
 template <class F, class Mask>
 EROSEG_INLINE F method_weight(const MethodSettings& settings, F log_odds, Mask weighty, F norm) {
   const F p_rest = sigmoid(-log_odds);
   const F p_label = sigmoid(log_odds);
-  F cosine = splat<F>(0.0f);
   switch (settings.method) {
     case Method::kPgd:
       return p_rest;
@@ -146,12 +138,9 @@ EROSEG_INLINE F method_weight(const MethodSettings& settings, F log_odds, Mask w
       const F e = exponential(-absolute(log_odds));
       const F label = log_odds >= 0.0f ? splat<F>(1.0f) : e;
       const F rest = log_odds >= 0.0f ? e : splat<F>(1.0f);
-      cosine = label * exponential(-0.5f * log_positive(label * label + rest * rest * norm));
-      break;
+      const F cosine = label * exponential(-0.5f * log_positive(label * label + rest * rest * norm));
+      return p_rest * (settings.targeted ? 1.0f - cosine : cosine);
     }
-    case Method::kCosPgdSigmoid:
-      cosine = exponential(-0.5f * log_positive(norm));
-      break;
     case Method::kMaskedCe:
       return weighty ? p_rest : splat<F>(0.0f);
     case Method::kJs:
@@ -159,7 +148,20 @@ EROSEG_INLINE F method_weight(const MethodSettings& settings, F log_odds, Mask w
     case Method::kTsallis:
       return p_rest * exponential(settings.q_minus_one * log_sigmoid(log_odds));
   }
-  return p_rest * (settings.targeted ? 1.0f - cosine : cosine);
+  return splat<F>(0.0f);
+}
+
+// Comparisons with NaN are false, so NaN stays.
+template <class F>
+EROSEG_INLINE F clamped(F value, F low, F high) {
+  return value < low ? low : (value > high ? high : value);
+}
+
+// x_adv after a signed step in the l_inf ball around x; a NaN gradient makes a NaN pixel.
+template <class F>
+EROSEG_INLINE F linf_stepped(F x_adv, F x, F grad, float eps, float alpha, float low, float high) {
+  const F sign = grad > 0.0f ? splat<F>(1.0f) : (grad < 0.0f ? splat<F>(-1.0f) : grad);
+  return clamped(clamped(x_adv + alpha * sign, x - eps, x + eps), splat<F>(low), splat<F>(high));
 }
 
 }  // namespace eroseg

@@ -12,8 +12,8 @@ struct TauSettings {
   double reach, front_min, front_max;
 };
 
-// k(rho) = clamp(round(rho * valid), 1, valid), half rounded to even; also at most n, the pixels that there are,
-// whatever a caller says.
+// k(rho) = clamp(round(rho * valid), 1, valid), half rounded to even; never above the number n of pixels, whatever
+// `valid` is.
 EROSEG_INLINE int64_t rank_of(double rho, double valid, int64_t n) {
   const double rounded = nearbyint(rho * valid), most = valid < static_cast<double>(n) ? valid : static_cast<double>(n);
   const double bounded = rounded < most ? rounded : most;

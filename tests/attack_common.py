@@ -10,7 +10,8 @@ import torch
 from conftest import VOID
 from torch import Tensor, nn
 
-from eroseg_ext import AttackInfo, attack
+from eroseg_ext import AttackInfo, AttackSettings, attack
+from eroseg_ext.attacks.methods import reference_option
 
 Batch = tuple[Tensor, Tensor]
 MakeNet = Callable[..., nn.Sequential]
@@ -29,6 +30,11 @@ def run(model: Any, batch: Batch, **settings: Any) -> Tensor:
 
 def run_info(model: Any, batch: Batch, **settings: Any) -> tuple[Tensor, AttackInfo]:
     return attack(model, *batch, return_info=True, **{"steps": 3, "generator": seeded(), **settings})
+
+
+def backend_for(settings: dict[str, Any], backend: str) -> str:
+    """``backend``, or ``auto`` where only the reference takes the settings."""
+    return "auto" if reference_option(AttackSettings(**settings)) else backend
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

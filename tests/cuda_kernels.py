@@ -1,4 +1,4 @@
-"""The CUDA kernels with the face of ``ops.py``, on CPU tensors: compiled for the host, see ``cuda_on_host.h``.
+"""The CUDA kernels as the functions of ``ops/fused.py``, on CPU tensors: compiled for the host (``cuda_on_host.h``).
 
 Whatever holds of the operations is tested of the kernels themselves this way where there is no GPU. Around that, this
 module looks for what a result would not show: every tensor that a kernel is given lies between guards, at an address
@@ -21,8 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from eroseg_ext.ops.fused import CONFIDENCES, DIRECTIONS, FRONTS, WITHINS
-from eroseg_ext.ops.reference import PIXEL_METHODS
+from eroseg_ext.ops.fused import CONFIDENCES, DIRECTIONS, FRONTS, FUSED_METHODS
 
 TESTS = Path(__file__).parent
 COMPILER = shutil.which("c++")
@@ -170,7 +169,6 @@ def erosion_grad(
     direction: str = "log_odds",
     radius: int = 1,
     slope: float = 2.0,
-    within: str = "any",
     targeted: bool = False,
     class_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,7 +187,6 @@ def erosion_grad(
         CONFIDENCES.index(confidence),
         FRONTS.index(front),
         DIRECTIONS.index(direction),
-        WITHINS.index(within),
         radius,
         slope,
         targeted,
@@ -216,7 +213,7 @@ def pixel_grad(
         weight.address,
         grad.address,
         stats.address,
-        PIXEL_METHODS.index(method),
+        FUSED_METHODS.index(method),
         targeted,
         progress / 2,
         q - 1,
@@ -269,26 +266,6 @@ def next_tau(
     return tau.result()
 
 
-def erode(scores: Tensor, valid: Tensor | None, radius: int, cone: Tensor, predicted: Tensor | None = None) -> Tensor:
-    module = start()
-    classes = None if predicted is None else predicted.to(torch.int32)
-    held = [Guarded(tensor) for tensor in (scores, valid, classes, cone)]
-    out = unwritten(*scores.shape)
-    module.erode(*scores.shape, radius, *(guarded.address for guarded in held), out.address)
-    return out.result()
-
-
-def _step(l2: bool, x_adv: Tensor, x: Tensor, grad: Tensor, sizes: tuple[float, ...], mask: Tensor | None) -> Tensor:
-    module = start()
-    moved = Guarded(dense(x_adv))
-    assert moved.tensor is not None
-    held = [Guarded(tensor) for tensor in (like(x, moved.tensor), like(grad, moved.tensor), mask)]
-    batch, channels, height, width = x_adv.shape
-    shape = (batch, channels, height * width, not moved.tensor.is_contiguous())
-    module.step(l2, moved.address, *(guarded.address for guarded in held), *shape, *sizes)
-    return x_adv.copy_(moved.result())
-
-
 def linf_step_(
     x_adv: Tensor,
     x: Tensor,
@@ -299,17 +276,11 @@ def linf_step_(
     high: float = 1.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    return _step(False, x_adv, x, grad, (eps, alpha, low, high), mask)
-
-
-def l2_step_(
-    x_adv: Tensor,
-    x: Tensor,
-    grad: Tensor,
-    eps: float,
-    alpha: float,
-    low: float = 0.0,
-    high: float = 1.0,
-    mask: Tensor | None = None,
-) -> Tensor:
-    return _step(True, x_adv, x, grad, (eps, alpha, low, high), mask)
+    module = start()
+    moved = Guarded(dense(x_adv))
+    assert moved.tensor is not None
+    held = [Guarded(tensor) for tensor in (like(x, moved.tensor), like(grad, moved.tensor), mask)]
+    batch, channels, height, width = x_adv.shape
+    shape = (batch, channels, height * width, not moved.tensor.is_contiguous())
+    module.linf_step(moved.address, *(guarded.address for guarded in held), *shape, eps, alpha, low, high)
+    return x_adv.copy_(moved.result())

@@ -1,11 +1,10 @@
-// The CUDA kernels compiled for the host, for pytest; tests/cuda_kernels.py builds it and gives it the face of ops.py.
-// Tensors come as addresses.
+// The CUDA kernels compiled for the host, for pytest; tests/cuda_kernels.py builds it and gives it the functions of
+// ops/fused.py. Tensors come as addresses.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "cuda/launchers.h"
 #include "cuda/platform.cuh"
-#include "cuda/strips.h"
 
 namespace py = pybind11;
 using namespace eroseg;
@@ -73,7 +72,6 @@ PYBIND11_MODULE(cuda_kernels_module, m) {
     for (const auto& [kernel, bytes] : cuda_on_host::machine().shared_of_kernel) limits.push_back(bytes);
     return limits;
   });
-  m.def("quotient", [](int dividend, int divisor) { return cuda::Divisor::of(divisor).quotient(dividend); });
   m.def("rotate", [](int fault) {
     std::vector<int> out(64);
     check(cuda::launch(rotate_kernel, 1, dim3(64), 64 * sizeof(int), nullptr, static_cast<Fault>(fault), out.data()));
@@ -81,7 +79,7 @@ PYBIND11_MODULE(cuda_kernels_module, m) {
   });
   m.def("erosion_grad", [](const Input& input, uintptr_t tau, uintptr_t previous, uintptr_t class_weight,
                            uintptr_t grad, uintptr_t log_odds, uintptr_t stats, int confidence, int front,
-                           int direction, int within, int radius, float slope, bool targeted) {
+                           int direction, int radius, float slope, bool targeted) {
     const ErosionGrad job{input,
                           at<float>(tau),
                           at<float>(previous),
@@ -89,19 +87,13 @@ PYBIND11_MODULE(cuda_kernels_module, m) {
                           static_cast<Confidence>(confidence),
                           static_cast<Front>(front),
                           static_cast<Direction>(direction),
-                          static_cast<Within>(within),
                           radius,
                           slope,
                           targeted,
                           at<void>(grad),
                           at<float>(log_odds)};
     Summing summing(input.shape, stats);
-    const int64_t bytes = cuda::bytes_of_passes(job);
-    std::vector<unsigned char> workspace(bytes + 64, 0xff);
-    check(cuda::launch_erosion_grad(job, summing.counting(), workspace.data(), nullptr));
-    if (std::any_of(workspace.begin() + bytes, workspace.end(), [](unsigned char byte) { return byte != 0xff; })) {
-      throw std::logic_error("a kernel wrote beyond its workspace");
-    }
+    check(cuda::launch_erosion_grad(job, summing.counting(), nullptr));
   });
   m.def("pixel_grad", [](const Input& input, uintptr_t class_weight, uintptr_t grad, uintptr_t stats, int method,
                          bool targeted, float lambda, float q_minus_one) {
@@ -114,44 +106,37 @@ PYBIND11_MODULE(cuda_kernels_module, m) {
     check(cuda::launch_confidence({input, static_cast<Confidence>(kind), at<float>(out)}, nullptr));
   });
   m.def("confusion", [](const Input& input, uintptr_t prediction, int64_t classes, uintptr_t counts) {
-    check(cuda::launch_confusion({input, at<int64_t>(prediction), classes}, at<unsigned long long>(counts), nullptr));
+    check(cuda::launch_confusion({input, at<int64_t>(prediction), classes, at<int64_t>(counts)}, nullptr));
   });
   m.def("kth_value",
         [](uintptr_t scores, uintptr_t valid, int64_t batch, int64_t n, uintptr_t k, int64_t count, uintptr_t out) {
           std::vector<unsigned char> workspace(cuda::selections_of(batch, count) * cuda::kBytesOfSelection, 0xff);
-          check(cuda::launch_kth_value(at<float>(scores), at<bool>(valid), batch, n, at<int64_t>(k), count,
-                                       at<float>(out), workspace.data(), nullptr));
+          const KthValue job{{at<float>(scores), at<bool>(valid), batch, n}, at<int64_t>(k), count, at<float>(out)};
+          check(cuda::launch_kth_value(job, workspace.data(), nullptr));
         });
   m.def("next_tau", [](uintptr_t log_odds, uintptr_t stats, int64_t batch, int64_t n, int64_t steps_left, double reach,
                        double front_min, double front_max, uintptr_t tau) {
     std::vector<unsigned char> workspace(cuda::selections_of(batch, 1) * cuda::kBytesOfSelection, 0xff);
-    check(cuda::launch_next_tau(at<float>(log_odds), at<double>(stats), batch, n,
-                                {steps_left, reach, front_min, front_max}, at<float>(tau), workspace.data(), nullptr));
+    const NextTau job{{at<float>(log_odds), nullptr, batch, n},
+                      at<double>(stats),
+                      {steps_left, reach, front_min, front_max},
+                      at<float>(tau)};
+    check(cuda::launch_next_tau(job, workspace.data(), nullptr));
   });
-  m.def("erode", [](int64_t batch, int64_t height, int64_t width, int radius, uintptr_t scores, uintptr_t valid,
-                    uintptr_t predicted, uintptr_t rise, uintptr_t out) {
-    check(cuda::launch_erode({height, width, radius}, batch, at<float>(scores), false, at<bool>(valid),
-                             at<int32_t>(predicted), at<float>(rise), 1.0f, at<float>(out), nullptr));
+  m.def("linf_step", [](uintptr_t x_adv, uintptr_t x, uintptr_t grad, uintptr_t mask, int64_t batch, int64_t channels,
+                        int64_t pixels, bool channels_last, float eps, float alpha, float low, float high) {
+    const Step step{at<float>(x_adv),
+                    at<float>(x),
+                    at<float>(grad),
+                    at<bool>(mask),
+                    batch,
+                    channels,
+                    pixels,
+                    channels_last,
+                    eps,
+                    alpha,
+                    low,
+                    high};
+    check(cuda::launch_linf_step(step, nullptr));
   });
-  m.def("step",
-        [](bool l2, uintptr_t x_adv, uintptr_t x, uintptr_t grad, uintptr_t mask, int64_t batch, int64_t channels,
-           int64_t pixels, bool channels_last, double eps, double alpha, double low, double high) {
-          const Step step{at<float>(x_adv),
-                          at<float>(x),
-                          at<float>(grad),
-                          at<bool>(mask),
-                          channels,
-                          pixels,
-                          channels_last,
-                          static_cast<float>(eps),
-                          static_cast<float>(alpha),
-                          static_cast<float>(low),
-                          static_cast<float>(high)};
-          if (l2) {
-            std::vector<double> sums(batch * 2 * cuda::kSumsOfImage, std::nan(""));
-            check(cuda::launch_l2_step(step, batch, eps, alpha, sums.data(), nullptr));
-          } else {
-            check(cuda::launch_linf_step(step, batch, nullptr));
-          }
-        });
 }

@@ -80,7 +80,7 @@ struct Fiber {
 struct Copy {
   unsigned char* to;
   const unsigned char* from;
-  int bytes, read;  // those that are not read become zeros
+  int bytes;
 };
 
 struct Machine {
@@ -275,23 +275,14 @@ void copy_async(void* shared, const void* global) {
   }
   auto* to = static_cast<unsigned char*>(shared);
   std::memset(to, kPoison, kBytes);
-  machine().copies[machine().current].push_back({to, static_cast<const unsigned char*>(global), kBytes, kBytes});
-}
-
-inline void copy_async_some(void* shared, const void* global, int bytes) {
-  using namespace cuda_on_host;
-  copy_async<16>(shared, global);
-  machine().copies[machine().current].back().read = std::min(bytes, 16);
+  machine().copies[machine().current].push_back({to, static_cast<const unsigned char*>(global), kBytes});
 }
 
 inline void prefetch(const void*) {}
 
 inline void wait_for_copies() {
   auto& copies = cuda_on_host::machine().copies[cuda_on_host::machine().current];
-  for (const auto& copy : copies) {
-    std::memset(copy.to, 0, copy.bytes);
-    std::memcpy(copy.to, copy.from, copy.read);
-  }
+  for (const auto& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
   copies.clear();
 }
 

@@ -15,6 +15,7 @@ from attack_common import (
     EPS,
     Batch,
     MakeNet,
+    backend_for,
     name_of,
     run,
 )
@@ -85,7 +86,8 @@ def test_steps_do_not_wait_for_the_device(
     counts = []
     for steps in (2, 7):
         with HostSyncs() as syncs:
-            run(net, batch, backend=backend, mask=mask, steps=steps, callback=lambda info: None, **settings)
+            which = backend_for(settings, backend)
+            run(net, batch, backend=which, mask=mask, steps=steps, callback=lambda info: None, **settings)
         counts.append(+syncs.seen)
     assert counts[0] == counts[1]
     assert counts[0].total() > 0  # the checks before and after the loop do read values
@@ -104,7 +106,8 @@ def test_cuda_sees_no_synchronisation_in_the_steps(
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                run(make_net(), batch, backend=backend, steps=steps, generator=None, **settings)
+                which = backend_for(settings, backend)
+                run(make_net(), batch, backend=which, steps=steps, generator=None, **settings)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         counts.append(sum("synchroniz" in str(warning.message) for warning in seen))
@@ -152,7 +155,7 @@ class LiveBytes(TorchDispatchMode):
     "settings",
     [
         {},
-        {"threshold": "exact", "confidence": "top", "within": "class"},
+        {"threshold": "exact", "confidence": "top"},
         {"method": "mce_bal", "norm": "l2"},
         {"keep": "best", "restarts": 2, "return_info": True},
         {"labels": None},

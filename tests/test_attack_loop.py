@@ -22,7 +22,7 @@ from attack_common import (
 from conftest import SIZE, VOID
 from torch import Tensor, nn
 
-from eroseg_ext import StepInfo, attack
+from eroseg_ext import StepInfo, attack, strong_attack
 from eroseg_ext.attacks.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,16 +63,14 @@ def test_a_batch_of_no_images_comes_back(pixelwise: nn.Module, batch: Batch, bac
 VARIANTS: list[dict[str, Any]] = [
     *({"method": method} for method in METHODS),
     *({"method": method, "targeted": True} for method in METHODS),
-    {"method": "cospgd", "variant": "sigmoid"},
     {"method": "tsallis", "q": 1.5},
     {"norm": "l2", "eps": EPS["l2"]},
     {"confidence": "top"},
     {"front": "hard"},
     {"direction": "ce"},
-    {"within": "class"},
     {"threshold": "exact"},
     {"schedule": "geometric"},
-    {"radius": 3, "slope": 0.25},
+    {"radius": 0},
     {"preset": "progressive"},
 ]
 
@@ -112,6 +110,27 @@ def test_fused_equals_reference_over_several_steps(
     assert ((result - plain).abs() > 1e-5).sum() <= 12
     assert ((fused_info.right - plain_info.right).abs() <= 2).all()
     assert torch.equal(fused_info.valid, plain_info.valid)
+
+
+@pytest.mark.parametrize(
+    ("settings", "option"),
+    [
+        ({"radius": 3, "slope": 0.25}, "radius=3"),
+        ({"within": "class"}, "within='class'"),
+        ({"method": "cospgd", "variant": "sigmoid"}, "variant='sigmoid'"),
+    ],
+    ids=name_of,
+)
+def test_an_option_that_is_not_fused_is_computed_by_the_reference(
+    net: nn.Module, batch: Batch, fused: str, settings: dict[str, Any], option: str
+) -> None:
+    results = [run(net, batch, backend=name, **settings) for name in ("auto", "reference")]
+    assert torch.equal(*results)
+    model = Spied(net)
+    for call in (attack, strong_attack):
+        with pytest.raises(RuntimeError, match=f"^backend is 'fused', but {option} is computed by the reference only$"):
+            call(model, *batch, backend=fused, **settings)
+    assert not model.gradients
 
 
 # Which iterate is returned.

@@ -14,6 +14,7 @@ from attack_common import (
     MakeNet,
     Spied,
     Times,
+    backend_for,
     name_of,
     outside_ball,
     right_pixels,
@@ -68,6 +69,7 @@ def test_a_method_ascends_its_own_gradient_at_every_step(
         logits.register_hook(lambda grad: pairs.append((logits.detach(), grad.clone())))
         return logits
 
+    backend = backend_for(settings, backend)
     run(model, (batch[0], labels), backend=backend, targeted=targeted, ignore_index=ignore_index, **settings)
     assert len(pairs) == 3
     if "balanced" in options:
@@ -208,6 +210,7 @@ def test_stats_hold_the_front_and_how_far_its_pixels_moved_in_a_step(
 def test_each_setting_of_the_front_has_an_effect(
     net: nn.Module, batch: Batch, backend: str, settings: dict[str, Any]
 ) -> None:
+    backend = backend_for(settings, backend)
     adversarial, info = run_info(net, batch, backend=backend, steps=4, **settings)
     assert not torch.equal(adversarial, run(net, batch, backend=backend, steps=4))
     assert (info.right < info.stats[0, 0, :, 1]).all()

@@ -66,5 +66,6 @@ def test_reasons_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_takes_the_reference_where_nothing_fused_runs() -> None:
     assert backend.select(torch.device("meta")) is reference
+    assert backend.select(torch.device("cpu"), "auto", "radius=2") is reference
     with pytest.raises(RuntimeError, match="backend is 'fused', but there are no fused kernels for meta tensors"):
         backend.select(torch.device("meta"), "fused")

@@ -117,7 +117,7 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads((tmp_path / "info.json").read_text())
     assert report["torch"] in printed
     assert report["backends"]["reference"] == "active"
-    for text in report["backends"].values():
+    for text in [*report["backends"].values(), *report["reference_only"]]:
         assert text in printed
 
 

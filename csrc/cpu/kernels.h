@@ -4,21 +4,18 @@
 
 #include <cstdint>
 
-#include "../jobs.h"
+#include "../params.h"
 
 namespace eroseg::cpu {
 
 // Counts of one row of pixels; summed in row order, so that no result depends on the number of threads.
 struct RowStats {
-  int64_t valid = 0, right = 0, front = 0;
+  int64_t valid = 0, correct = 0, front = 0;
   double movement = 0;  // NaN if a valid pixel's logits are not finite
 };
 
-// What l2_step_ takes the norm of: the gradient inside the mask, or x_adv + scale * gradient - x.
-enum class L2Term { kGradient, kDelta };
-
-// Working memory of one thread, kept from one band to the next. Not a std::vector: what a template of the standard
-// library would become in a file compiled for AVX-512, the linker might pick for every CPU.
+// Working memory of one thread, kept from one tile to the next. It is not a std::vector: std templates instantiated in
+// a file for AVX-512 contain AVX-512, and the linker may keep that copy for all files.
 class Scratch {
  public:
   Scratch() = default;
@@ -45,14 +42,8 @@ struct Kernels {
   // counts[classes * classes] += the matrix of these rows.
   void (*confusion)(const Confusion&, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch,
                     int64_t* counts);
-  // One image; `rise` is the cone's; scores that are NaN or not valid lend nothing; predicted may be null.
-  void (*erode)(const Erode&, const float* scores, const bool* valid, const int32_t* predicted, float rise, float* out,
-                Scratch& scratch);
   // Elements [begin, end) of one image, in memory order.
   void (*linf_step)(const Step&, int64_t image, int64_t begin, int64_t end);
-  double (*l2_sum_squares)(const Step&, int64_t image, int64_t begin, int64_t end, L2Term term, float scale);
-  // x + shrink * (x_adv + scale * gradient - x), clamped to the range.
-  void (*l2_step)(const Step&, int64_t image, int64_t begin, int64_t end, float scale, float shrink);
 };
 
 // The kernels of the best level that this CPU has, or of the one that the environment variable EROSEG_CPU_LEVEL names;

@@ -96,7 +96,7 @@ void write_pixels(int64_t channels, const float* e, const I* label, const F* wei
   }
 }
 
-// What a row of pixels leaves between its reduction and its gradient; arrays of `stride` elements.
+// What is kept of a row of pixels between its reduction and its gradient; arrays of `stride` elements.
 struct Row {
   float* e;                  // [blocks][classes][kBlock]: logits, then exp(z_c - m), 0 at the label
   int32_t* label;            // -1 on void pixels and beyond the image
@@ -109,7 +109,11 @@ struct Row {
 };
 
 // Which further per-pixel reductions a caller needs.
-enum class Extra { kNone, kTop, kSquares, kSigmoids };
+enum class PixelReduction { kNone, kTop, kSquares };
+
+PixelReduction reduction_of(Confidence confidence) {
+  return confidence == Confidence::kTop ? PixelReduction::kTop : PixelReduction::kNone;
+}
 
 int64_t workspace_stride(int64_t width) { return (width + kBlock - 1) / kBlock * kBlock; }
 
@@ -225,9 +229,9 @@ EROSEG_INLINE void take_maxima(const typename Type::Element* from, int64_t class
 }
 
 // Log-odds of the predicted class plus log(C - 1), in a pass of its own over the logits in scratch. The label's logit
-// is not among them: it is z_top where the prediction is right, and one of the rest where it is not.
-F top_confidence(const float* z, int64_t classes, I predicted, I is_right, F z_top, F z_label) {
-  const F label_as_rest = is_right ? splat<F>(-kInf) : z_label;
+// is not among them: it is z_top where the prediction is correct, and one of the rest where it is not.
+F top_confidence(const float* z, int64_t classes, I predicted, I is_correct, F z_top, F z_label) {
+  const F label_as_rest = is_correct ? splat<F>(-kInf) : z_label;
   F rest = label_as_rest;
   for (int64_t c = 0; c < classes; ++c) {
     const F value = load<F>(z + c * kBlock);
@@ -241,18 +245,8 @@ F top_confidence(const float* z, int64_t classes, I predicted, I is_right, F z_t
   return maximum(F{}, (z_top - rest - log_positive(sum)) + __builtin_logf(static_cast<float>(classes - 1)));
 }
 
-// sum over c of (sigma(z_c) / sigma(z_y))^2. The label's own term is 1.
-F sum_squared_sigmoids(const float* z, int64_t classes, F z_label) {
-  const F label = log_sigmoid(z_label);
-  F sum = splat<F>(1.0f);
-  for (int64_t c = 0; c < classes; ++c) {
-    sum += squared_sigmoid_ratio(load<F>(z + c * kBlock), label);
-  }
-  return sum;
-}
-
-// Where the block of pixels [x, x + kBlock) of a row lies in logits or gradient. Binary segmentation's class 0 is in
-// scratch only: memory starts at first_class.
+// The position of a row's pixels [x, x + kBlock) in logits or gradient. Binary segmentation's class 0 exists in scratch
+// memory only: the tensors start at first_class.
 struct BlockInMemory {
   BlockInMemory(const Input& input, int64_t image, int64_t y, int64_t x)
       : channels(input.shape.channels),
@@ -300,28 +294,25 @@ void stage_block(const Input& input, int64_t image, int64_t y, int64_t x, const 
 }
 
 // Fills the row at pixels [x, x + kBlock) from the logits; row.label is there already.
-void reduce_block(const Input& input, int64_t image, int64_t y, int64_t x, Extra extra, const Row& row) {
+void reduce_block(const Input& input, int64_t image, int64_t y, int64_t x, PixelReduction reduction, const Row& row) {
   const int64_t classes = input.shape.classes();
   float* z = row.e + x * classes;
   const int32_t* label = row.label + x;
   Maxima maxima;
   stage_block(input, image, y, x, label, z, maxima);
 
-  I is_right[kUnroll];
+  I is_correct[kUnroll];
   F signed_confidence[kUnroll];
   for (int u = 0; u < kUnroll; ++u) {
     const I labels = load<I>(label + u * kLanes);
     const F gap = maxima.label[u] - maxima.others[u];
-    is_right[u] = ((gap > 0.0f) | ((gap == 0.0f) & (labels < maxima.top[u]))) & (labels >= 0);
-    const I predicted = is_right[u] ? labels : maxima.top[u];
+    is_correct[u] = ((gap > 0.0f) | ((gap == 0.0f) & (labels < maxima.top[u]))) & (labels >= 0);
+    const I predicted = is_correct[u] ? labels : maxima.top[u];
     store(row.predicted + x + u * kLanes, predicted);
-    if (extra == Extra::kTop) {
-      const F z_top = is_right[u] ? maxima.label[u] : maxima.others[u];
-      const F top = top_confidence(z + u * kLanes, classes, predicted, is_right[u], z_top, maxima.label[u]);
-      signed_confidence[u] = is_right[u] ? top : -top;
-    }
-    if (extra == Extra::kSigmoids) {
-      store(row.norm + x + u * kLanes, sum_squared_sigmoids(z + u * kLanes, classes, maxima.label[u]));
+    if (reduction == PixelReduction::kTop) {
+      const F z_top = is_correct[u] ? maxima.label[u] : maxima.others[u];
+      const F top = top_confidence(z + u * kLanes, classes, predicted, is_correct[u], z_top, maxima.label[u]);
+      signed_confidence[u] = is_correct[u] ? top : -top;
     }
   }
 
@@ -334,7 +325,7 @@ void reduce_block(const Input& input, int64_t image, int64_t y, int64_t x, Extra
       sum[u] += e;
     }
   }
-  if (extra == Extra::kSquares) {
+  if (reduction == PixelReduction::kSquares) {
     for (int u = 0; u < kUnroll; ++u) {
       F squares = F{};
       for (int64_t c = 0; c < classes; ++c) {
@@ -347,7 +338,7 @@ void reduce_block(const Input& input, int64_t image, int64_t y, int64_t x, Extra
   for (int u = 0; u < kUnroll; ++u) {
     const int64_t i = x + u * kLanes;
     const F log_odds = (maxima.label[u] - maxima.others[u]) - log_positive(sum[u]);
-    F confidence = extra == Extra::kTop ? signed_confidence[u] : log_odds;
+    F confidence = reduction == PixelReduction::kTop ? signed_confidence[u] : log_odds;
     confidence = maxima.poison[u] == 0.0f ? confidence : splat<F>(__builtin_nanf(""));
     confidence = load<I>(label + u * kLanes) < 0 ? splat<F>(kInf) : confidence;
     store(row.sum + i, sum[u]);
@@ -356,9 +347,10 @@ void reduce_block(const Input& input, int64_t image, int64_t y, int64_t x, Extra
   }
 }
 
-void reduce_row(const Input& input, int64_t image, int64_t y, Extra extra, int64_t stride, const Row& row) {
+void reduce_row(const Input& input, int64_t image, int64_t y, PixelReduction reduction, int64_t stride,
+                const Row& row) {
   read_labels(input, image, y, stride, row.label);
-  for (int64_t x = 0; x < input.shape.width; x += kBlock) reduce_block(input, image, y, x, extra, row);
+  for (int64_t x = 0; x < input.shape.width; x += kBlock) reduce_block(input, image, y, x, reduction, row);
 }
 
 // A gradient larger than this does not stay in a cache until the model's backward reads it, and is streamed.

@@ -38,8 +38,8 @@ class Scores {
   int64_t n_;
 };
 
-// Adds bucket(i) of every i to a histogram. Neighbours that are equal are added at once: one counter incremented again
-// and again would wait for itself each time.
+// Adds bucket(i) of every i to a histogram. Equal neighbours are added at once: repeated increments of one counter
+// would each wait for the one before.
 template <size_t n, class F>
 void count_into(std::array<int64_t, n>& histogram, int64_t size, const F& bucket) {
   int64_t i = 0;
@@ -63,7 +63,7 @@ uint32_t bucket_of(const std::array<int64_t, n>& histogram, int64_t& rank) {
 }
 
 // Copies those of n values that are wanted to the front of `out`, which has room for one more than there are; returns
-// how many. Without a branch: whether a score is in the bucket is a toss-up at worst.
+// how many. It has no branch on `wanted`, which cannot be predicted.
 template <class Value, class Wanted>
 int64_t compact(int64_t n, const Value& value, const Wanted& wanted, uint32_t* out) {
   int64_t kept = 0;

@@ -69,8 +69,8 @@ EROSEG_INLINE void stream(void* to, V v) {
 #endif
 }
 
-// Streamed stores may be seen later than stores that follow them: a thread that has streamed calls this before it tells
-// others that it is done.
+// Other threads may see streamed stores later than ordinary stores that follow them: a thread calls this after its last
+// streamed store, before it reports that it is done.
 EROSEG_INLINE void finish_streams() {
 #if defined(__x86_64__)
   _mm_sfence();
@@ -95,7 +95,7 @@ EROSEG_INLINE F gather(const float* table, I index, I mask) {
 #endif
 }
 
-// a's and b's lanes by number, b's from kLanes on.
+// Picks lanes by their numbers; those of b start at kLanes.
 EROSEG_INLINE F shuffle(F a, F b, I numbers) {
 #if defined(__clang__)
   F result;
@@ -158,8 +158,8 @@ struct Float16 {
   using Element = uint16_t;
   static EROSEG_INLINE F load_vector(const uint16_t* from) {
     const U half = __builtin_convertvector(load<H>(from), U);
-    // The half's exponent and mantissa as a float's, 112 too small in the exponent: a product by 2^112 mends that, for
-    // subnormal halves too. Infinity and NaN had the largest exponent and keep it.
+    // The half's exponent and mantissa as a float's, 112 too small in the exponent: a product by 2^112 corrects that,
+    // for subnormal halves too. Infinity and NaN had the largest exponent and keep it.
     const U magnitude = (half & 0x7fff) << 13;
     const U scaled = (U)((F)magnitude * 5.192296858534828e33f);
     const U special = magnitude | 0x7f800000;

@@ -7,7 +7,7 @@
 namespace eroseg::cuda {
 
 struct Counts {
-  int valid = 0, right = 0, front = 0;
+  int valid = 0, correct = 0, front = 0;
   double movement = 0;  // NaN if a valid pixel's logits are not finite
 };
 
@@ -18,19 +18,19 @@ constexpr int64_t counts_bytes(int threads) {
 }
 
 // Steps:
-// 1. A block adds up its threads' counts and writes them to its place in partials.
-// 2. It counts itself as retired; the block that is the last to do so knows all partials to be written, and the counter
-//    wraps to 0 for the next launch.
-// 3. That block adds up the partials of every image: as many lanes for each as there are, at most a warp, so that all
-//    images' partials are on their way at once.
+// 1. A block adds up its threads' counts and writes them to its own part of partials.
+// 2. It raises the retirement counter. All partials are written when the last block does so, and the counter wraps to 0
+//    for the next launch.
+// 3. That block adds up the partials of every image: each image gets an equal number of lanes, at most a warp, so
+//    that all images' partials are loaded at once.
 // All threads of the block call it. `memory` has counts_bytes.
 __device__ inline void add_up(const Counts& counts, int64_t batch, const Counting& counting, unsigned char* memory) {
   auto* of_warp = reinterpret_cast<double*>(memory);
   const int self = thread_of_block(), warp = self / kWarp, lane = self % kWarp;
   const int warps = threads_of_block() / kWarp;
-  __syncthreads();  // the memory was something else's before
+  __syncthreads();  // the memory had another use before
   const double sums[kCounts] = {static_cast<double>(__reduce_add_sync(kAllLanes, counts.valid)),
-                                static_cast<double>(__reduce_add_sync(kAllLanes, counts.right)),
+                                static_cast<double>(__reduce_add_sync(kAllLanes, counts.correct)),
                                 static_cast<double>(__reduce_add_sync(kAllLanes, counts.front)),
                                 warp_sum(counts.movement)};
   if (lane == 0) {

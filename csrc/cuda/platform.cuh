@@ -1,7 +1,7 @@
-// What the kernels take from CUDA, in one place: everything they use beyond this is plain C++.
+// What the kernels use of CUDA; the rest of them is plain C++.
 //
 // tests/cuda_kernels_module.cpp compiles the same kernel files for the host, where cuda_on_host.h runs a block's
-// threads as coroutines: what is proven there without a GPU are the kernels themselves, not a model of them.
+// threads as coroutines: without a GPU, the tests run the kernels themselves and not a model of them.
 #pragma once
 
 #include <cstdint>
@@ -69,17 +69,10 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   }
 }
 
-// Begins to copy the first so many of 16 bytes; the others become zeros.
-__device__ __forceinline__ void copy_async_some(void* shared, const void* global, int bytes) {
-  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes < 16 ? bytes : 16)
-               : "memory");
-}
-
 // Waits for all copies that this thread has begun.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Begins to bring to the L2 what lies at an address in global memory, 32 bytes at least.
+// Begins to load the memory at an address, at least 32 bytes, into the L2.
 __device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // The block's shared memory; kernels lay it out themselves.
@@ -108,8 +101,8 @@ inline cudaError_t device_limits(DeviceLimits* limits) {
   return error;
 }
 
-// Launches. How much shared memory a kernel may have belongs to the kernel, which other host threads launch, too: it is
-// always set to all that the device allows, so that none of them takes away what another is about to use.
+// Launches a kernel. Its limit of shared memory is a property of the kernel, which other host threads launch as well:
+// it is always set to all that the device allows, so that no thread lowers it below what another is about to use.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, int64_t shared, cudaStream_t stream,
                    const Arguments&... arguments) {

@@ -3,8 +3,8 @@
 // The bits of a non-negative float order like the float; as a key of 31 bits it has digits of 11, 10 and 10 bits, the
 // highest first. For each digit there is a launch, in which several blocks share a row of scores:
 //   1. Histogram, in shared memory, of the digit over the block's keys that agree with the digits already found.
-//   2. It is added to the row's histogram in memory. The block that takes the row's last number from the ticket knows
-//      that one to be complete; the others end.
+//   2. It is added to the row's histogram in memory. That one is complete for the block that is the last to raise the
+//      row's retirement counter; the others end.
 //   3. The k-th smallest is in the bin where the running count reaches k: that is its digit, and k is lessened by the
 //      count before the bin. The row's histogram is set to 0 for the next digit.
 // Two ranks at a time, each with its own prefix and histogram: the scores are read three times, whatever their values.
@@ -29,7 +29,7 @@ struct Selection {
   unsigned histogram[kRanks][kMostBins];
   uint32_t prefix[kRanks];
   unsigned rank[kRanks];
-  unsigned ticket;
+  unsigned retired;
 };
 static_assert(sizeof(Selection) <= kBytesOfSelection);
 
@@ -45,7 +45,7 @@ struct Workspace {
 template <class F>
 __device__ __forceinline__ void for_each_key(const float* scores, const bool* valid, int64_t n, const F& f) {
   const auto key_of = [&](float score) { return static_cast<uint32_t>(Bits<float>::of(score)) & 0x7fffffffu; };
-  using FourFloats = Several<float, 4>;
+  using FourFloats = AlignedVector<float, 4>;
   const int64_t self = threadIdx.x;
   if (valid == nullptr && reinterpret_cast<uintptr_t>(scores) % sizeof(FourFloats) == 0) {
     const auto* wide = reinterpret_cast<const FourFloats*>(scores);
@@ -86,19 +86,8 @@ __device__ __forceinline__ void descend(Workspace& work, int r, const unsigned* 
   __syncthreads();
 }
 
-// Rows of n scores; valid may be null.
-struct Scores {
-  const float* scores;
-  const bool* valid;
-  int64_t n;
-};
-
 // Ranks from the caller.
-struct KthValue : Scores {
-  const int64_t* k;
-  int64_t count;
-  float* out;
-
+struct GivenRanks : KthValue {
   __device__ int64_t pairs() const { return (count + kRanks - 1) / kRanks; }
   __device__ int64_t row(int64_t selection) const { return selection / pairs(); }
   __device__ unsigned rank(int64_t selection, int r) const {
@@ -115,11 +104,7 @@ struct KthValue : Scores {
 };
 
 // Ranks by the fractions of an image's valid pixels.
-struct NextTau : Scores {
-  const double* stats;
-  TauSettings settings;
-  float* tau;
-
+struct RanksOfFractions : NextTau {
   __device__ int64_t row(int64_t selection) const { return selection; }
   __device__ unsigned rank(int64_t selection, int r) const {
     const double rho = r == 0 ? settings.front_min : settings.front_max;
@@ -167,7 +152,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (self == 0) {
     const auto last = static_cast<unsigned>(blocks_of_row - 1);
-    work.is_last = atomicInc(&selection.ticket, last) == last;
+    work.is_last = atomicInc(&selection.retired, last) == last;
   }
   __syncthreads();
   if (work.is_last == 0) return;
@@ -216,19 +201,16 @@ cudaError_t launch_select(const Goal& goal, int64_t count, void* workspace, cuda
 
 }  // namespace
 
-cudaError_t launch_kth_value(const float* scores, const bool* valid, int64_t batch, int64_t n, const int64_t* k,
-                             int64_t count, float* out, void* workspace, cudaStream_t stream) {
-  if (n == 0) {
-    const int64_t results = batch * count;
-    return launch(fill_kernel<float>, (results + 255) / 256, dim3(256), 0, stream, out, results, kInf);
+cudaError_t launch_kth_value(const KthValue& job, void* workspace, cudaStream_t stream) {
+  if (job.n == 0) {
+    const int64_t results = job.batch * job.count;
+    return launch(fill_kernel<float>, (results + 255) / 256, dim3(256), 0, stream, job.out, results, kInf);
   }
-  return launch_select(KthValue{{scores, valid, n}, k, count, out}, selections_of(batch, count), workspace, stream);
+  return launch_select(GivenRanks{job}, selections_of(job.batch, job.count), workspace, stream);
 }
 
-cudaError_t launch_next_tau(const float* log_odds, const double* stats, int64_t batch, int64_t n,
-                            const TauSettings& settings, float* tau, void* workspace, cudaStream_t stream) {
-  return launch_select(NextTau{{log_odds, nullptr, n}, stats, settings, tau}, selections_of(batch, 1), workspace,
-                       stream);
+cudaError_t launch_next_tau(const NextTau& job, void* workspace, cudaStream_t stream) {
+  return launch_select(RanksOfFractions{job}, selections_of(job.batch, 1), workspace, stream);
 }
 
 }  // namespace eroseg::cuda

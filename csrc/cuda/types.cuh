@@ -1,10 +1,10 @@
-// The logits' types, and what is done with the one or two of them that fit into 32 bits.
+// The logits' types, and operations on the one or two logits that fit into 32 bits.
 #pragma once
 
 #include <cstring>
 #include <type_traits>
 
-#include "../jobs.h"
+#include "../params.h"
 #include "platform.cuh"
 
 namespace eroseg::cuda {
@@ -15,13 +15,13 @@ struct Float32 {
   static constexpr uint32_t kMinusInf = 0xff800000u;  // for every pixel
   static constexpr Element kLowestFinite = -std::numeric_limits<float>::max();
   static __device__ __forceinline__ float to_float(Element x) { return x; }
-  static __device__ __forceinline__ void unpack(uint32_t word, float (&out)[1]) {
-    out[0] = Bits<float>::from(static_cast<int32_t>(word));
+  static __device__ __forceinline__ void unpack(uint32_t vector, float (&out)[1]) {
+    out[0] = Bits<float>::from(static_cast<int32_t>(vector));
   }
   static __device__ __forceinline__ uint32_t pack(const float (&in)[1]) {
     return static_cast<uint32_t>(Bits<float>::of(in[0]));
   }
-  // Of two, for every pixel; of a number and a NaN, the number.
+  // The larger of two logits, for every pixel; of a number and a NaN, the number.
   static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
     return pack({fmaxf(Bits<float>::from(static_cast<int32_t>(a)), Bits<float>::from(static_cast<int32_t>(b)))});
   }
@@ -29,17 +29,17 @@ struct Float32 {
 
 // A pair of numbers of 16 bits as T, CUDA's type for it.
 template <class T>
-__device__ __forceinline__ T as_pair(uint32_t word) {
+__device__ __forceinline__ T as_pair(uint32_t vector) {
   T pair;
-  std::memcpy(&pair, &word, sizeof pair);
+  std::memcpy(&pair, &vector, sizeof pair);
   return pair;
 }
 
 template <class T>
-__device__ __forceinline__ uint32_t as_word(T pair) {
-  uint32_t word;
-  std::memcpy(&word, &pair, sizeof word);
-  return word;
+__device__ __forceinline__ uint32_t as_bits(T pair) {
+  uint32_t vector;
+  std::memcpy(&vector, &pair, sizeof vector);
+  return vector;
 }
 
 // CUDA's types for two numbers of 16 bits.
@@ -51,7 +51,7 @@ using BFloat16Pair = __nv_bfloat162;
 using Float16Pair = __half2;
 #endif
 
-// Float32's larger for a type of 16 bits.
+// The function `larger` of Float32 for a type of 16 bits.
 template <class Type, class Pair>
 struct LargerOfPairs {
 #if defined(EROSEG_CUDA_ON_HOST)
@@ -63,7 +63,7 @@ struct LargerOfPairs {
   }
 #else
   static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
-    return as_word(__hmax2(as_pair<Pair>(a), as_pair<Pair>(b)));
+    return as_bits(__hmax2(as_pair<Pair>(a), as_pair<Pair>(b)));
   }
 #endif
 };
@@ -76,13 +76,13 @@ struct BFloat16 : LargerOfPairs<BFloat16, BFloat16Pair> {
   static __device__ __forceinline__ float to_float(Element x) {
     return Bits<float>::from(static_cast<int32_t>(static_cast<uint32_t>(x) << 16));
   }
-  static __device__ __forceinline__ void unpack(uint32_t word, float (&out)[2]) {
-    out[0] = Bits<float>::from(static_cast<int32_t>(word << 16));
-    out[1] = Bits<float>::from(static_cast<int32_t>(word & 0xffff0000u));
+  static __device__ __forceinline__ void unpack(uint32_t vector, float (&out)[2]) {
+    out[0] = Bits<float>::from(static_cast<int32_t>(vector << 16));
+    out[1] = Bits<float>::from(static_cast<int32_t>(vector & 0xffff0000u));
   }
   static __device__ __forceinline__ uint32_t pack(const float (&in)[2]) {
 #if !defined(EROSEG_CUDA_ON_HOST)
-    return as_word(__floats2bfloat162_rn(in[0], in[1]));
+    return as_bits(__floats2bfloat162_rn(in[0], in[1]));
 #else
     // Round to nearest, ties to even; gradients are never NaN.
     const auto rounded = [](float x) {
@@ -105,13 +105,13 @@ struct Float16 : LargerOfPairs<Float16, Float16Pair> {
     std::memcpy(&half, &x, sizeof half);
     return __half2float(half);
   }
-  static __device__ __forceinline__ void unpack(uint32_t word, float (&out)[2]) {
-    const float2 both = __half22float2(as_pair<Float16Pair>(word));
+  static __device__ __forceinline__ void unpack(uint32_t vector, float (&out)[2]) {
+    const float2 both = __half22float2(as_pair<Float16Pair>(vector));
     out[0] = both.x;
     out[1] = both.y;
   }
   static __device__ __forceinline__ uint32_t pack(const float (&in)[2]) {
-    return as_word(__floats2half2_rn(in[0], in[1]));
+    return as_bits(__floats2half2_rn(in[0], in[1]));
   }
 #else
   static float to_float(Element x) {
@@ -119,58 +119,24 @@ struct Float16 : LargerOfPairs<Float16, Float16Pair> {
     std::memcpy(&half, &x, sizeof half);
     return static_cast<float>(half);
   }
-  static void unpack(uint32_t word, float (&out)[2]) {
-    out[0] = to_float(static_cast<Element>(word));
-    out[1] = to_float(static_cast<Element>(word >> 16));
+  static void unpack(uint32_t vector, float (&out)[2]) {
+    out[0] = to_float(static_cast<Element>(vector));
+    out[1] = to_float(static_cast<Element>(vector >> 16));
   }
   static uint32_t pack(const float (&in)[2]) {
     const _Float16 halves[2] = {static_cast<_Float16>(in[0]), static_cast<_Float16>(in[1])};
-    uint32_t word;
-    std::memcpy(&word, halves, sizeof word);
-    return word;
+    uint32_t vector;
+    std::memcpy(&vector, halves, sizeof vector);
+    return vector;
   }
 #endif
 };
 
-// Eight bytes of logits: a thread's unit of access to shared memory.
+// Eight bytes of logits, neighbouring pixels of a class: a thread's unit of access to shared memory.
 template <class Type>
-struct alignas(8) Word {
-  // Pixels of a word of planes; classes of a word of a channels_last pixel.
+struct alignas(8) Vector {
   static constexpr int kElements = 2 * Type::kPixels;
-  using Element = typename Type::Element;
   uint32_t halves[2];
-
-  // Whether an address is odd, counted in 16 bits: a word there has no aligned half.
-  static __device__ __forceinline__ bool is_odd(const Element* at) {
-    return sizeof(Element) == 2 && reinterpret_cast<uintptr_t>(at) % 4 != 0;
-  }
-
-  // The word at any element, `odd` being is_odd(at). Neighbouring words are other threads', which may be writing them:
-  // nothing beyond this one is touched.
-  static __device__ __forceinline__ Word load(const Element* at, bool odd) {
-    constexpr int kHalf = kElements / 2;
-    if constexpr (sizeof(Element) == 2) {
-      if (odd) {
-        const uint32_t middle = *reinterpret_cast<const uint32_t*>(at + 1);
-        return {{at[0] | middle << 16, middle >> 16 | static_cast<uint32_t>(at[3]) << 16}};
-      }
-    }
-    return {{*reinterpret_cast<const uint32_t*>(at), *reinterpret_cast<const uint32_t*>(at + kHalf)}};
-  }
-
-  __device__ __forceinline__ void store(Element* at, bool odd) const {
-    constexpr int kHalf = kElements / 2;
-    if constexpr (sizeof(Element) == 2) {
-      if (odd) {
-        at[0] = static_cast<Element>(halves[0]);
-        *reinterpret_cast<uint32_t*>(at + 1) = halves[0] >> 16 | halves[1] << 16;
-        at[3] = static_cast<Element>(halves[1] >> 16);
-        return;
-      }
-    }
-    *reinterpret_cast<uint32_t*>(at) = halves[0];
-    *reinterpret_cast<uint32_t*>(at + kHalf) = halves[1];
-  }
 
   __device__ __forceinline__ void unpack(float (&out)[kElements]) const {
 #pragma unroll
@@ -182,30 +148,29 @@ struct alignas(8) Word {
     }
   }
 
-  static __device__ __forceinline__ Word pack(const float (&in)[kElements]) {
-    Word word;
+  static __device__ __forceinline__ Vector pack(const float (&in)[kElements]) {
+    Vector vector;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float part[Type::kPixels];
 #pragma unroll
       for (int v = 0; v < Type::kPixels; ++v) part[v] = in[h * Type::kPixels + v];
-      word.halves[h] = Type::pack(part);
+      vector.halves[h] = Type::pack(part);
     }
-    return word;
+    return vector;
   }
 };
 
-// Neighbours in memory, which are read and written at once, in pieces of 16 bytes where they are more; they are aligned
-// accordingly.
+// Neighbours in memory, aligned so that one instruction reads or writes them, or 16 bytes of them where they are more.
 template <class T, int kN>
-struct alignas(sizeof(T) * kN < 16 ? sizeof(T) * kN : 16) Several {
+struct alignas(sizeof(T) * kN < 16 ? sizeof(T) * kN : 16) AlignedVector {
   T at[kN];
 };
 
-// Writes neighbours of a map by one instruction: told plainly, since the compiler makes one of this and of what it
-// finds in another branch, which writes them one by one.
+// Writes neighbours of a map by one instruction. It is requested explicitly, since the compiler would merge a plain
+// assignment with the branch that writes single elements.
 template <int kN>
-__device__ __forceinline__ void write_at_once(float* to, const Several<float, kN>& values) {
+__device__ __forceinline__ void write_at_once(float* to, const AlignedVector<float, kN>& values) {
   static_assert(kN == 2 || kN == 4);
   if constexpr (kN == 4) {
     __stcg(reinterpret_cast<float4*>(to), float4{values.at[0], values.at[1], values.at[2], values.at[3]});
@@ -214,12 +179,12 @@ __device__ __forceinline__ void write_at_once(float* to, const Several<float, kN
   }
 }
 
-// A label as the kernels know it: -1 if its pixel is void.
+// The label, or -1 if its pixel is void.
 __device__ __forceinline__ int checked_label(int64_t label, int classes, int64_t ignore_index) {
   return is_class(label, classes) && label != ignore_index ? static_cast<int>(label) : -1;
 }
 
-// Calls f(data) with the labels as what they are in memory.
+// Calls f(data) with the labels as a pointer of their type.
 template <class F>
 __device__ __forceinline__ void with_labels(const Labels& labels, const F& f) {
   switch (labels.type) {
@@ -232,35 +197,29 @@ __device__ __forceinline__ void with_labels(const Labels& labels, const F& f) {
   }
 }
 
-// The labels of the first n of some neighbouring pixels; the others are void. All are loaded before any is looked at,
-// so that there is one wait for them.
+// The labels of the first n of some neighbouring pixels; the others are void. All are loaded before the first is used,
+// so that the thread waits for memory once.
 template <int kPixels>
 __device__ __forceinline__ void read_labels(const Labels& labels, int classes, int64_t index, int n,
                                             int (&out)[kPixels]) {
   with_labels(labels, [&](const auto* data) {
     using Label = std::decay_t<decltype(*data)>;
-    using LabelsOfWord = Several<Label, kPixels>;
+    using LabelVector = AlignedVector<Label, kPixels>;
     const Label* from = data + index;
-    LabelsOfWord several{};
-    if (n == kPixels && reinterpret_cast<uintptr_t>(from) % alignof(LabelsOfWord) == 0) {
-      several = *reinterpret_cast<const LabelsOfWord*>(from);
+    LabelVector loaded{};
+    if (n == kPixels && reinterpret_cast<uintptr_t>(from) % alignof(LabelVector) == 0) {
+      loaded = *reinterpret_cast<const LabelVector*>(from);
     } else {
 #pragma unroll
       for (int v = 0; v < kPixels; ++v) {
-        if (v < n) several.at[v] = from[v];
+        if (v < n) loaded.at[v] = from[v];
       }
     }
 #pragma unroll
     for (int v = 0; v < kPixels; ++v) {
-      out[v] = v < n ? checked_label(static_cast<int64_t>(several.at[v]), classes, labels.ignore_index) : -1;
+      out[v] = v < n ? checked_label(static_cast<int64_t>(loaded.at[v]), classes, labels.ignore_index) : -1;
     }
   });
-}
-
-__device__ __forceinline__ int read_label(const Labels& labels, int classes, int64_t index) {
-  int label[1];
-  read_labels(labels, classes, index, 1, label);
-  return label[0];
 }
 
 // x as an element in memory.

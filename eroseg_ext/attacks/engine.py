@@ -71,7 +71,7 @@ class Engine:
         self.numbers = range(batch) if self.indices is None else self.indices
         if len(self.numbers) != batch:
             raise ValueError(f"indices has {len(self.numbers)} numbers, wanted {batch}, one per image")
-        self.ops = backend.select(images.device, config.backend)
+        self.ops = backend.select(images.device, config.backend, gradients.reference_option(config))
         self.model = unwrapped(self.model)
         self.steps = config.steps if config.eps > 0 and images.numel() > 0 else 0
         logits, size = Logits.under(self.model, config, dtype=images.dtype), (images.shape[-2], images.shape[-1])

@@ -203,6 +203,15 @@ class ErosionFront(MethodGradient):
         )
 
 
+def reference_option(settings: AttackSettings) -> str | None:
+    """The option of the method that only the reference computes, such as ``radius=2``; None if there is none."""
+    if settings.method == "eroseg" and settings.radius > 1:
+        return f"radius={settings.radius}"
+    if settings.method == "eroseg" and settings.within == "class":
+        return "within='class'"
+    return "variant='sigmoid'" if settings.method == "cospgd" and settings.variant == "sigmoid" else None
+
+
 def create(
     settings: AttackSettings,
     ops: Operations,

@@ -87,18 +87,23 @@ def why_not_fused(device: torch.device) -> str | None:
     return f"there are no fused kernels for {device.type} tensors"
 
 
-def select(device: torch.device, name: str = "auto") -> Operations:
+ONLY_REFERENCE = ("radius above 1", "within='class'", "variant='sigmoid'", "more than 256 classes", "the l_2 step")
+"""What the reference computes on every device, since no attack that is worth running would gain by a kernel for it."""
+
+
+def select(device: torch.device, name: str = "auto", option: str | None = None) -> Operations:
     """The module whose functions are the operations: ``eroseg_ext.ops.fused`` or ``eroseg_ext.ops.reference``.
 
     Args:
         device: where the images are.
-        name: ``fused``, ``reference``, or ``auto``: fused where it is built.
+        name: ``fused``, ``reference``, or ``auto``: fused where it is built and takes the option.
+        option: one that only the reference takes, such as ``radius=2``, or None.
 
     Raises:
-        RuntimeError: ``fused`` was asked for and is not there; says why.
+        RuntimeError: ``fused`` was asked for and is not there, or does not take the option; says why.
         ValueError: EROSEG_CPU_LEVEL names no SIMD level that this CPU has.
     """
-    why_not = why_not_fused(device)
+    why_not = why_not_fused(device) if option is None else f"{option} is computed by the reference only"
     if name == "reference" or (name == "auto" and why_not is not None):
         return reference
     if why_not is not None:
@@ -122,6 +127,7 @@ def report() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "backends": backends,
+        "reference_only": ONLY_REFERENCE,
         "cpu_level": None if _WHY_NO_CPU else importlib.import_module("eroseg_ext.ops.fused").cpu_level(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

@@ -1,18 +1,23 @@
 """The fused operations: same names, arguments and results as in ``reference.py``, which documents them.
 
 This module brings tensors to the memory layouts that the kernels read (NCHW or channels_last logits need no copy) and
-names to the integers that cross the operator schemas (``csrc/ops.cpp``).
+names to the integers that cross the operator schemas (``csrc/ops.cpp``). What is not worth a kernel is the reference's:
+``class_balance``, ``erode``, ``l2_step_``, and every operation on more than ``MAX_CLASSES`` classes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from eroseg_ext import _C
-from eroseg_ext.ops.reference import PIXEL_METHODS, class_balance
+from eroseg_ext.ops import reference
+from eroseg_ext.ops.reference import class_balance, erode, l2_step_
+from eroseg_ext.utils.validate import check_choice
 
 __all__ = [
     "class_balance",
@@ -28,13 +33,15 @@ __all__ = [
     "pixel_grad",
 ]
 
-# The orders of csrc/settings.h.
+# The orders of csrc/enums.h.
 CONFIDENCES = ("label", "top")
 FRONTS = ("soft", "hard")
 DIRECTIONS = ("log_odds", "ce")
-WITHINS = ("any", "class")
+FUSED_METHODS = ("pgd", "segpgd", "cospgd", "mce", "js", "tsallis")
+MAX_CLASSES = 256
 
 _eroseg = torch.ops.eroseg
+Operation = TypeVar("Operation", bound=Callable[..., Any])
 
 
 def cpu_level() -> str:
@@ -69,6 +76,19 @@ def _delivered(grad: Tensor, out: Tensor | None) -> Tensor:
     return grad if out is None or out is grad else out.copy_(grad)
 
 
+def _up_to_max_classes(operation: Operation) -> Operation:
+    """The operation on logits; the reference's where these have more classes than the kernels take."""
+    of_reference = getattr(reference, operation.__name__)
+
+    @functools.wraps(operation)
+    def chosen(logits: Tensor, *arguments: Any, **options: Any) -> Any:
+        is_large = logits.dim() == 4 and logits.shape[1] > MAX_CLASSES
+        return (of_reference if is_large else operation)(logits, *arguments, **options)
+
+    return chosen  # type: ignore[return-value]
+
+
+@_up_to_max_classes
 def erosion_grad(
     logits: Tensor,
     labels: Tensor,
@@ -86,7 +106,8 @@ def erosion_grad(
     class_weight: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`eroseg_ext.ops.reference.erosion_grad`."""
+    """See :func:`eroseg_ext.ops.reference.erosion_grad`; ``radius`` is 0 or 1, and ``within`` is ``any``."""
+    check_choice("within", within, ("any",))
     logits = _dense(logits)
     grad = _gradient_for(logits, out)
     log_odds, stats = _eroseg.erosion_grad(
@@ -102,12 +123,12 @@ def erosion_grad(
         DIRECTIONS.index(direction),
         radius,
         slope,
-        WITHINS.index(within),
         targeted,
     )
     return _delivered(grad, out), log_odds, stats
 
 
+@_up_to_max_classes
 def pixel_grad(
     logits: Tensor,
     labels: Tensor,
@@ -120,16 +141,18 @@ def pixel_grad(
     class_weight: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`eroseg_ext.ops.reference.pixel_grad`."""
+    """See :func:`eroseg_ext.ops.reference.pixel_grad`; ``method`` is one of ``FUSED_METHODS``."""
+    check_choice("method", method, FUSED_METHODS)
     logits = _dense(logits)
     grad = _gradient_for(logits, out)
     weight = None if class_weight is None else class_weight.contiguous()
     stats = _eroseg.pixel_grad(
-        logits, labels.contiguous(), weight, grad, PIXEL_METHODS.index(method), progress, ignore_index, targeted, q
+        logits, labels.contiguous(), weight, grad, FUSED_METHODS.index(method), progress, ignore_index, targeted, q
     )
     return _delivered(grad, out), stats
 
 
+@_up_to_max_classes
 def confidence(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, confidence: str = "label") -> Tensor:
     """See :func:`eroseg_ext.ops.reference.confidence`."""
     return _eroseg.confidence(_dense(logits), labels.contiguous(), ignore_index, CONFIDENCES.index(confidence))
@@ -153,13 +176,6 @@ def next_tau(
     return _eroseg.next_tau(log_odds.contiguous(), stats.contiguous(), steps_left, reach, front_min, front_max)
 
 
-def erode(scores: Tensor, valid: Tensor | None, radius: int, cone: Tensor, predicted: Tensor | None = None) -> Tensor:
-    """See :func:`eroseg_ext.ops.reference.erode`."""
-    classes = None if predicted is None else predicted.to(torch.int32).contiguous()
-    valid = None if valid is None else valid.contiguous()
-    return _eroseg.erode(scores.contiguous(), valid, radius, cone.contiguous(), classes)
-
-
 def linf_step_(
     x_adv: Tensor,
     x: Tensor,
@@ -171,39 +187,13 @@ def linf_step_(
     mask: Tensor | None = None,
 ) -> Tensor:
     """See :func:`eroseg_ext.ops.reference.linf_step_`."""
-    return _step(_eroseg.linf_step_, x_adv, x, grad, eps, alpha, low, high, mask)
-
-
-def l2_step_(
-    x_adv: Tensor,
-    x: Tensor,
-    grad: Tensor,
-    eps: float,
-    alpha: float,
-    low: float = 0.0,
-    high: float = 1.0,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """See :func:`eroseg_ext.ops.reference.l2_step_`."""
-    return _step(_eroseg.l2_step_, x_adv, x, grad, eps, alpha, low, high, mask)
-
-
-def _step(
-    op: torch._ops.OpOverloadPacket,
-    x_adv: Tensor,
-    x: Tensor,
-    grad: Tensor,
-    eps: float,
-    alpha: float,
-    low: float,
-    high: float,
-    mask: Tensor | None,
-) -> Tensor:
     moved = _dense(x_adv)
-    op(moved, _like(x, moved), _like(grad, moved), eps, alpha, low, high, None if mask is None else mask.contiguous())
+    mask = None if mask is None else mask.contiguous()
+    _eroseg.linf_step_(moved, _like(x, moved), _like(grad, moved), eps, alpha, low, high, mask)
     return x_adv if moved is x_adv else x_adv.copy_(moved)
 
 
+@_up_to_max_classes
 def confusion(prediction: Tensor, labels: Tensor, classes: int, *, ignore_index: int = 255) -> Tensor:
     """See :func:`eroseg_ext.ops.reference.confusion`."""
     prediction = _dense(prediction) if prediction.dim() == 4 else prediction.contiguous()
@@ -232,7 +222,6 @@ def _notice_writes(name: str, position: int, argument: str) -> None:
 _notice_writes("erosion_grad", 5, "grad")
 _notice_writes("pixel_grad", 3, "grad")
 _notice_writes("linf_step_", 0, "x_adv")
-_notice_writes("l2_step_", 0, "x_adv")
 
 
 # Shapes and dtypes of the results, for torch.compile and meta tensors.
@@ -278,14 +267,7 @@ def _(log_odds: Tensor, stats: Tensor, *settings: object) -> Tensor:
     return log_odds.new_empty(log_odds.shape[0])
 
 
-@torch.library.register_fake("eroseg::erode")
-def _(scores: Tensor, valid: Tensor | None, radius: int, cone: Tensor, predicted: Tensor | None) -> Tensor:
-    _check_devices(scores, valid, cone, predicted)
-    return torch.empty_like(scores)
-
-
 @torch.library.register_fake("eroseg::linf_step_")
-@torch.library.register_fake("eroseg::l2_step_")
 def _(x_adv: Tensor, x: Tensor, grad: Tensor, *settings: object) -> None:
     _check_devices(x_adv, x, grad, *settings)
 

@@ -1,9 +1,10 @@
-// What the operations are asked to do, as plain pointers and numbers, for the CPU and the CUDA kernels alike.
+// The parameters of the operations as plain pointers and numbers, for the CPU and the CUDA kernels alike.
 #pragma once
 
 #include <cstdint>
 
 #include "pixel_math.h"
+#include "tau.h"
 
 namespace eroseg {
 
@@ -51,7 +52,6 @@ struct ErosionGrad {
   Confidence confidence;
   Front front;
   Direction direction;
-  Within within;
   int radius;
   float slope;
   bool targeted;
@@ -76,11 +76,26 @@ struct Confusion {
   Input input;
   const int64_t* prediction;  // [B, H, W], or null: arg max of the logits
   int64_t classes;
+  int64_t* counts;  // [classes, classes], to which the matrix is added
 };
 
-struct Erode {
-  int64_t height, width;
-  int radius;
+// [batch, n] rows of scores; valid may be null.
+struct Scores {
+  const float* scores;
+  const bool* valid;
+  int64_t batch, n;
+};
+
+struct KthValue : Scores {
+  const int64_t* k;  // [batch, count]
+  int64_t count;
+  float* out;  // [batch, count]
+};
+
+struct NextTau : Scores {
+  const double* stats;  // [batch, 4]
+  TauSettings settings;
+  float* tau;  // [batch]
 };
 
 // [B, K, H, W] images, all of one dense layout; steps change x_adv in place.
@@ -89,10 +104,14 @@ struct Step {
   const float* x;
   const float* grad;
   const bool* mask;  // [B, 1, H, W] dense, or null
-  int64_t channels, pixels;
+  int64_t batch, channels, pixels;
   bool channels_last;
   float eps, alpha, low, high;
   EROSEG_INLINE int64_t elements() const { return channels * pixels; }
+  // Whether element i of an image may change; not to be called without a mask.
+  EROSEG_INLINE bool is_inside(int64_t image, int64_t i) const {
+    return mask[image * pixels + (channels_last ? i / channels : i % pixels)];
+  }
 };
 
 }  // namespace eroseg

@@ -38,7 +38,7 @@ class DemoSettings:
     """What ``run`` does; the fields are the options of ``eroseg demo``."""
 
     data: Path | None = None
-    """folder with images/ and labels/; None draws scenes"""
+    """folder with images/ and labels/; default: drawn scenes"""
     out: Path = Path("eroseg-demo")
     """folder for the pictures, made if missing"""
     quick: bool = False

@@ -40,7 +40,9 @@ class EvaluationSettings:
     steps: int = 100
     """gradients per attack and restart"""
     restarts: int = 1
+    """independent runs of each attack; each image keeps its best one"""
     norm: str = "linf"
+    """of the ball: ``linf`` or ``l2``"""
     ignore_index: int = 255
     """label of void pixels, which never count"""
     seed: int = 0
@@ -48,12 +50,13 @@ class EvaluationSettings:
     batch_size: int = 8
     """images attacked at once; those of one batch that differ in size are attacked one after the other"""
     images: int | None = None
-    """evaluate on so many evenly spaced images; None: all"""
+    """evaluate on so many evenly spaced images; default: all"""
     clip: tuple[float, float] = (0.0, 1.0)
     """range of pixel values"""
     mean: Sequence[float] | None = None
     """with std: the model is given (image - mean) / std, per channel, while eps and clip stay in pixel values"""
     std: Sequence[float] | None = None
+    """with mean"""
     autocast: torch.dtype | None = None
     """run the model under torch.autocast with this dtype, also to count its right pixels"""
     output: str = "logits"

@@ -11,7 +11,7 @@ from conftest import VOID
 from torch import Tensor, nn
 
 from eroseg_ext import AttackInfo, AttackSettings, attack
-from eroseg_ext.attacks.methods import reference_option
+from eroseg_ext.attacks.gradients import reference_option
 
 Batch = tuple[Tensor, Tensor]
 MakeNet = Callable[..., nn.Sequential]

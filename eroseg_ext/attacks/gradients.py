@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -176,6 +177,8 @@ class ErosionFront(MethodGradient):
         movement_unknown = settings.schedule == "movement" and step == 1
         if settings.threshold == "exact" or movement_unknown or step == settings.steps:
             return tau
+        if settings.targeted and settings.confidence == "label":
+            return self._side.run(lambda: self._next_tau(*_not_reached(log_odds, stats), step))
         return self._side.run(lambda: self._next_tau(log_odds, stats, step))
 
     def _tau_from_own_scores(self, logits: Tensor, step: int) -> Tensor:
@@ -198,9 +201,26 @@ class ErosionFront(MethodGradient):
             low = high = settings.front_first
         else:
             low, high = settings.front_min, settings.front_max
+            if settings.targeted:
+                low = min(low * math.sqrt(settings.steps - step), high)
         return self._ops.next_tau(
             log_odds, stats, settings.steps - step, reach=settings.reach, front_min=low, front_max=high
         )
+
+
+def _not_reached(log_odds: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a targeted attack: scores and stats with the pixels alone that are not of the wanted class yet.
+
+    Pixels that have reached it stay near the boundary, since the front has let go of them there. The more of them there
+    are, the lower every k-th value of all pixels, until the front is too narrow to move any other pixel. Of an image
+    whose pixels have all reached it, they are all kept.
+    """
+    left = log_odds < 0
+    count = left.sum((1, 2))
+    any_left = count > 0
+    scores = log_odds.where(left | ~any_left.view(-1, 1, 1), math.inf)
+    valid = torch.where(any_left, count.double(), stats[:, 0])
+    return scores, torch.cat([valid.unsqueeze(1), stats[:, 1:]], 1)
 
 
 def reference_option(settings: AttackSettings) -> str | None:

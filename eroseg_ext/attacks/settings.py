@@ -102,7 +102,8 @@ class AttackSettings:
             ``linear`` in t.
         reach: eroseg, movement: how many times the expected movement the front is wide, > 0.
         front_first: eroseg, movement: fraction of sensitive pixels in the first two steps.
-        front_min: eroseg, movement: lower bound of the front, as a fraction of the valid pixels.
+        front_min: eroseg, movement: lower bound of the front, as a fraction of the valid pixels; targeted, times the
+            square root of the steps left, of the pixels that are not of the wanted class yet.
         front_max: eroseg, movement: upper bound.
         balance: eroseg: exponent from 0 (off) to 1 of a pixel's weight by how rare its class is in the image.
         rho_range: eroseg, geometric or linear: first and last rho; default (0.4, 0.05) and (0.1, 1.0).

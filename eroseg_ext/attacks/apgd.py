@@ -202,7 +202,7 @@ class Loop(Engine):
         for number in range(phase.steps):
             right, grad = self._evaluate(restart, part, images, phase.first + number)
             if radius == self.config.eps and self.best is not None:
-                self.best.offer(part.rows, images, right)
+                self.best.offer(part.at, images, right)
             if number == 0:
                 best, best_right, best_grad = images, right, grad
                 right_at_check, last_right = right, right

@@ -25,6 +25,8 @@ class Part:
 
     rows: Tensor
     """``[b]`` int64, their numbers in the batch"""
+    at: slice | Tensor
+    """these as an index: a slice, which is faster, as long as they are consecutive"""
     clean: Tensor
     mask: Tensor | None
     method: gradients.MethodGradient
@@ -33,6 +35,7 @@ class Part:
     def select(self, kept: Tensor) -> None:
         """Continues with these images only."""
         self.rows, self.clean = self.rows[kept], self.clean[kept]
+        self.at = self.rows
         self.mask = None if self.mask is None else self.mask[kept]
         self.method.select(kept)
 
@@ -132,14 +135,14 @@ class Engine:
         if active is not None:
             stats = stats.where(active.view(-1, 1), 0.0)
             tau = None if tau is None else tau.where(active, 0.0)
-        self._stats[restart, step, part.rows] = stats
+        self._stats[restart, step, part.at] = stats
         if tau is not None:
-            self._tau[restart, step, part.rows] = tau
+            self._tau[restart, step, part.at] = tau
         grad = part.passes.gradient(grad_logits)
         is_nan, is_zero = inputs.gradient_flags(grad)
-        self._nan_gradients[restart, step, part.rows] = is_nan if active is None else is_nan & active
+        self._nan_gradients[restart, step, part.at] = is_nan if active is None else is_nan & active
         if step == 0:
-            self._without_gradient[part.rows] |= is_zero & self.unfinished(stats)
+            self._without_gradient[part.at] |= is_zero & self.unfinished(stats)
         return Evaluated(logits, stats, tau, grad)
 
     def unfinished(self, stats: Tensor) -> Tensor:
@@ -194,7 +197,8 @@ class Engine:
             passes = graphed = self.graphs.of(self._forward, images, self.images.dtype)
             self._buffer.adopt(graphed.grad_logits)
         method = gradients.create(self.config, self.ops, self._labels[rows], self._buffer, self._ignore_index)
-        return Part(self._rows[rows], self.clean[rows], None if self.mask is None else self.mask[rows], method, passes)
+        mask = None if self.mask is None else self.mask[rows]
+        return Part(self._rows[rows], rows, self.clean[rows], mask, method, passes)
 
     def _judge(self, best: BestIterates, restart: int, rows: slice, images: Tensor) -> None:
         """Counts the right pixels of final images and keeps the best; every gradient op counts, so ask the plainest."""
@@ -204,7 +208,7 @@ class Engine:
                 logits, self._labels[rows], "pgd", ignore_index=self._ignore_index, out=self._buffer.like(logits)
             )
         self._stats[restart, -1, rows] = stats
-        best.offer(self._rows[rows], images, stats[:, 1])
+        best.offer(rows, images, stats[:, 1])
 
     def _raise_unless_finite(self) -> None:
         # In the order of events: a step's logits come before its gradient, which breaks the next step's logits.

@@ -7,7 +7,7 @@ To add a method:
 3. the same branch in ``csrc/pixel_math.h`` (weight) and an entry in the enumeration that ``PIXEL_METHODS`` follows;
 4. a class of two lines in ``classes.py``, imported in ``eroseg_ext/__init__.py``;
 5. a row in ``tests/test_attack_methods.py``; most other tests run over ``METHODS`` and ``PIXEL_METHODS``;
-6. the README's table: the test that compares it prints the new one.
+6. the table of methods in the documentation: the test that compares it prints the new one.
 """
 
 from __future__ import annotations

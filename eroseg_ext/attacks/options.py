@@ -105,7 +105,7 @@ def with_settings(options: Any, **defaults: object) -> Function[[F], F]:
     """
     known = dict(inspect.signature(AttackSettings).parameters)
     known["preset"] = inspect.signature(AttackSettings.create).parameters["preset"]
-    listed = (AttackSettings.__doc__ or "").partition("Settings:\n")[2].rstrip()
+    listed = (AttackSettings.__doc__ or "").partition("Attributes:\n")[2].rstrip()
     explained = {entry.split(":")[0].strip(): entry for entry in re.split(r"\n(?= {8}\w)", listed)}
 
     def shown(function: F) -> F:

@@ -155,7 +155,7 @@ class Loop(Engine):
         for step in range(self.steps):
             found = self.evaluate(part, x_adv, restart, step, leavers.going if leavers else None)
             if config.keep == "best" and self.best is not None:
-                self.best.offer(part.rows, x_adv, found.stats[:, 1])
+                self.best.offer(part.at, x_adv, found.stats[:, 1])
             if config.early_stop:
                 going = self.unfinished(found.stats)
                 images[part.rows - first] = x_adv

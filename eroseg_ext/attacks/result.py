@@ -67,7 +67,7 @@ class BestIterates:
         """``[B]`` float64, right pixels of ``images``."""
         return self._sign * self._score
 
-    def offer(self, rows: Tensor, images: Tensor, right: Tensor) -> None:
+    def offer(self, rows: slice | Tensor, images: Tensor, right: Tensor) -> None:
         """Keeps those of ``images`` (numbers ``rows`` of the batch) that beat what is held; ties keep the earlier."""
         score, held = self._sign * right, self._score[rows]
         better = score < held

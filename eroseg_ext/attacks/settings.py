@@ -59,7 +59,7 @@ def check_below_range(name: str, value: float | None, extent: float, what: str) 
 class AttackSettings:
     """The settings of an attack, checked when they are made: ValueError or TypeError with one sentence.
 
-    Settings:
+    Attributes:
         method: ``eroseg``, ``pgd``, ``segpgd``, ``cospgd``, ``mce``, ``mce_bal``, ``js`` or ``tsallis``.
         eps: radius of the ball in pixel values, >= 0 and less than the range of ``clip``; with ``norm="l2"`` the l_2
             norm over an image.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eroseg_ext.attacks.apgd import checked, noise_seed, strong_attack
+from eroseg_ext.attacks import apgd
 from eroseg_ext.data.reading import SegmentationFolder, evenly_spaced, one_class
 from eroseg_ext.evaluation import sanity
 from eroseg_ext.evaluation.fingerprint import digest_of_weights, fingerprint, projected_logits
@@ -119,13 +119,13 @@ class _Evaluator:
         chosen = evenly_spaced(len(data), config.images)
         self._indices = chosen
         self._batches = [chosen[i : i + config.batch_size] for i in range(0, len(chosen), config.batch_size)]
+        self._attacks = {(row, eps): config.attack(row, eps) for eps in config.budgets for row in config.rows}
         self._digests = {index: digest_of(data, index) for index in chosen}
         self._model_digest = self._fingerprint()
 
     def run(self) -> Evaluation:
         config = self._config
-        plan: list[tuple[str, float]] = [(CLEAN, 0.0)]
-        plan += [(row, eps) for eps in config.budgets for row in config.rows]
+        plan = [(CLEAN, 0.0), *self._attacks]
         counts: dict[tuple[str, float], Counts] = {}
         without: dict[tuple[str, float], list[int]] = {key: [] for key in plan}
         seconds = dict.fromkeys((CLEAN, *config.rows), 0.0)
@@ -196,26 +196,28 @@ class _Evaluator:
         A batch of which anything is missing is made as a whole, as it would have been without an interruption.
         """
         config = self._config
-        keywords = {} if name == CLEAN else config.attack_keywords(name, eps)
+        attack = self._attacks.get((name, eps))
         # With every default as it is now: another version may have others.
-        resolved = {} if name == CLEAN else {**vars(checked(**keywords)), "radii": keywords.get("radii", "fixed")}
+        resolved = {} if attack is None else {**vars(attack[0]), "radii": attack[1]}
         about = {"attack": {key: plain(value) for key, value in resolved.items()}}
         keys = [self._key(about, [index]) for index in batch]
         if not all(key in self._cache for key in keys):
             start = time.perf_counter()
             # For models that draw random numbers: this batch gets the same ones, whatever was computed before it.
-            torch.manual_seed(noise_seed(config.seed, batch[0], 0))
+            torch.manual_seed(apgd.noise_seed(config.seed, batch[0], 0))
             images = [self._load(index) for index in batch]
             counts: list[Tensor] = []
             without: list[int] = []
             for part in _same_size_runs(images):
                 pixels = torch.stack([images[i][0] for i in part]).to(self._device)
                 labels = torch.stack([images[i][1] for i in part]).to(self._device)
-                if name != CLEAN:
-                    numbers = [batch[i] for i in part]
-                    pixels, info = strong_attack(
-                        self._model, pixels, labels, seed=config.seed, indices=numbers, return_info=True, **keywords
+                if attack is not None:
+                    numbers, (settings, radii) = [batch[i] for i in part], attack
+                    loop = apgd.Loop(
+                        settings, self._model, pixels, labels, indices=numbers, seed=config.seed, radii=radii
                     )
+                    pixels, info = loop.run(return_info=True)
+                    assert info is not None
                     flags = info.without_gradient.tolist()
                     without += [number for number, flag in zip(numbers, flags, strict=True) if flag]
                 counts += self._count(pixels, labels, [batch[i] for i in part])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eroseg_ext.attacks.apgd import NOT_OF_APGD, checked
 from eroseg_ext.attacks.methods import METHODS
+from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.evaluation.metrics import MIOU_CLASSES
 from eroseg_ext.models.adapter import SETTINGS as OF_THE_MODEL
 from eroseg_ext.utils.validate import check_choice, check_integer, check_number, require
@@ -108,7 +109,7 @@ class EvaluationSettings:
                 for setting in row:
                     if setting in (*NOT_OF_APGD, *OF_THE_DATA_AND_MODEL, "eps", "model_mode", "progress"):
                         raise ValueError(f"attacks[{name!r}] sets {setting}, which is not a row's to set")
-                attack = checked(**self.attack_keywords(name, eps))
+                attack, _ = self.attack(name, eps)
                 passes = attack.steps * attack.restarts
                 require(
                     passes <= 10**6, "steps x restarts", passes, "at most 1000000, as numbers of each step are kept"
@@ -126,10 +127,11 @@ class EvaluationSettings:
             return {name: row for name, row in self.attacks.items()}
         return {entry: _row(entry) for entry in self.attacks}
 
-    def attack_keywords(self, row: str, eps: float) -> dict[str, Any]:
-        """What :func:`eroseg_ext.strong_attack` is called with for a row at a budget."""
+    def attack(self, row: str, eps: float) -> tuple[AttackSettings, str]:
+        """The settings and the radii of :func:`eroseg_ext.strong_attack` for a row at a budget."""
         shared = {name: getattr(self, name) for name in (*OF_THE_DATA_AND_MODEL, *OF_THE_ATTACKS)}
-        return {**shared, "eps": eps, **self.rows[row]}
+        keywords = {"radii": "fixed", **shared, "eps": eps, **self.rows[row]}
+        return checked(**keywords), keywords["radii"]
 
 
 def _row(entry: str) -> dict[str, str]:

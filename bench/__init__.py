@@ -1,4 +1,4 @@
-"""Benchmarks: ``pytest bench/`` measures, ``python -m bench.report`` tells, ``python -m bench.compare`` compares."""
+"""Benchmarks: ``pytest bench/`` measures, ``python -m bench.report`` makes tables and plots of the figures."""
 
 import sys
 from pathlib import Path

@@ -196,7 +196,7 @@ def demo(group: Group) -> list[str]:
     for name in group.names():
         scores = [group.scores(case, name, 1, quantity) for quantity in ("miou", "accuracy")]
         times = [group.get(case, name, f"{part} p50") for part in ("fused", "reference")]
-        shown = ["", ""] if name == "none" else [f"{number(value)} ms" for value in times]
+        shown = ["", ""] if name == "none" else [number(value) + (" ms" if value else "") for value in times]
         rows.append([name if name == "none" else f"`{name}`", *scores, *shown])
     head = ["mIoU", "pixel accuracy", "our part of a step, fused", "in plain PyTorch"]
     return markdown([f"method ({case})", *head], rows)

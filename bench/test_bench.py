@@ -146,7 +146,10 @@ def test_demo(record: Record, device: torch.device, profile: str, tmp_path: Path
     settings = demo.DemoSettings(quick=profile == "quick", out=tmp_path, device=str(device))
     result = demo.run(settings)
     size = "x".join(map(str, result["settings"]["size"]))
-    case = f"{result['task']['test']} images {size}, {len(result['task']['classes'])} classes, eps 2/255, 10 steps"
+    quick = "--quick: " if settings.quick else ""
+    case = (
+        f"{quick}{result['task']['test']} images {size}, {len(result['task']['classes'])} classes, eps 2/255, 10 steps"
+    )
     record("demo", case, "none", **result["unattacked"])
     for method, row in result["methods"].items():
         times = {"fused_p50": row["fused_ms"], "reference_p50": row["reference_ms"]}

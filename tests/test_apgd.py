@@ -31,7 +31,7 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     task = load_task(DemoSettings(quick=True, size=(48, 64)))
-    model = train(task, 60, 0, torch.device("cpu"))
+    model = train(task, 200, 0, torch.device("cpu"))
     scenes = generated_scenes(4, (48, 64), seed=99)
     torch.set_num_threads(threads)
     return model, scenes.images, scenes.labels

@@ -34,7 +34,7 @@ def run_info(model: Any, batch: Batch, **settings: Any) -> tuple[Tensor, AttackI
 
 def backend_for(settings: dict[str, Any], backend: str) -> str:
     """``backend``, or ``auto`` where only the reference takes the settings."""
-    return "auto" if reference_option(AttackSettings(**settings)) else backend
+    return "auto" if reference_option(AttackSettings.create(**settings)) else backend
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

@@ -24,98 +24,22 @@ arXiv 2601.14950; the choices that its abstract leaves open are described in doc
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-INF = float("inf")
+from eroseg_ext.ops.pixel_terms import (
+    INF,
+    pixel_terms,
+    signed_confidence,
+    summed_stats,
+    weighted_by_label,
+    weighted_direction,
+)
+
 TAU_FLOOR = 1e-6
 """No threshold is below this confidence: the front's weight divides by it."""
-
-
-class PixelTerms(NamedTuple):
-    """What the per-pixel reductions over the classes leave; maps are ``[B, H, W]``, float32."""
-
-    z: Tensor
-    """``[B, C', H, W]`` logits, C' = max(C, 2)"""
-    onehot: Tensor
-    """``[B, C', H, W]`` bool, all False on void pixels"""
-    valid: Tensor
-    finite: Tensor
-    """whether the log-odds are: the label's logit and the largest of the others"""
-    right: Tensor
-    log_odds: Tensor
-    """L = z_y - logsumexp(z_c, c != y) = log(p_y / (1 - p_y)); label 0 stands in on void pixels"""
-    others: Tensor
-    """``[B, C', H, W]`` softmax over the classes other than the label, 0 at the label"""
-
-
-def pixel_terms(logits: Tensor, labels: Tensor, ignore_index: int) -> PixelTerms:
-    """The terms that every weight and direction is made of; see :class:`PixelTerms`."""
-    z = logits.float()
-    if z.shape[1] == 1:
-        z = torch.cat([torch.zeros_like(z), z], 1)
-    classes = z.shape[1]
-    labels = labels.long()
-    valid = (labels != ignore_index) & (labels >= 0) & (labels < classes)
-    index = labels.where(valid, 0).unsqueeze(1)
-    is_label = index == torch.arange(classes, device=z.device).view(1, -1, 1, 1)
-    # Relative to the largest of the others: differences of large logits keep their precision.
-    z_others = z.masked_fill(is_label, -INF)
-    largest = z_others.amax(1, keepdim=True)
-    z_others = z_others - largest
-    lse_others = z_others.logsumexp(1, keepdim=True)
-    of_label = z.gather(1, index)
-    finite = (of_label.isfinite() & largest.isfinite()).squeeze(1)
-    return PixelTerms(
-        z=z,
-        onehot=is_label & valid.unsqueeze(1),
-        valid=valid,
-        finite=finite,
-        right=valid & finite & (z.argmax(1) == index.squeeze(1)),
-        log_odds=(of_label - largest - lse_others).squeeze(1),
-        others=(z_others - lse_others).exp(),
-    )
-
-
-def weighted_direction(terms: PixelTerms, weight: Tensor, logits: Tensor, out: Tensor | None) -> Tensor:
-    """``weight[B, H, W]`` times the gradient of the negative log-odds, in the logits' shape and dtype.
-
-    dl/dz_c is the softmax over the other classes for c != y, and -1 for c = y.
-    """
-    weight = weight.where(terms.valid & terms.finite, 0.0).unsqueeze(1)
-    grad = torch.where(weight == 0, 0.0, weight * (terms.others - terms.onehot.float()))
-    grad = grad[:, -logits.shape[1] :].to(logits.dtype)
-    return grad if out is None else out.copy_(grad)
-
-
-def _weighted_by_label(weight: Tensor, class_weight: Tensor | None, terms: PixelTerms, labels: Tensor) -> Tensor:
-    if class_weight is None:
-        return weight
-    index = labels.long().where(terms.valid, 0).flatten(1)
-    return weight * class_weight.gather(1, index).view_as(weight)
-
-
-def _signed_confidence(terms: PixelTerms, confidence: str) -> Tensor:
-    """L for ``label``; for ``top`` the confidence in the predicted class, negative where that class is wrong."""
-    signed = terms.log_odds
-    if confidence == "top":
-        z = terms.z
-        is_top = z.argmax(1, keepdim=True) == torch.arange(z.shape[1], device=z.device).view(1, -1, 1, 1)
-        rest = z.masked_fill(is_top, -INF)
-        second = rest.amax(1, keepdim=True)
-        log_odds = z.amax(1) - second.squeeze(1) - (rest - second).logsumexp(1)
-        top = (log_odds + math.log(z.shape[1] - 1)).clamp(min=0)
-        signed = torch.where(terms.right, top, -top)
-    signed = signed.where(terms.finite, math.nan)
-    return signed.where(terms.valid, INF)
-
-
-def _stats(valid: Tensor, right: Tensor, front: Tensor, movement: Tensor) -> Tensor:
-    maps = (valid, right, front, movement)
-    return torch.stack([m.double().sum((1, 2)) for m in maps], 1)
 
 
 def confidence(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, confidence: str = "label") -> Tensor:
@@ -131,7 +55,7 @@ def confidence(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, confi
     Returns:
         ``[B, H, W]`` float32; +inf on void pixels, NaN on broken ones.
     """
-    return _signed_confidence(pixel_terms(logits, labels, ignore_index), confidence).abs()
+    return signed_confidence(pixel_terms(logits, labels, ignore_index), confidence).abs()
 
 
 def kth_value(scores: Tensor, k: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -298,21 +222,21 @@ def erosion_grad(
     Source: after arXiv 2601.14950; docs/method.md.
     """
     terms = pixel_terms(logits, labels, ignore_index)
-    signed = _signed_confidence(terms, confidence)
+    signed = signed_confidence(terms, confidence)
 
     predicted = terms.z.argmax(1) if within == "class" else None
     q = erode(signed.abs(), terms.valid, radius, slope * tau, predicted)
     weight = front_weight(q, tau, front)
     if direction == "ce":
         weight = weight * torch.sigmoid(-terms.log_odds)
-    weight = _weighted_by_label(weight, class_weight, terms, labels)
+    weight = weighted_by_label(weight, class_weight, terms, labels)
     grad = weighted_direction(terms, -weight if targeted else weight, logits, out)
 
     in_front = terms.valid & (signed.abs() <= tau.view(-1, 1, 1))
     before = signed if previous is None else previous
     moved = (signed - before if targeted else before - signed).where(in_front, 0.0)
     broken = terms.valid & ~terms.finite
-    return grad, signed, _stats(terms.valid, terms.right, in_front, moved.where(~broken, math.nan))
+    return grad, signed, summed_stats(terms.valid, terms.right, in_front, moved.where(~broken, math.nan))
 
 
 PIXEL_METHODS = ("pgd", "segpgd", "cospgd", "cospgd_sigmoid", "mce", "js", "tsallis")
@@ -382,11 +306,11 @@ def pixel_grad(
         weight = ((q - 1) * F.logsigmoid(terms.log_odds)).exp()
     else:
         raise ValueError(f"method is {method!r}, wanted one of {', '.join(PIXEL_METHODS)}")
-    weight = _weighted_by_label(weight * p_rest, class_weight, terms, labels)
+    weight = weighted_by_label(weight * p_rest, class_weight, terms, labels)
     grad = weighted_direction(terms, -weight if targeted else weight, logits, out)
 
     broken = terms.valid & ~terms.finite
-    return grad, _stats(terms.valid, terms.right, terms.valid, torch.zeros_like(p_label).where(~broken, math.nan))
+    return grad, summed_stats(terms.valid, terms.right, terms.valid, torch.zeros_like(p_label).where(~broken, math.nan))
 
 
 def class_balance(labels: Tensor, classes: int, *, ignore_index: int = 255) -> Tensor:

@@ -43,7 +43,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     return left.dtype == right.dtype and torch.equal(left.view(integer), right.view(integer))
 
 
-def right_pixels(logits: Tensor, labels: Tensor) -> Tensor:
+def correct_pixels(logits: Tensor, labels: Tensor) -> Tensor:
     """``[B]``, by brute force."""
     return ((logits.argmax(1) == labels) & (labels != VOID)).sum((1, 2)).double()
 

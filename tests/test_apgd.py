@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attack_common import Batch, Counted, outside_ball, right_pixels, same_bits, seeded
+from attack_common import Batch, Counted, correct_pixels, outside_ball, same_bits, seeded
 from conftest import VOID
 from test_attack_costs import HostSyncs
 from torch import Tensor, nn
@@ -95,11 +95,11 @@ def test_mask_void_and_zero_eps_keep_the_input(net: nn.Module, batch: Batch, nor
 def test_returns_the_best_iterate_in_the_ball(net: nn.Module, batch: Batch, radii: str) -> None:
     net.eval()
     found, info = strong_attack(net, *batch, steps=20, restarts=2, radii=radii, return_info=True)
-    right = right_pixels(net(found), batch[1])
-    assert torch.equal(right, info.right)
+    correct = correct_pixels(net(found), batch[1])
+    assert torch.equal(correct, info.correct)
     # Iterates of the larger balls may have had fewer; those of the last phase may not.
     last = phases(8 / 255, 20, radii)[-1].first
-    assert (right <= info.stats[:, last:, :, 1].amin((0, 1))).all()
+    assert (correct <= info.stats[:, last:, :, 1].amin((0, 1))).all()
     assert torch.equal(info.valid, (batch[1] != VOID).sum((1, 2)).double())
 
 
@@ -165,7 +165,7 @@ def test_starts_are_drawn_image_by_image(batch: Batch, norm: str) -> None:
 
 @pytest.mark.parametrize("find", [attack, strong_attack])
 def test_of_equally_good_iterates_the_earliest_is_kept(batch: Batch, find: Any) -> None:
-    """All pixels stay right, so the random start, which the model sees first, is as good as any later iterate."""
+    """All pixels stay correct, so the random start, which the model sees first, is as good as any later iterate."""
     seen: list[Tensor] = []
 
     class Sure(nn.Module):
@@ -212,7 +212,7 @@ def test_steps_do_not_wait_for_the_device(
 
 
 class Band(nn.Module):
-    """A pixel is wrong while its first channel has moved by about ``target`` 255ths; further on it is right again."""
+    """A pixel is wrong while its first channel has moved by about ``target`` 255ths; further on it is correct again."""
 
     def __init__(self, clean: Tensor, target: Tensor) -> None:
         super().__init__()
@@ -237,12 +237,12 @@ def test_step_sizes_are_halved_where_nothing_improves() -> None:
     settings = {"eps": 8 / 255, "steps": 60, "method": "pgd"}
     coarse = attack(model, images, labels, step_size=16 / 255, generator=seeded(), keep="best", **settings)
     fine = strong_attack(model, images, labels, **settings)
-    counts = [right_pixels(model(found), labels).sum().item() for found in (coarse, fine)]
+    counts = [correct_pixels(model(found), labels).sum().item() for found in (coarse, fine)]
     assert counts[1] < counts[0] / 2
 
 
 def apgd_with_decisions(model: nn.Module, clean: Tensor, label: Tensor, start: Tensor, eps: float, steps: int) -> list:
-    """Right pixels of every iterate of one image: APGD as its paper's Algorithm 1 tells it, with the host deciding."""
+    """Correct pixels of each iterate of one image: APGD as its paper's Algorithm 1 tells it, with the host deciding."""
     low, high = (clean - eps).clamp(0, 1), (clean + eps).clamp(0, 1)
     x = before = start.clamp(low, high)
     size, history, best, improved, at_check, was_halved, last_check = 2 * eps, [], None, 0, None, True, 0
@@ -252,13 +252,13 @@ def apgd_with_decisions(model: nn.Module, clean: Tensor, label: Tensor, start: T
         logits = model(leaf)
         gradient, stats = reference.pixel_grad(logits.detach(), label, "pgd")
         (grad,) = torch.autograd.grad(logits, leaf, gradient)
-        right = stats[0, 1].item()
-        improved += right < previous
-        history.append(previous := right)
-        if best is None or right < best[0]:
-            best = right, x, grad
+        correct = stats[0, 1].item()
+        improved += correct < previous
+        history.append(previous := correct)
+        if best is None or correct < best[0]:
+            best = correct, x, grad
         if t == 0:
-            at_check = right
+            at_check = correct
         if t in _checkpoints(steps):
             not_enough = improved <= 0.75 * (t - last_check)
             no_better = not was_halved and best[0] == at_check
@@ -319,7 +319,7 @@ def test_is_stronger_than_plain_steps(trained: tuple[nn.Module, Tensor, Tensor],
     plain = attack(model, images, labels, generator=seeded(), **settings)
     strong = strong_attack(model, images, labels, **settings)
     with torch.no_grad():
-        assert right_pixels(model(strong), labels).sum() < right_pixels(model(plain), labels).sum()
+        assert correct_pixels(model(strong), labels).sum() < correct_pixels(model(plain), labels).sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -11,6 +11,7 @@ from attack_common import (
     EPS,
     Batch,
     MakeNet,
+    backend_for,
     name_of,
     outside_ball,
     run,
@@ -39,7 +40,7 @@ def test_without_labels_the_models_prediction_is_attacked(
     expected, info = run_info(net, (images, predicted), backend=backend)
     got = attack(net, images, steps=3, generator=seeded(), backend=backend)
     assert torch.equal(got, expected)
-    assert (info.right < info.valid).all()
+    assert (info.correct < info.valid).all()
 
 
 @pytest.mark.parametrize("mean", [[0.4, 0.5, 0.6], [0.5]])
@@ -84,7 +85,7 @@ def test_half_images_are_attacked_in_float32_and_come_back_half(
     assert outside_ball(adversarial, images, EPS[norm], norm) <= 1
     assert adversarial.min() >= 0
     assert adversarial.max() <= 1
-    assert (info.right < info.stats[0, 0, :, 1]).all()
+    assert (info.correct < info.stats[0, 0, :, 1]).all()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -113,8 +114,8 @@ def test_one_logit_is_two_classes_the_first_of_which_is_0(
     two, two_info = run_info(two_logits, (images, labels), **settings)
     assert ((one - two).abs() > 1e-6).sum() <= 12  # signs that rounding flips; seen: none
     assert torch.equal(one_info.valid, two_info.valid)
-    assert ((one_info.right - two_info.right).abs() <= 1).all()
-    assert (one_info.right.sum() > one_info.stats[0, 0, :, 1].sum()) == targeted
+    assert ((one_info.correct - two_info.correct).abs() <= 1).all()
+    assert (one_info.correct.sum() > one_info.stats[0, 0, :, 1].sum()) == targeted
 
 
 def test_smaller_logits_are_upsampled_bilinearly(make_net: MakeNet, batch: Batch, backend: str) -> None:
@@ -150,9 +151,9 @@ def test_smaller_logits_are_upsampled_bilinearly(make_net: MakeNet, batch: Batch
 def test_an_object_is_the_function_with_its_settings_bound(
     net: nn.Module, batch: Batch, backend: str, kind: Any, keywords: dict[str, Any], method: str
 ) -> None:
-    settings: dict[str, Any] = {"eps": 0.02, "steps": 2, "backend": backend}
-    bound = kind(net, **settings, **keywords)
     extra = {key: value for key, value in keywords.items() if key != "balanced"}
+    settings: dict[str, Any] = {"eps": 0.02, "steps": 2, "backend": backend_for({"method": method, **extra}, backend)}
+    bound = kind(net, **settings, **keywords)
     expected = attack(net, *batch, method=method, generator=seeded(), **settings, **extra)
     # Twice: a call leaves the settings as they were.
     assert torch.equal(bound(*batch, generator=seeded()), expected)

@@ -77,7 +77,7 @@ def test_a_graph_changes_nothing(still: nn.Module, batch: Batch, backend: str, s
     graphed, info = run_info(still, batch, backend=backend, steps=6, graph=True, **settings)
     assert torch.equal(eager, graphed)
     assert torch.equal(eager_info.stats, info.stats)
-    assert torch.equal(eager_info.right, info.right)
+    assert torch.equal(eager_info.correct, info.correct)
 
 
 @pytest.mark.usefixtures("either")

@@ -11,8 +11,8 @@ import torch
 from attack_common import (
     EPS,
     Batch,
+    correct_pixels,
     outside_ball,
-    right_pixels,
     run,
     run_info,
     same_bits,
@@ -226,7 +226,7 @@ def test_logits_of_void_pixels_change_nothing(net: nn.Module, batch: Batch, back
         adversarial, other_info = run_info(other, batch, backend=backend, method=method, keep="best")
         assert torch.equal(adversarial, expected)
         assert torch.equal(other_info.stats, info.stats)
-        assert torch.equal(other_info.right, info.right)
+        assert torch.equal(other_info.correct, info.correct)
 
 
 @pytest.mark.parametrize("targeted", [False, True])
@@ -239,10 +239,10 @@ def test_counts_are_those_of_brute_force(
     adversarial, info = run_info(net, batch, backend=backend, method=method, targeted=targeted, callback=steps.append)
     valid = (labels != VOID).sum((1, 2)).double()
     assert torch.equal(info.valid, valid)
-    assert torch.equal(info.right, right_pixels(net.eval()(adversarial), labels))
+    assert torch.equal(info.correct, correct_pixels(net.eval()(adversarial), labels))
     for step in steps:
         assert torch.equal(step.stats[:, 0], valid)
-        assert torch.equal(step.stats[:, 1], right_pixels(step.logits, labels))
+        assert torch.equal(step.stats[:, 1], correct_pixels(step.logits, labels))
 
 
 @pytest.mark.parametrize("ignore_index", [-1, -100, 2, 255])

@@ -13,8 +13,8 @@ from attack_common import (
     Batch,
     Counted,
     Spied,
+    correct_pixels,
     name_of,
-    right_pixels,
     run,
     run_info,
     seeded,
@@ -39,7 +39,7 @@ def test_micro_batches_give_the_whole_batchs_result(
     whole, whole_info = run_info(pixelwise, batch, backend=backend, mask=mask, **settings)
     parts, parts_info = run_info(pixelwise, batch, backend=backend, mask=mask, micro_batch=micro_batch, **settings)
     assert torch.equal(parts, whole)
-    assert torch.equal(parts_info.right, whole_info.right)
+    assert torch.equal(parts_info.correct, whole_info.correct)
     assert torch.equal(parts_info.stats, whole_info.stats)
     if whole_info.tau is not None and parts_info.tau is not None:
         assert torch.equal(parts_info.tau, whole_info.tau)
@@ -57,7 +57,7 @@ def test_a_batch_of_no_images_comes_back(pixelwise: nn.Module, batch: Batch, bac
     images, labels = batch[0][:0], batch[1][:0]
     adversarial, info = attack(pixelwise, images, labels if labelled else None, return_info=True, backend=backend)
     assert adversarial.shape == images.shape
-    assert info.right.shape == (0,)
+    assert info.correct.shape == (0,)
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -108,7 +108,7 @@ def test_fused_equals_reference_over_several_steps(
     # A sign that rounding flips moves a pixel by 2 alpha, and its neighbours' gradients follow a little: a dozen of the
     # 4320 values may differ. Seen over four networks: none.
     assert ((result - plain).abs() > 1e-5).sum() <= 12
-    assert ((fused_info.right - plain_info.right).abs() <= 2).all()
+    assert ((fused_info.correct - plain_info.correct).abs() <= 2).all()
     assert torch.equal(fused_info.valid, plain_info.valid)
 
 
@@ -143,10 +143,10 @@ def test_best_is_never_worse_than_last(net: nn.Module, batch: Batch, backend: st
     settings: dict[str, Any] = {"backend": backend, "method": method, "targeted": targeted, "step_size": 16 / 255}
     _, last = run_info(net, batch, **settings)
     adversarial, best = run_info(net, batch, keep="best", **settings)
-    assert torch.equal(best.right, right_pixels(net.eval()(adversarial), batch[1]))
+    assert torch.equal(best.correct, correct_pixels(net.eval()(adversarial), batch[1]))
     assert torch.equal(best.stats, last.stats)
-    seen = torch.cat([last.stats[0, :, :, 1], last.right[None]])
-    assert torch.equal(best.right, seen.amax(0) if targeted else seen.amin(0))
+    seen = torch.cat([last.stats[0, :, :, 1], last.correct[None]])
+    assert torch.equal(best.correct, seen.amax(0) if targeted else seen.amin(0))
 
 
 def test_an_image_keeps_its_best_restart(net: nn.Module, batch: Batch, backend: str) -> None:
@@ -157,17 +157,17 @@ def test_an_image_keeps_its_best_restart(net: nn.Module, batch: Batch, backend: 
             ends.append(info.adversarial.clone())
 
     adversarial, info = run_info(net, batch, backend=backend, restarts=4, callback=note)
-    right = torch.stack([right_pixels(net.eval()(end), batch[1]) for end in ends])
-    assert right.unique(dim=0).shape[0] > 1  # the restarts are not all the same
-    assert torch.equal(info.right, right.amin(0))
-    assert torch.equal(right_pixels(net(adversarial), batch[1]), info.right)
+    correct = torch.stack([correct_pixels(net.eval()(end), batch[1]) for end in ends])
+    assert correct.unique(dim=0).shape[0] > 1  # the restarts are not all the same
+    assert torch.equal(info.correct, correct.amin(0))
+    assert torch.equal(correct_pixels(net(adversarial), batch[1]), info.correct)
 
 
 def test_the_first_restart_is_the_attack_without_restarts(net: nn.Module, batch: Batch, backend: str) -> None:
     _, one = run_info(net, batch, backend=backend)
     _, three = run_info(net, batch, backend=backend, restarts=3)
     assert torch.equal(three.stats[:1], one.stats)
-    assert (three.right <= one.right).all()
+    assert (three.correct <= one.correct).all()
 
 
 class Halves(nn.Module):
@@ -218,13 +218,13 @@ def test_early_stop_freezes_images_that_are_done_and_no_others(
         Halves(), (images, labels), callback=lambda step: seen.append(step.images.tolist()), early_stop=True, **settings
     )
     assert torch.equal(stopped[1], full[1])
-    assert full_info.right[1] != done
+    assert full_info.correct[1] != done
     for image in (0, 2):
         # The step at which the image was found done; its images before that step are what it keeps.
         end = int((full_info.stats[0, :, image, 1] == done).nonzero()[0])
         assert 0 < end < 6
         assert torch.equal(stopped[image], iterates[end - 1][image])
-        assert info.right[image] == done
+        assert info.correct[image] == done
         assert torch.equal(info.stats[0, : end + 1, image], full_info.stats[0, : end + 1, image])
         assert not info.stats[0, end + 1 :, image].any()
         assert stays or sum(image in images for images in seen) == end + 1
@@ -291,7 +291,7 @@ def test_callback_is_told_what_step_info_says(net: nn.Module, batch: Batch, back
 def test_info_has_a_row_per_restart_step_and_image(net: nn.Module, batch: Batch, backend: str, method: str) -> None:
     _, info = run_info(net, batch, backend=backend, method=method, restarts=2)
     assert (info.stats.shape, info.stats.dtype) == ((2, 3, 3, 4), torch.float64)
-    assert (info.right.shape, info.right.dtype) == ((3,), torch.float64)
+    assert (info.correct.shape, info.correct.dtype) == ((3,), torch.float64)
     assert (info.valid.shape, info.valid.dtype) == ((3,), torch.float64)
     if method == "eroseg":
         assert info.tau is not None
@@ -299,7 +299,7 @@ def test_info_has_a_row_per_restart_step_and_image(net: nn.Module, batch: Batch,
         assert (info.tau > 0).all()
     else:
         assert info.tau is None
-    assert {tensor.device for tensor in (info.stats, info.right, info.valid)} == {batch[0].device}
+    assert {tensor.device for tensor in (info.stats, info.correct, info.valid)} == {batch[0].device}
 
 
 def test_info_does_not_change_the_result(net: nn.Module, batch: Batch, backend: str) -> None:
@@ -308,7 +308,7 @@ def test_info_does_not_change_the_result(net: nn.Module, batch: Batch, backend: 
 
 def test_info_of_an_attack_of_no_radius_counts_the_clean_images(net: nn.Module, batch: Batch, backend: str) -> None:
     _, info = run_info(net, batch, backend=backend, eps=0)
-    assert torch.equal(info.right, right_pixels(net.eval()(batch[0]), batch[1]))
+    assert torch.equal(info.correct, correct_pixels(net.eval()(batch[0]), batch[1]))
 
 
 @pytest.mark.parametrize("settings", [{}, {"restarts": 2, "micro_batch": 2}])

@@ -15,9 +15,9 @@ from attack_common import (
     Spied,
     Times,
     backend_for,
+    correct_pixels,
     name_of,
     outside_ball,
-    right_pixels,
     run,
     run_info,
     seeded,
@@ -192,7 +192,7 @@ def test_a_targeted_attack_in_l2_goes_on_while_pixels_are_left() -> None:
         for method in reached:
             settings = {"method": method, "norm": "l2", "eps": 8.0, "steps": 100, "targeted": True}
             _, info = attack(net, images, labels, generator=seeded(), return_info=True, **settings)
-            reached[method] += float((info.right / info.valid).mean())
+            reached[method] += float((info.correct / info.valid).mean())
     assert reached["eroseg"] > 0.72 * reached["pgd"]
 
 
@@ -240,7 +240,7 @@ def test_each_setting_of_the_front_has_an_effect(
     backend = backend_for(settings, backend)
     adversarial, info = run_info(net, batch, backend=backend, steps=4, **settings)
     assert not torch.equal(adversarial, run(net, batch, backend=backend, steps=4))
-    assert (info.right < info.stats[0, 0, :, 1]).all()
+    assert (info.correct < info.stats[0, 0, :, 1]).all()
     assert outside_ball(adversarial, batch[0], 8 / 255, "linf") <= 1
 
 
@@ -304,7 +304,7 @@ def on(device: torch.device, fitted: tuple[nn.Module, Tensor, Tensor]) -> tuple[
 
 
 def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
-    return float(right_pixels(net(images), labels).sum() / (labels != VOID).sum())
+    return float(correct_pixels(net(images), labels).sum() / (labels != VOID).sum())
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

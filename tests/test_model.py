@@ -469,8 +469,8 @@ def test_probabilities_are_converted_exactly(
         generator = torch.Generator().manual_seed(0)
         weight = torch.rand(logits.shape, generator=generator).to(logits.device)
         found.append((logits.detach(), torch.autograd.grad(logits, leaf, weight)[0]))
-    for left, right in zip(*found, strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+    for left, correct in zip(*found, strict=True):
+        torch.testing.assert_close(left, correct, rtol=1e-4, atol=1e-4)
     settings = {"backend": backend, "return_info": True, "method": "pgd"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -478,7 +478,7 @@ def test_probabilities_are_converted_exactly(
             run(Formed(net, wrapped), (batch[0], labels), **settings, output=units)[1]
             for wrapped, units in ((form, output), (bare, "logits"))
         )
-    assert torch.allclose(info.right, expected.right, atol=5)
+    assert torch.allclose(info.correct, expected.correct, atol=5)
     assert torch.equal(info.stats[0, 0], expected.stats[0, 0])
 
 

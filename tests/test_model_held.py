@@ -381,12 +381,12 @@ class TestDistributed:
         assert all(parameter.grad is None for parameter in model.parameters())
 
     def test_a_sharded_module_takes_all_steps(self, batch: Batch) -> None:
-        """Other processes' images may still be right, and every pass of a sharded module waits for them."""
+        """Other processes' images may still be correct, and every pass of a sharded module waits for them."""
         images, labels = batch[0], torch.zeros_like(batch[1])
         net = nn.Sequential(nn.Conv2d(3, 4, 1))
         with torch.no_grad():
             net[0].weight.zero_()
-            net[0].bias.copy_(torch.tensor([-9.0, 9.0, 0.0, 0.0]))  # no pixel is right from the start
+            net[0].bias.copy_(torch.tensor([-9.0, 9.0, 0.0, 0.0]))  # no pixel is correct from the start
         net.to(images.device)
         seen: list[StepInfo] = []
         settings: dict[str, Any] = {"early_stop": True, "steps": 4, "random_start": False, "callback": seen.append}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from attack_common import EPS, Batch, right_pixels, run, run_info, same_bits, seeded
+from attack_common import EPS, Batch, correct_pixels, run, run_info, same_bits, seeded
 from conftest import SIZE, VOID, Pixelwise
 from torch import Tensor, nn
 
@@ -56,7 +56,7 @@ def test_what_is_counted_is_what_is_returned(batch: Batch, attacks: Any, dtype: 
     model, images = Pixelwise().to(batch[0].device), batch[0].to(dtype)
     settings = {"keep": "best", "restarts": 2} if attacks is attack else {}
     adversarial, info = attacks(model, images, batch[1], steps=6, return_info=True, **settings)
-    assert torch.equal(info.right, right_pixels(model(adversarial.float()), batch[1]))
+    assert torch.equal(info.correct, correct_pixels(model(adversarial.float()), batch[1]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,8 +73,8 @@ def test_pixels_that_may_not_change_stay_to_the_bit(net: nn.Module, batch: Batch
         assert _bits_equal(attacks(net, images, labels, steps=2, eps=0), images)
 
 
-def _bits_equal(left: Tensor, right: Tensor) -> bool:
-    return torch.equal(left, right) and torch.equal(left.signbit(), right.signbit())
+def _bits_equal(left: Tensor, correct: Tensor) -> bool:
+    return torch.equal(left, correct) and torch.equal(left.signbit(), correct.signbit())
 
 
 @pytest.mark.parametrize(

@@ -357,9 +357,9 @@ def test_of_tied_classes_the_lowest_is_predicted(fused: Any, classes: int) -> No
     logits = torch.zeros(1, classes, 6, 40)
     logits[..., 20:] = torch.randint(0, 2, (1, classes, 6, 20), generator=torch.Generator().manual_seed(0))
     labels = torch.randint(0, max(classes, 2), (1, 6, 40), generator=torch.Generator().manual_seed(1))
-    right = reference.pixel_grad(logits, labels, "pgd")[1][:, 1]
-    assert torch.equal(fused.erosion_grad(logits, labels, torch.ones(1))[2][:, 1], right)
-    assert torch.equal(fused.pixel_grad(logits, labels, "pgd")[1][:, 1], right)
+    correct = reference.pixel_grad(logits, labels, "pgd")[1][:, 1]
+    assert torch.equal(fused.erosion_grad(logits, labels, torch.ones(1))[2][:, 1], correct)
+    assert torch.equal(fused.pixel_grad(logits, labels, "pgd")[1][:, 1], correct)
     top = fused.confidence(logits, labels, confidence="top")
     torch.testing.assert_close(top, reference.confidence(logits, labels, confidence="top"), rtol=1e-5, atol=4e-6)
 
@@ -602,9 +602,9 @@ def shifted_view(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", ["erosion_grad", "pixel_grad", "linf_step_"])
 def test_what_is_written_may_not_overlap_what_is_read(name: str) -> None:
     written, read = ("x_adv", "x") if name.endswith("_") else ("grad", "logits")
-    for left, right in (shifted_view((2, 3, 5, 6)), shifted_view((2, 3, 5, 6))[::-1], [torch.zeros(2, 3, 5, 6)] * 2):
+    for left, correct in (shifted_view((2, 3, 5, 6)), shifted_view((2, 3, 5, 6))[::-1], [torch.zeros(2, 3, 5, 6)] * 2):
         with pytest.raises(RuntimeError, match=f"{written} is written and overlaps a tensor that is read"):
-            called_with(name, **{written: left, read: right})
+            called_with(name, **{written: left, read: correct})
     if name == "erosion_grad":
         logits, labels, tau = torch.randn(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long), torch.ones(1)
         with pytest.raises(RuntimeError, match="overlaps"):

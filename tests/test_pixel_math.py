@@ -89,17 +89,17 @@ def test_method_weights(maths: ModuleType, targeted: bool) -> None:
     p, rest = 1 / (1 + np.exp(-wide)), 1 / (1 + np.exp(wide))
     norm, lam, q_minus_one = np.float64(np.float32(0.4)), 0.3, 1.5
     cosine = p / np.sqrt(p**2 + rest**2 * norm)
-    for right in (False, True):
+    for correct in (False, True):
         expected = {
             0: np.ones_like(p),
-            1: np.full_like(p, 1 - lam if right else lam),
+            1: np.full_like(p, 1 - lam if correct else lam),
             2: 1 - cosine if targeted else cosine,
-            3: np.full_like(p, float(right)),
+            3: np.full_like(p, float(correct)),
             4: p / 2 * (np.log1p(p) + np.logaddexp(0, -wide)),
             5: p**q_minus_one,
         }
         for method, weight in expected.items():
-            got = maths.method_weight(method, log_odds, right, 0.4, targeted, lam, q_minus_one)
+            got = maths.method_weight(method, log_odds, correct, 0.4, targeted, lam, q_minus_one)
             # 1 - cosine cancels; everything else is relative.
             slack = 1e-6 * rest if method == 2 else 0
             assert np.all(np.abs(got - weight * rest) <= 1e-5 * weight * rest + slack + 1e-30), method

@@ -152,8 +152,8 @@ def test_stats_count_valid_right_and_front_pixels_and_their_movement() -> None:
     for image in range(2):
         valid = labels[image] != VOID
         front = valid & (signed[image].abs() <= tau[image])
-        right = valid & (logits[image].argmax(0) == labels[image])
-        assert stats[image, :3].tolist() == [valid.sum(), right.sum(), front.sum()]
+        correct = valid & (logits[image].argmax(0) == labels[image])
+        assert stats[image, :3].tolist() == [valid.sum(), correct.sum(), front.sum()]
         moved = (previous[image] - signed[image])[front].double().sum()
         torch.testing.assert_close(stats[image, 3], moved)
 
@@ -183,16 +183,16 @@ def test_next_tau_without_valid_pixels_is_the_floor() -> None:
     assert reference.next_tau(torch.full((1, 2, 2), math.inf), stats, 1).item() == pytest.approx(reference.TAU_FLOOR)
 
 
-def textbook_weight(method: str, p: Tensor, p_label: Tensor, right: Tensor, lam: float, targeted: bool) -> Tensor:
+def textbook_weight(method: str, p: Tensor, p_label: Tensor, correct: Tensor, lam: float, targeted: bool) -> Tensor:
     if method == "pgd":
         return torch.ones_like(p_label)
     if method == "segpgd":
-        return torch.where(right != targeted, 1 - lam, lam).to(p_label)
+        return torch.where(correct != targeted, 1 - lam, lam).to(p_label)
     if method == "cospgd":
         cosine = p_label / p.norm(dim=1)
         return 1 - cosine if targeted else cosine
     if method == "mce":
-        return (right != targeted).to(p_label)
+        return (correct != targeted).to(p_label)
     assert method == "tsallis"
     return p_label**1.5
 
@@ -205,12 +205,12 @@ def test_methods_weigh_the_gradient_of_cross_entropy(method: str, classes: int, 
     z = logits.double().requires_grad_()
     log_p, valid = label_log_probability(z, labels)
     p = two_class(z.detach()).softmax(1)
-    right = p.argmax(1) == labels
-    weight = textbook_weight(method, p, log_p.detach().exp(), right, 0.7 / 2, targeted)
+    correct = p.argmax(1) == labels
+    weight = textbook_weight(method, p, log_p.detach().exp(), correct, 0.7 / 2, targeted)
     (expected,) = torch.autograd.grad(-(weight * log_p)[valid].sum() * (-1 if targeted else 1), z)
     grad, stats = reference.pixel_grad(logits, labels, method, 0.7, targeted=targeted, q=2.5)
     torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-7)
-    assert torch.equal(stats[:, 1], (right & valid).sum((1, 2)).double())
+    assert torch.equal(stats[:, 1], (correct & valid).sum((1, 2)).double())
 
 
 def test_cospgd_sigmoid_is_the_cosine_of_sigmoids_and_does_not_underflow() -> None:

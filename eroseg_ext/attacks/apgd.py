@@ -2,7 +2,7 @@
 
 APGD (Croce & Hein, ICML 2020) is sign ascent with momentum that starts at steps of 2 radii and halves them, image by
 image, where it no longer gets on; SEA (Croce, Singh & Hein, ECCV 2024) runs it first in larger balls, 2 eps and
-1.5 eps, and projects between them. An image's progress is the number of its right pixels: it is defined for every
+1.5 eps, and projects between them. An image's progress is the number of its correct pixels: it is defined for every
 method, it is what the evaluation reports, and every gradient operation returns it at no cost.
 
 The larger balls pay on some models and methods and cost strength on others (``bench/NOTES.md``), so both are here.
@@ -134,7 +134,7 @@ def strong_attack(
 
     Returns:
         Images as :func:`eroseg_ext.attack` returns them: of all iterates in the ball of eps the one with the fewest
-        right pixels, of equally many the earliest, over the restarts too.
+        correct pixels, of equally many the earliest, over the restarts too.
 
     Raises:
         ValueError, TypeError, NotFiniteError: as :func:`eroseg_ext.attack`.
@@ -186,7 +186,7 @@ class Loop(Engine):
         images.copy_(x_adv)
 
     def _evaluate(self, restart: int, part: Part, images: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Right pixels ``[B]`` of the images, and the gradient with respect to them."""
+        """Correct pixels ``[B]`` of the images, and the gradient with respect to them."""
         found = self.evaluate(part, images, restart, step)
         return found.stats[:, 1], found.grad
 
@@ -200,25 +200,25 @@ class Loop(Engine):
         improvements = torch.zeros(len(images), dtype=torch.float32, device=images.device)
         checked = 0
         for number in range(phase.steps):
-            right, grad = self._evaluate(restart, part, images, phase.first + number)
+            correct, grad = self._evaluate(restart, part, images, phase.first + number)
             if radius == self.config.eps and self.best is not None:
-                self.best.offer(part.at, images, right)
+                self.best.offer(part.at, images, correct)
             if number == 0:
-                best, best_right, best_grad = images, right, grad
-                right_at_check, last_right = right, right
+                best, best_correct, best_grad = images, correct, grad
+                correct_at_check, last_correct = correct, correct
             else:
-                improvements = improvements + (right < last_right)
-                better = right < best_right
+                improvements = improvements + (correct < last_correct)
+                better = correct < best_correct
                 best, best_grad = _choose(better, images, best), _choose(better, grad, best_grad)
-                best_right, last_right = torch.where(better, right, best_right), right
+                best_correct, last_correct = torch.where(better, correct, best_correct), correct
             if number in phase.checkpoints:
                 oscillates = improvements <= IMPROVING * (number - checked)
-                stuck = ~halved_last & (best_right >= right_at_check)
+                stuck = ~halved_last & (best_correct >= correct_at_check)
                 halve = oscillates | stuck
                 size = torch.where(halve.view(-1, 1, 1, 1), size / 2, size)
                 images, previous = _choose(halve, best, images), _choose(halve, best, previous)
-                grad, last_right = _choose(halve, best_grad, grad), torch.where(halve, best_right, last_right)
-                halved_last, right_at_check, checked = halve, best_right, number
+                grad, last_correct = _choose(halve, best_grad, grad), torch.where(halve, best_correct, last_correct)
+                halved_last, correct_at_check, checked = halve, best_correct, number
                 improvements = torch.zeros_like(improvements)
             stepped = ball.step(images, grad, size)
             if number > 0:

@@ -122,7 +122,7 @@ class Engine:
         if self.best is None:
             return found, None
         tau = self._tau if config.method == "eroseg" else None
-        return found, AttackInfo(self._stats[:, :-1], tau, self.best.right, self._valid, self._without_gradient)
+        return found, AttackInfo(self._stats[:, :-1], tau, self.best.correct, self._valid, self._without_gradient)
 
     def evaluate(self, part: Part, images: Tensor, restart: int, step: int, active: Tensor | None = None) -> Evaluated:
         """One forward and backward pass over a part's images, recorded; of those that are not ``active``, as zeros."""
@@ -201,7 +201,7 @@ class Engine:
         return Part(self._rows[rows], rows, self.clean[rows], mask, method, passes)
 
     def _judge(self, best: BestIterates, restart: int, rows: slice, images: Tensor) -> None:
-        """Counts the right pixels of final images and keeps the best; every gradient op counts, so ask the plainest."""
+        """Counts the correct pixels of final images and keeps the best; all gradient ops count, so ask the plainest."""
         with torch.no_grad():
             logits = self._forward(shown(images, self.clean[rows], self.images.dtype))
             _, stats = self.ops.pixel_grad(

@@ -43,11 +43,11 @@ METHODS = {
     for method in (
         Method("eroseg", "EroSeg", "erosion_grad", "front of eroded confidence", "Song et al., ICASSP 2026", _FRONT),
         Method("pgd", "PGD", "pgd", "cross-entropy", "Madry et al., ICLR 2018"),
-        Method("segpgd", "SegPGD", "segpgd", "right pixels first, wrong ones later", "Gu et al., ECCV 2022"),
+        Method("segpgd", "SegPGD", "segpgd", "correct pixels first, wrong ones later", "Gu et al., ECCV 2022"),
         Method(
             "cospgd", "CosPGD", "cospgd", "cosine of prediction and label", "Agnihotri et al., ICML 2024", ("variant",)
         ),
-        Method("mce", "MaskedCE", "mce", "right pixels only", "Croce et al., ECCV 2024"),
+        Method("mce", "MaskedCE", "mce", "correct pixels only", "Croce et al., ECCV 2024"),
         Method(
             "mce_bal", "MaskedCE", "mce", "as mce, divided by the class's pixels", "Croce et al., ECCV 2024", (), True
         ),

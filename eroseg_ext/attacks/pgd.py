@@ -77,7 +77,7 @@ def attack(
     Returns:
         Images like ``images`` (shape, dtype), ``|result - images| <= eps`` and within ``clip``, to rounding; with
         ``return_info`` also the info. ``eps=0`` and an image without valid pixels return the input bit for bit. Of
-        iterates (``keep="best"``) or restarts with equally many right pixels the earliest is returned.
+        iterates (``keep="best"``) or restarts with equally many correct pixels the earliest is returned.
         float16 and bfloat16 images are rounded towards the clean ones, as the nearest value may lie outside the ball:
         their perturbation is up to a rounding step weaker, and float32 images have none of that.
 

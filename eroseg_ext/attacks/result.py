@@ -18,11 +18,11 @@ class AttackInfo:
     """
 
     stats: Tensor
-    """``[R, T, B, 4]`` float64: valid pixels, right pixels, front pixels, summed movement of the front"""
+    """``[R, T, B, 4]`` float64: valid pixels, correct pixels, front pixels, summed movement of the front"""
     tau: Tensor | None
     """``[R, T, B]`` float32, width of the front in log-odds; None for methods that have no front"""
-    right: Tensor
-    """``[B]`` float64, right pixels of the returned images"""
+    correct: Tensor
+    """``[B]`` float64, correct pixels of the returned images"""
     valid: Tensor
     """``[B]`` float64, valid pixels"""
     without_gradient: Tensor
@@ -38,7 +38,7 @@ class StepInfo:
     images: Tensor
     """``[b]`` int64: which images of the batch these are (see ``micro_batch`` and ``early_stop``)"""
     stats: Tensor
-    """``[b, 4]`` float64, of the images before this step: valid, right, front pixels, movement"""
+    """``[b, 4]`` float64, of the images before this step: valid, correct, front pixels, movement"""
     tau: Tensor | None
     """``[b]`` float32; None for methods that have no front"""
     logits: Tensor
@@ -55,7 +55,7 @@ class NotFiniteError(RuntimeError):
 
 
 class BestIterates:
-    """Of each image the iterate with the fewest right pixels so far (the most, if targeted); never synchronises."""
+    """Of each image the iterate with the fewest correct pixels so far (the most, if targeted); never synchronises."""
 
     def __init__(self, clean: Tensor, targeted: bool) -> None:
         self.images = clean.clone()
@@ -63,13 +63,13 @@ class BestIterates:
         self._score = torch.full((clean.shape[0],), float("inf"), dtype=torch.float64, device=clean.device)
 
     @property
-    def right(self) -> Tensor:
-        """``[B]`` float64, right pixels of ``images``."""
+    def correct(self) -> Tensor:
+        """``[B]`` float64, correct pixels of ``images``."""
         return self._sign * self._score
 
-    def offer(self, rows: slice | Tensor, images: Tensor, right: Tensor) -> None:
+    def offer(self, rows: slice | Tensor, images: Tensor, correct: Tensor) -> None:
         """Keeps those of ``images`` (numbers ``rows`` of the batch) that beat what is held; ties keep the earlier."""
-        score, held = self._sign * right, self._score[rows]
+        score, held = self._sign * correct, self._score[rows]
         better = score < held
         self._score[rows] = torch.where(better, score, held)
         self.images[rows] = torch.where(better.view(-1, 1, 1, 1), images, self.images[rows])

@@ -70,9 +70,9 @@ class AttackSettings:
         ignore_index: label of void pixels, any integer; they enter neither the loss nor a count.
         random_start: uniform in the ball.
         restarts: independent runs; each image keeps its best one.
-        keep: ``last`` iterate, or the ``best``: fewest right pixels (most, if targeted), per image.
-        early_stop: an image with no right pixel left (all, if targeted) takes no further step; on the CPU it leaves the
-            batch.
+        keep: ``last`` iterate, or the ``best``: fewest correct pixels (most, if targeted), per image.
+        early_stop: an image with no correct pixel left (all, if targeted) takes no further step; on the CPU it leaves
+            the batch.
         clip: range of pixel values.
         mean: with std: the model is given (image - mean) / std, per channel; eps and clip stay in pixel values.
         std: with mean.

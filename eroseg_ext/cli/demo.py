@@ -250,7 +250,7 @@ def _attacked(
     adversarial, info = _attack(model, images, labels, task, settings, **more)
     row: dict[str, float | None] = {"seconds_per_step": (time.perf_counter() - start) / settings.steps}
     counts = info.stats[0].sum(1)
-    curve = [*(100 * counts[:, 1] / counts[:, 0]).tolist(), 100 * info.right.sum().item() / info.valid.sum().item()]
+    curve = [*(100 * counts[:, 1] / counts[:, 0]).tolist(), 100 * info.correct.sum().item() / info.valid.sum().item()]
     row |= evaluate(model, adversarial, labels, task)
     with torch.no_grad():
         known = known_logits(model(adversarial))

@@ -321,7 +321,7 @@ def _same_size_runs(images: list[tuple[Tensor, Tensor]]) -> list[list[int]]:
 
 
 def _sparse(counts: Counts) -> list[list[int]]:
-    """``[class, right, labels, predicted]`` of the classes that occur."""
+    """``[class, correct, labels, predicted]`` of the classes that occur."""
     return [[index, *row] for index, row in enumerate(counts.tolist()) if any(row)]
 
 

@@ -1,6 +1,6 @@
 """Scores from counts per image and class, and the worst case over several attacks.
 
-Counts are int64 arrays ``[N, C, 3]``: of image n and class c the right pixels, the pixels with that label, and the
+Counts are int64 arrays ``[N, C, 3]``: of image n and class c the correct pixels, the pixels with that label, and the
 pixels with that prediction, void left out. That is all that accuracy and intersection over union need, and it adds up
 over images. Scores are in percent.
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-RIGHT, LABELS, PREDICTED = 0, 1, 2
+CORRECT, LABELS, PREDICTED = 0, 1, 2
 MIOU_CLASSES = ("labelled", "labelled_or_predicted")
 """Over which classes mIoU is the mean: those that some label has, or also those that are only predicted, as 0."""
 
@@ -38,9 +38,9 @@ class Scores:
     miou: float
     """mean over the classes of intersection over union"""
     macc: float
-    """mean over the classes of the share of right pixels"""
+    """mean over the classes of the share of correct pixels"""
     aacc: float
-    """share of right pixels"""
+    """share of correct pixels"""
     iou: tuple[float | None, ...]
     """intersection over union by class; None for classes that are not part of the mean"""
 
@@ -56,7 +56,7 @@ class WorstCase:
     macc: float
     """exact: the minimum over all choices"""
     aacc: float
-    """exact: of each image the attack with the fewest right pixels"""
+    """exact: of each image the attack with the fewest correct pixels"""
     chosen_miou: tuple[int, ...]
     """by image, the number of the attack in the choice behind ``miou``"""
     chosen_aacc: tuple[int, ...]
@@ -70,15 +70,15 @@ def scores(counts: Counts, miou_classes: str = "labelled") -> Scores:
     if not labelled.any():
         return Scores(np.nan, np.nan, np.nan, (None,) * len(total))
     counted = labelled if miou_classes == "labelled" else _union(total) > 0
-    iou = total[counted, RIGHT] / _union(total[counted])
+    iou = total[counted, CORRECT] / _union(total[counted])
     by_class: list[float | None] = [None] * len(total)
     for index, value in zip(np.flatnonzero(counted), iou, strict=True):
         by_class[index] = float(100 * value)
-    right, labels = total[labelled, RIGHT], total[labelled, LABELS]
+    correct, labels = total[labelled, CORRECT], total[labelled, LABELS]
     return Scores(
         miou=float(100 * iou.mean()),
-        macc=float(100 * (right / labels).mean()),
-        aacc=float(100 * right.sum() / labels.sum()),
+        macc=float(100 * (correct / labels).mean()),
+        aacc=float(100 * correct.sum() / labels.sum()),
         iou=tuple(by_class),
     )
 
@@ -109,24 +109,24 @@ def worst_case(candidates: Counts, miou_classes: str = "labelled") -> WorstCase:
     counted = present if miou_classes == "labelled" else present | predicted_only
     greedy = candidates[:, :, counted]
     candidates = candidates[:, :, present]
-    right = candidates[..., RIGHT]
+    correct = candidates[..., CORRECT]
     labels = candidates[0, :, :, LABELS].sum(0)
-    fewest = right.sum(2).argmin(0)
-    lowest_macc = (right / labels).mean(2).min(0).sum()
+    fewest = correct.sum(2).argmin(0)
+    lowest_macc = (correct / labels).mean(2).min(0).sum()
     miou, chosen = _greedy_miou(greedy, fewest)
     return WorstCase(
         miou=100 * miou,
         # A class that no label has can only add a 0 to the mean.
         miou_bound=100 * float(_lowest_iou(candidates).sum() / counted.sum()),
         macc=float(100 * lowest_macc),
-        aacc=float(100 * right.sum(2).min(0).sum() / labels.sum()),
+        aacc=float(100 * correct.sum(2).min(0).sum() / labels.sum()),
         chosen_miou=tuple(chosen.tolist()),
         chosen_aacc=tuple(fewest.tolist()),
     )
 
 
 def _union(counts: Counts) -> Counts:
-    return counts[..., LABELS] + counts[..., PREDICTED] - counts[..., RIGHT]
+    return counts[..., LABELS] + counts[..., PREDICTED] - counts[..., CORRECT]
 
 
 def _mean_iou(hits: Counts, unions: Counts) -> Floats:
@@ -138,11 +138,11 @@ def _mean_iou(hits: Counts, unions: Counts) -> Floats:
 def _greedy_miou(candidates: Counts, fewest: npt.NDArray[np.intp]) -> tuple[float, npt.NDArray[np.intp]]:
     """The lowest mIoU that changing one image's attack at a time leads to, and the choice of attacks.
 
-    It starts from each attack alone and from the choice of the fewest right pixels, and goes over the images until no
+    It starts from each attack alone and from the choice of the fewest correct pixels, and goes over the images until no
     change lowers the mIoU; so the result is no higher than any single attack's.
     """
     attacks, images = candidates.shape[:2]
-    hit, union = candidates[..., RIGHT], _union(candidates)
+    hit, union = candidates[..., CORRECT], _union(candidates)
     every = np.arange(images)
     best: tuple[float, npt.NDArray[np.intp]] | None = None
     for start in (*(np.full(images, attack) for attack in range(attacks)), fewest):
@@ -172,7 +172,7 @@ def _lowest_iou(candidates: Counts) -> Floats:
     Dinkelbach: at a ratio r that is reached, the choice that minimises sum(hit - r * union) separates into images; if
     its own ratio is not lower than r, none is.
     """
-    hit, union = candidates[..., RIGHT], _union(candidates)
+    hit, union = candidates[..., CORRECT], _union(candidates)
     ratio: Floats = (hit.sum(1) / union.sum(1)).min(0)
     while True:
         chosen = (hit - ratio * union).argmin(0)[None]

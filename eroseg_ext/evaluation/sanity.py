@@ -212,8 +212,8 @@ class _Checker:
 
     def _accuracy(self, images: Tensor) -> float:
         with torch.no_grad():
-            right = (_classes(self._predict(images)) == self._labels) & self._valid
-        return 100 * float(right.sum()) / max(float(self._valid.sum()), 1.0)
+            correct = (_classes(self._predict(images)) == self._labels) & self._valid
+        return 100 * float(correct.sum()) / max(float(self._valid.sum()), 1.0)
 
     def _attacked(self, eps: float, steps: int) -> float:
         if (eps, steps) not in self._known:

@@ -59,7 +59,7 @@ class EvaluationSettings:
     std: Sequence[float] | None = None
     """with mean"""
     autocast: torch.dtype | None = None
-    """run the model under torch.autocast with this dtype, also to count its right pixels"""
+    """run the model under torch.autocast with this dtype, also to count its correct pixels"""
     output: str = "logits"
     """what the model returns: ``logits``, ``probabilities`` (of a softmax) or scores of a ``sigmoid``"""
     output_key: int | str | None = None

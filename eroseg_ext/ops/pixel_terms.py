@@ -21,7 +21,7 @@ class PixelTerms(NamedTuple):
     valid: Tensor
     finite: Tensor
     """whether the log-odds are: the label's logit and the largest of the others"""
-    right: Tensor
+    correct: Tensor
     log_odds: Tensor
     """L = z_y - logsumexp(z_c, c != y) = log(p_y / (1 - p_y)); label 0 stands in on void pixels"""
     others: Tensor
@@ -50,7 +50,7 @@ def pixel_terms(logits: Tensor, labels: Tensor, ignore_index: int) -> PixelTerms
         onehot=is_label & valid.unsqueeze(1),
         valid=valid,
         finite=finite,
-        right=valid & finite & (z.argmax(1) == index.squeeze(1)),
+        correct=valid & finite & (z.argmax(1) == index.squeeze(1)),
         log_odds=(of_label - largest - lse_others).squeeze(1),
         others=(z_others - lse_others).exp(),
     )
@@ -84,11 +84,11 @@ def signed_confidence(terms: PixelTerms, confidence: str) -> Tensor:
         second = rest.amax(1, keepdim=True)
         log_odds = z.amax(1) - second.squeeze(1) - (rest - second).logsumexp(1)
         top = (log_odds + math.log(z.shape[1] - 1)).clamp(min=0)
-        signed = torch.where(terms.right, top, -top)
+        signed = torch.where(terms.correct, top, -top)
     signed = signed.where(terms.finite, math.nan)
     return signed.where(terms.valid, INF)
 
 
-def summed_stats(valid: Tensor, right: Tensor, front: Tensor, movement: Tensor) -> Tensor:
-    maps = (valid, right, front, movement)
+def summed_stats(valid: Tensor, correct: Tensor, front: Tensor, movement: Tensor) -> Tensor:
+    maps = (valid, correct, front, movement)
     return torch.stack([m.double().sum((1, 2)) for m in maps], 1)

@@ -13,9 +13,9 @@ Conventions shared by all operations
     finite, an infinite one of the label, and -inf in all other classes make a valid pixel *broken*: it gets zero
     gradient and a NaN confidence, and makes the fourth of the image's ``stats`` NaN, where the caller finds it without
     any synchronisation in between.
-    ``right`` means that the arg max over the classes (the lowest index on ties) is the label, and the pixel not broken.
+    ``correct``: the arg max over the classes (the lowest index on ties) is the label, and the pixel not broken.
 
-``stats[B, 4]`` (float64): valid pixels, right pixels, front pixels, summed movement of the front.
+``stats[B, 4]`` (float64): valid pixels, correct pixels, front pixels, summed movement of the front.
 
 Source: Song et al., "Erosion Attack for Adversarial Training to Enhance Semantic Segmentation Robustness", ICASSP 2026,
 arXiv 2601.14950; the choices that its abstract leaves open are described in docs/method.md.
@@ -215,7 +215,7 @@ def erosion_grad(
 
     Returns:
         G ``[B, C, H, W]`` in the logits' dtype; log_odds ``[B, H, W]`` float32, the signed confidence (L for
-        ``label``; +s where right and -s where wrong for ``top``), +inf on void pixels; stats ``[B, 4]`` float64. The
+        ``label``; +s where correct and -s where wrong for ``top``), +inf on void pixels; stats ``[B, 4]`` float64. The
         front that stats count are the sensitive pixels, s <= tau, and their movement is the log-odds they have lost
         since ``previous`` (gained, if targeted); 0 without it.
 
@@ -236,7 +236,7 @@ def erosion_grad(
     before = signed if previous is None else previous
     moved = (signed - before if targeted else before - signed).where(in_front, 0.0)
     broken = terms.valid & ~terms.finite
-    return grad, signed, summed_stats(terms.valid, terms.right, in_front, moved.where(~broken, math.nan))
+    return grad, signed, summed_stats(terms.valid, terms.correct, in_front, moved.where(~broken, math.nan))
 
 
 PIXEL_METHODS = ("pgd", "segpgd", "cospgd", "cospgd_sigmoid", "mce", "js", "tsallis")
@@ -259,12 +259,12 @@ def pixel_grad(
 
     The weight of a pixel, with p the softmax, y its label and lam = progress / 2:
         ``pgd`` 1 (Madry et al., ICLR 2018);
-        ``segpgd`` right: 1 - lam, wrong: lam (Gu et al., ECCV 2022, eq. 4);
+        ``segpgd`` correct: 1 - lam, wrong: lam (Gu et al., ECCV 2022, eq. 4);
         ``cospgd`` p_y / ||p||_2, ``cospgd_sigmoid`` the same with p = sigmoid(z) (Agnihotri et al., ICML 2024);
-        ``mce`` 1 where right, else 0 (Croce et al., ECCV 2024);
+        ``mce`` 1 where correct, else 0 (Croce et al., ECCV 2024);
         ``js`` (p_y / 2) log((1 + p_y) / p_y), the Jensen-Shannon divergence in closed form (Croce et al.);
         ``tsallis`` p_y^(q-1), the Tsallis cross-entropy.
-    Targeted, the pixels still to be moved are the ones that are not yet the wanted class: segpgd and mce swap right
+    Targeted, the pixels still to be moved are the ones that are not yet the wanted class: segpgd and mce swap correct
     and wrong, cospgd takes 1 - p_y / ||p||_2, and the sign of G flips for all.
 
     Args:
@@ -288,7 +288,7 @@ def pixel_grad(
         weight = torch.ones_like(p_label)
     elif method == "segpgd":
         lam = progress / 2
-        weight = torch.where(terms.right != targeted, 1 - lam, torch.full_like(p_label, lam))
+        weight = torch.where(terms.correct != targeted, 1 - lam, torch.full_like(p_label, lam))
     elif method in ("cospgd", "cospgd_sigmoid"):
         if method == "cospgd":
             cosine = p_label / (p_label.square() + (p_rest.unsqueeze(1) * terms.others).square().sum(1)).sqrt()
@@ -299,7 +299,7 @@ def pixel_grad(
             cosine = (gap * 2).exp().sum(1).rsqrt()
         weight = 1 - cosine if targeted else cosine
     elif method == "mce":
-        weight = (terms.right != targeted).float()
+        weight = (terms.correct != targeted).float()
     elif method == "js":
         weight = p_label / 2 * (torch.log1p(p_label) - F.logsigmoid(terms.log_odds))
     elif method == "tsallis":
@@ -310,7 +310,9 @@ def pixel_grad(
     grad = weighted_direction(terms, -weight if targeted else weight, logits, out)
 
     broken = terms.valid & ~terms.finite
-    return grad, summed_stats(terms.valid, terms.right, terms.valid, torch.zeros_like(p_label).where(~broken, math.nan))
+    return grad, summed_stats(
+        terms.valid, terms.correct, terms.valid, torch.zeros_like(p_label).where(~broken, math.nan)
+    )
 
 
 def class_balance(labels: Tensor, classes: int, *, ignore_index: int = 255) -> Tensor:

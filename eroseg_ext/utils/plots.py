@@ -101,10 +101,10 @@ def attack_panel(path: Path, story: Story) -> None:
 
     _show(axes[0][0], "image", _pixels(story.image))
     _show(axes[0][1], "label", colourise(story.labels, story.palette))
-    _show(axes[0][2], f"prediction: {_right(story.before, story.labels)}", colourise(story.before, story.palette))
+    _show(axes[0][2], f"prediction: {_correct(story.before, story.labels)}", colourise(story.before, story.palette))
     _show(axes[1][0], f"attacked image, eps {story.eps * 255:.3g}/255", _pixels(story.adversarial))
     _show(axes[1][1], f"perturbation, amplified {amplification:.0f}x", _pixels(noise))
-    _show(axes[1][2], f"prediction on it: {_right(story.after, story.labels)}", colourise(story.after, story.palette))
+    _show(axes[1][2], f"prediction on it: {_correct(story.after, story.labels)}", colourise(story.after, story.palette))
 
     maps = [np.ma.masked_invalid(confidence.numpy()) for confidence in story.confidence]
     # One scale for both; the few surest pixels would otherwise leave no colours to the rest.
@@ -143,10 +143,10 @@ def examples_panel(path: Path | BinaryIO, examples: Sequence[Example], classes: 
         axes = [figure.add_subplot(grid[row, column]) for column in range(columns)]
         _show(axes[0], "image", _pixels(example.image))
         _show(axes[1], "label", colourise(example.labels, palette))
-        _show(axes[2], f"prediction: {_right(example.before, example.labels)}", colourise(example.before, palette))
+        _show(axes[2], f"prediction: {_correct(example.before, example.labels)}", colourise(example.before, palette))
         if example.adversarial is not None and example.after is not None:
             _show(axes[3], f"attacked, eps {eps * 255:.3g}/255", _pixels(example.adversarial))
-            _show(axes[4], f"prediction: {_right(example.after, example.labels)}", colourise(example.after, palette))
+            _show(axes[4], f"prediction: {_correct(example.after, example.labels)}", colourise(example.after, palette))
     legend = figure.add_subplot(grid[-1, :])
     legend.set_axis_off()
     patches = _class_patches(classes, palette)
@@ -201,7 +201,7 @@ def _pixels(image: Tensor) -> npt.NDArray[np.uint8]:
     return (image.clamp(0, 1).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
 
 
-def _right(prediction: Tensor, labels: Tensor) -> str:
+def _correct(prediction: Tensor, labels: Tensor) -> str:
     valid = labels >= 0
     share = (prediction == labels)[valid].double().mean().item() if valid.any() else 0.0
-    return f"{100 * share:.1f} % right"
+    return f"{100 * share:.1f} % correct"

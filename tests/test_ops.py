@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import cuda_kernels
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DEVICES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -264,6 +265,24 @@ def test_classes_that_a_model_rules_out_are_the_references(
         got, expected = (kind.pixel_grad(logits, labels, method) for kind in (fused, reference))
         torch.testing.assert_close(got[0], expected[0], **GRADIENT[dtype])
         assert torch.equal(got[1].nan_to_num(-1), expected[1].nan_to_num(-1))
+
+
+def test_logits_of_another_resolution_are_taken() -> None:
+    logits = torch.randn(2, 5, 6, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, 5, (2, 24, 28), generator=torch.Generator().manual_seed(1))
+    for align_corners in (False, True):
+        options = {"align_corners": align_corners}
+        full = F.interpolate(logits, (24, 28), mode="bilinear", **options)
+        got = ops.erosion_grad(logits, labels, torch.ones(2), **options)
+        expected = reference.erosion_grad(logits, labels, torch.ones(2), **options)
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        got, expected = (kind.pixel_grad(logits, labels, "js", **options) for kind in (ops, reference))
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            ops.confidence(logits, labels, **options), reference.confidence(full, labels), rtol=1e-5, atol=1e-5
+        )
+        assert torch.equal(ops.confusion(logits, labels, 5, **options), reference.confusion(full, labels, 5))
 
 
 def test_confusion_leaves_out_predictions_that_are_no_class(fused: Any) -> None:
@@ -573,7 +592,7 @@ def test_choices_are_numbered_as_in_the_kernels(fused: Any) -> None:
     [
         (lambda z, y: ops.erosion_grad(z.double(), y, torch.ones(1)), "logits are Double"),
         (lambda z, y: ops.erosion_grad(z, y.float(), torch.ones(1)), "labels are Float"),
-        (lambda z, y: ops.erosion_grad(z, y[:, 1:], torch.ones(1)), "labels has another shape"),
+        (lambda z, y: ops.erosion_grad(z, y.repeat(2, 1, 1), torch.ones(1)), "labels has another shape"),
         (lambda z, y: ops.erosion_grad(z, y, torch.ones(2)), "tau has another shape"),
         (lambda z, y: ops.erosion_grad(z, y, torch.ones(1), radius=2), "radius is 2, wanted 0 to 1"),
         (lambda z, y: torch.ops.eroseg.confidence(torch.randn(1, 257, 4, 4), y, 255, 0), "logits have 257 channels"),

@@ -327,3 +327,44 @@ def test_log_odds_that_are_infinite_are_broken(where: str) -> None:
     assert log_odds.isnan().tolist() == [[[False, True]]]
     assert (grad[..., 1] == 0).all()
     assert stats[0, 3].isnan()
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("size", [(6, 7), (3, 5), (1, 4), (1, 1), (30, 25)])
+@pytest.mark.parametrize("classes", [1, 5])
+@pytest.mark.parametrize("method", [None, "cospgd"])
+def test_logits_of_another_resolution_stand_for_their_interpolation(
+    method: str | None, classes: int, size: tuple[int, int], align_corners: bool
+) -> None:
+    logits, _ = case(classes, shape=(2, *size))
+    _, labels = case(classes, shape=(2, 24, 28))
+    options = {"align_corners": align_corners}
+
+    def gradient(z: Tensor, **options: bool) -> tuple[Tensor, ...]:
+        if method is None:
+            return reference.erosion_grad(z, labels, torch.tensor([0.5, 2.0]), **options)
+        return reference.pixel_grad(z, labels, method, **options)
+
+    full = F.interpolate(logits, (24, 28), mode="bilinear", **options)
+    of_full, *expected = gradient(full)
+    grad, *found = gradient(logits, **options)
+    assert all(map(torch.equal, found, expected))
+    low = logits.double().requires_grad_()
+    upsampled = F.interpolate(low, (24, 28), mode="bilinear", **options)
+    (through,) = torch.autograd.grad(upsampled, low, of_full.double())
+    torch.testing.assert_close(grad.double(), through, rtol=1e-5, atol=1e-5)
+
+    assert torch.equal(reference.confidence(logits, labels, **options), reference.confidence(full, labels))
+    count = max(classes, 2)
+    assert torch.equal(reference.confusion(logits, labels, count, **options), reference.confusion(full, labels, count))
+
+
+def test_the_gradient_of_logits_of_another_resolution_is_rounded_once() -> None:
+    logits, _ = case(shape=(2, 6, 7))
+    _, labels = case(shape=(2, 24, 28))
+    logits = logits.bfloat16()
+    out = torch.empty_like(logits)
+    grad, _ = reference.pixel_grad(logits, labels, "pgd", out=out)
+    exact, _ = reference.pixel_grad(logits.float(), labels, "pgd")
+    assert grad is out
+    assert torch.equal(grad, exact.bfloat16())

@@ -2,7 +2,8 @@
 
 This module brings tensors to the memory layouts that the kernels read (NCHW or channels_last logits need no copy) and
 names to the integers that cross the operator schemas (``csrc/ops.cpp``). What is not worth a kernel is the reference's:
-``class_balance``, ``erode``, ``l2_step_``, and every operation on more than ``MAX_CLASSES`` classes.
+``class_balance``, ``erode``, ``l2_step_``, and every operation on more than ``MAX_CLASSES`` classes. Logits of another
+resolution than the labels are the reference's, too.
 """
 
 from __future__ import annotations
@@ -76,19 +77,21 @@ def _delivered(grad: Tensor, out: Tensor | None) -> Tensor:
     return grad if out is None or out is grad else out.copy_(grad)
 
 
-def _up_to_max_classes(operation: Operation) -> Operation:
-    """The operation on logits; the reference's where these have more classes than the kernels take."""
+def _of_reference_elsewhere(operation: Operation) -> Operation:
+    """The operation; the reference's for logits of more classes than the kernels take, or of another resolution."""
     of_reference = getattr(reference, operation.__name__)
 
     @functools.wraps(operation)
-    def chosen(logits: Tensor, *arguments: Any, **options: Any) -> Any:
-        is_large = logits.dim() == 4 and logits.shape[1] > MAX_CLASSES
-        return (of_reference if is_large else operation)(logits, *arguments, **options)
+    def chosen(logits: Tensor, labels: Tensor, *arguments: Any, align_corners: bool = False, **options: Any) -> Any:
+        batches = logits.dim() == 4 and labels.dim() == 3 and len(logits) == len(labels)
+        if batches and (logits.shape[1] > MAX_CLASSES or logits.shape[-2:] != labels.shape[-2:]):
+            return of_reference(logits, labels, *arguments, align_corners=align_corners, **options)
+        return operation(logits, labels, *arguments, **options)
 
     return chosen  # type: ignore[return-value]
 
 
-@_up_to_max_classes
+@_of_reference_elsewhere
 def erosion_grad(
     logits: Tensor,
     labels: Tensor,
@@ -128,7 +131,7 @@ def erosion_grad(
     return _delivered(grad, out), log_odds, stats
 
 
-@_up_to_max_classes
+@_of_reference_elsewhere
 def pixel_grad(
     logits: Tensor,
     labels: Tensor,
@@ -152,7 +155,7 @@ def pixel_grad(
     return _delivered(grad, out), stats
 
 
-@_up_to_max_classes
+@_of_reference_elsewhere
 def confidence(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, confidence: str = "label") -> Tensor:
     """See :func:`eroseg_ext.ops.reference.confidence`."""
     return _eroseg.confidence(_dense(logits), labels.contiguous(), ignore_index, CONFIDENCES.index(confidence))
@@ -193,7 +196,7 @@ def linf_step_(
     return x_adv if moved is x_adv else x_adv.copy_(moved)
 
 
-@_up_to_max_classes
+@_of_reference_elsewhere
 def confusion(prediction: Tensor, labels: Tensor, classes: int, *, ignore_index: int = 255) -> Tensor:
     """See :func:`eroseg_ext.ops.reference.confusion`."""
     prediction = _dense(prediction) if prediction.dim() == 4 else prediction.contiguous()

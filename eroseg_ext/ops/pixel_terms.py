@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 INF = float("inf")
@@ -15,7 +16,7 @@ class PixelTerms(NamedTuple):
     """What the per-pixel reductions over the classes leave; maps are ``[B, H, W]``, float32."""
 
     z: Tensor
-    """``[B, C', H, W]`` logits, C' = max(C, 2)"""
+    """``[B, C', H, W]`` logits at the labels' resolution, C' = max(C, 2)"""
     onehot: Tensor
     """``[B, C', H, W]`` bool, all False on void pixels"""
     valid: Tensor
@@ -28,9 +29,18 @@ class PixelTerms(NamedTuple):
     """``[B, C', H, W]`` softmax over the classes other than the label, 0 at the label"""
 
 
-def pixel_terms(logits: Tensor, labels: Tensor, ignore_index: int) -> PixelTerms:
-    """The terms that every weight and direction is made of; see :class:`PixelTerms`."""
+def upsampled(logits: Tensor, labels: Tensor, align_corners: bool) -> Tensor:
+    """The logits in float32 and at the labels' resolution, bilinearly interpolated if they have another."""
     z = logits.float()
+    size = labels.shape[-2:]
+    if z.shape[-2:] == size:
+        return z
+    return F.interpolate(z, size, mode="bilinear", align_corners=align_corners)
+
+
+def pixel_terms(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool = False) -> PixelTerms:
+    """The terms that every weight and direction is made of; see :class:`PixelTerms`."""
+    z = upsampled(logits, labels, align_corners)
     if z.shape[1] == 1:
         z = torch.cat([torch.zeros_like(z), z], 1)
     classes = z.shape[1]
@@ -56,14 +66,21 @@ def pixel_terms(logits: Tensor, labels: Tensor, ignore_index: int) -> PixelTerms
     )
 
 
-def weighted_direction(terms: PixelTerms, weight: Tensor, logits: Tensor, out: Tensor | None) -> Tensor:
+def weighted_direction(
+    terms: PixelTerms, weight: Tensor, logits: Tensor, out: Tensor | None, align_corners: bool = False
+) -> Tensor:
     """``weight[B, H, W]`` times the gradient of the negative log-odds, in the logits' shape and dtype.
 
-    dl/dz_c is the softmax over the other classes for c != y, and -1 for c = y.
+    dl/dz_c is the softmax over the other classes for c != y, and -1 for c = y. Logits of another resolution get it
+    through the transpose of the interpolation, before it is rounded to their dtype.
     """
     weight = weight.where(terms.valid & terms.finite, 0.0).unsqueeze(1)
     grad = torch.where(weight == 0, 0.0, weight * (terms.others - terms.onehot.float()))
-    grad = grad[:, -logits.shape[1] :].to(logits.dtype)
+    grad = grad[:, -logits.shape[1] :]
+    if grad.shape != logits.shape:
+        size = grad.shape[-2:]
+        grad = torch.ops.aten.upsample_bilinear2d_backward(grad.contiguous(), size, logits.shape, align_corners)
+    grad = grad.to(logits.dtype)
     return grad if out is None else out.copy_(grad)
 
 

@@ -6,6 +6,9 @@ per pixel is done in float32.
 
 Conventions shared by all operations
     B images, C classes, H x W pixels. ``logits[B, C, H, W]``; ``labels[B, H, W]`` int64, int32 or uint8.
+    Logits of another resolution than the labels, ``[B, C, h, w]`` (confidence, erosion_grad, pixel_grad, confusion),
+    stand for ``F.interpolate(logits.float(), (H, W), mode="bilinear", align_corners=align_corners)``: maps and counts
+    are at the labels' resolution, and the gradient is that of the logits given.
     A pixel is *valid* if its label is in [0, classes) and is not ``ignore_index``; every other pixel is *void*: it
     has zero gradient, enters no count, and its confidence is +inf, so that it is never among the smallest.
     ``C == 1`` is binary segmentation with one logit: labels 0 and 1, the class-0 logit is the constant 0.
@@ -34,6 +37,7 @@ from eroseg_ext.ops.pixel_terms import (
     pixel_terms,
     signed_confidence,
     summed_stats,
+    upsampled,
     weighted_by_label,
     weighted_direction,
 )
@@ -42,7 +46,14 @@ TAU_FLOOR = 1e-6
 """No threshold is below this confidence: the front's weight divides by it."""
 
 
-def confidence(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, confidence: str = "label") -> Tensor:
+def confidence(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = 255,
+    confidence: str = "label",
+    align_corners: bool = False,
+) -> Tensor:
     """How sure the model is of each pixel, right or wrong: 0 at even odds.
 
     Args:
@@ -51,11 +62,12 @@ def confidence(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, confi
         ignore_index: the label of void pixels.
         confidence: ``label``: the absolute log-odds of the label, |log p_y/(1-p_y)|; ``top``: the log-odds of the
             predicted class plus log(C-1), which is >= 0 and ordered like the maximum softmax probability.
+        align_corners: of the interpolation of logits of another resolution.
 
     Returns:
         ``[B, H, W]`` float32; +inf on void pixels, NaN on broken ones.
     """
-    return signed_confidence(pixel_terms(logits, labels, ignore_index), confidence).abs()
+    return signed_confidence(pixel_terms(logits, labels, ignore_index, align_corners), confidence).abs()
 
 
 def kth_value(scores: Tensor, k: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -188,6 +200,7 @@ def erosion_grad(
     within: str = "any",
     targeted: bool = False,
     class_weight: Tensor | None = None,
+    align_corners: bool = False,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of the EroSeg loss with respect to the logits.
@@ -211,6 +224,7 @@ def erosion_grad(
         within: ``any``, or ``class``: the erosion crosses only between neighbours of one predicted class.
         targeted: flips the sign of G and of the movement.
         class_weight: ``[B, max(C, 2)]`` float32 factor of w by label, in [0, 1], or None; see :func:`class_balance`.
+        align_corners: of the interpolation of logits of another resolution.
         out: the gradient is written here, if given: shape, dtype of the logits.
 
     Returns:
@@ -221,7 +235,7 @@ def erosion_grad(
 
     Source: after arXiv 2601.14950; docs/method.md.
     """
-    terms = pixel_terms(logits, labels, ignore_index)
+    terms = pixel_terms(logits, labels, ignore_index, align_corners)
     signed = signed_confidence(terms, confidence)
 
     predicted = terms.z.argmax(1) if within == "class" else None
@@ -230,7 +244,7 @@ def erosion_grad(
     if direction == "ce":
         weight = weight * torch.sigmoid(-terms.log_odds)
     weight = weighted_by_label(weight, class_weight, terms, labels)
-    grad = weighted_direction(terms, -weight if targeted else weight, logits, out)
+    grad = weighted_direction(terms, -weight if targeted else weight, logits, out, align_corners)
 
     in_front = terms.valid & (signed.abs() <= tau.view(-1, 1, 1))
     before = signed if previous is None else previous
@@ -253,6 +267,7 @@ def pixel_grad(
     targeted: bool = False,
     q: float = 2.0,
     class_weight: Tensor | None = None,
+    align_corners: bool = False,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of the other methods' losses: cross-entropy, weighted per pixel.
@@ -276,13 +291,14 @@ def pixel_grad(
         targeted: labels are the wanted classes.
         q: exponent of ``tsallis``.
         class_weight: ``[B, max(C, 2)]`` float32 factor by label, or None; see :func:`class_balance`.
+        align_corners: of the interpolation of logits of another resolution.
         out: the gradient is written here, if given.
 
     Returns:
         G ``[B, C, H, W]`` in the logits' dtype, entries in [-1, 1]; stats ``[B, 4]`` float64, where every valid pixel
         counts as front and the movement is 0.
     """
-    terms = pixel_terms(logits, labels, ignore_index)
+    terms = pixel_terms(logits, labels, ignore_index, align_corners)
     p_label, p_rest = torch.sigmoid(terms.log_odds), torch.sigmoid(-terms.log_odds)
     if method == "pgd":
         weight = torch.ones_like(p_label)
@@ -307,7 +323,7 @@ def pixel_grad(
     else:
         raise ValueError(f"method is {method!r}, wanted one of {', '.join(PIXEL_METHODS)}")
     weight = weighted_by_label(weight * p_rest, class_weight, terms, labels)
-    grad = weighted_direction(terms, -weight if targeted else weight, logits, out)
+    grad = weighted_direction(terms, -weight if targeted else weight, logits, out, align_corners)
 
     broken = terms.valid & ~terms.finite
     return grad, summed_stats(
@@ -401,7 +417,9 @@ def l2_step_(
     return x_adv.copy_(stepped if mask is None else stepped.where(mask, x_adv))
 
 
-def confusion(prediction: Tensor, labels: Tensor, classes: int, *, ignore_index: int = 255) -> Tensor:
+def confusion(
+    prediction: Tensor, labels: Tensor, classes: int, *, ignore_index: int = 255, align_corners: bool = False
+) -> Tensor:
     """Confusion matrix over the valid pixels.
 
     Args:
@@ -409,12 +427,14 @@ def confusion(prediction: Tensor, labels: Tensor, classes: int, *, ignore_index:
         labels: ``[B, H, W]`` int64, int32 or uint8.
         classes: number of classes (2 for one-logit binary segmentation).
         ignore_index: the label of void pixels.
+        align_corners: of the interpolation of logits of another resolution.
 
     Returns:
         int64 ``[classes, classes]``: rows are labels, columns predictions. Void pixels, and those whose label or
         predicted class lies outside ``[0, classes)``, are counted nowhere.
     """
     if prediction.dim() == 4:
+        prediction = upsampled(prediction, labels, align_corners)
         prediction = (prediction[:, 0] > 0).long() if prediction.shape[1] == 1 else prediction.argmax(1)
     labels = labels.long()
     valid = (labels != ignore_index) & (labels >= 0) & (labels < classes)

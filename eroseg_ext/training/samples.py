@@ -102,8 +102,7 @@ def joined(samples: Sequence[Batch | Exception]) -> Batch | Exception:
 
 def loader(samples: Samples, keys: Iterable[list[Key]], workers: int, pin_memory: bool = False) -> DataLoader[Any]:
     """Batches (or exceptions, see :class:`Samples`) of these keys, read by so many processes; 0 reads in this one."""
-    # Forked workers, which do nothing on a GPU, notice when this process is killed. Those of a forkserver watch the
-    # server, which lives as long as they do.
+    # With fork, workers exit when this process dies; forkserver workers would not. They do nothing on a GPU.
     context = "fork" if workers else None
     return DataLoader(
         samples,

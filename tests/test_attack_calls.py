@@ -161,6 +161,7 @@ def test_an_object_is_the_function_with_its_settings_bound(
     adversarial, info = bound(*batch, generator=seeded(), return_info=True)
     assert torch.equal(adversarial, expected)
     assert info.stats.shape == (1, 2, 3, 4)
+    assert info.right is info.correct
     assert bound.settings.method == method
     assert repr(bound).startswith(f"{kind.__name__}(AttackSettings(method='{method}', eps=0.02")
 

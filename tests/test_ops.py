@@ -267,6 +267,15 @@ def test_classes_that_a_model_rules_out_are_the_references(
         assert torch.equal(got[1].nan_to_num(-1), expected[1].nan_to_num(-1))
 
 
+def test_the_package_of_the_operations_has_them_by_name() -> None:
+    from eroseg_ext import ops as package
+
+    assert sorted(set(ops.__all__) - {"cpu_level"}) == package.__all__
+    assert all(getattr(package, name) is getattr(ops, name) for name in package.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'dilate'"):
+        _ = package.dilate
+
+
 def test_logits_of_another_resolution_are_taken() -> None:
     logits = torch.randn(2, 5, 6, 7, generator=torch.Generator().manual_seed(0))
     labels = torch.randint(0, 5, (2, 24, 28), generator=torch.Generator().manual_seed(1))

@@ -28,6 +28,11 @@ class AttackInfo:
     without_gradient: Tensor
     """``[B]`` bool, images with pixels left to attack whose gradient was 0 everywhere in the first step"""
 
+    @property
+    def right(self) -> Tensor:
+        """``correct``, by the name that the first users' code has."""
+        return self.correct
+
 
 @dataclass(frozen=True)
 class StepInfo:

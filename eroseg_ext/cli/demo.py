@@ -339,7 +339,7 @@ def _story(model: nn.Module, image: Tensor, labels: Tensor, task: Task, settings
 
 
 def command(settings: DemoSettings, output: Output) -> None:
-    """Trains a small network for about a minute on scenes it draws (or on --data), attacks it with every method at
+    """Trains a small network for some minutes on scenes it draws (or on --data), attacks it with every method at
     equal budget, prints a table and writes pictures."""
     settings = replace(settings, progress=sys.stderr.isatty())
     output.write(run(settings, say=lambda line: print(line, flush=True)))

@@ -1,1 +1,32 @@
-"""The operations: their definition, the fused kernels, and which of the two runs."""
+"""The operations: ``ops.erosion_grad(logits, labels, tau)`` and the others, as ``reference.py`` defines them.
+
+These names are the fused kernels where the extension is built, else the reference. ``ops.fused`` and ``ops.reference``
+are each of the two; :mod:`eroseg_ext.ops.backend` chooses one for a device.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from eroseg_ext.ops import backend
+
+__all__ = [
+    "class_balance",
+    "confidence",
+    "confusion",
+    "erode",
+    "erosion_grad",
+    "kth_value",
+    "l2_step_",
+    "linf_step_",
+    "next_tau",
+    "pixel_grad",
+]
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    operation: Callable[..., Any] = getattr(backend.select(torch.device("cpu")), name)
+    return operation

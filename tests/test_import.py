@@ -1,4 +1,4 @@
-"""What importing the package does for torch: its functions' first calls are those of one thread."""
+"""What importing the package does: torch's first calls are those of one thread, and little else is loaded."""
 
 from __future__ import annotations
 
@@ -32,3 +32,9 @@ def test_importing_the_package_makes_the_first_calls_with_one_element(tmp_path: 
     # From another folder: python -c would find the sources in this one before the package that is installed.
     done = subprocess.run([sys.executable, "-c", CHECK], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_loads_neither_pillow_nor_matplotlib(tmp_path: Path) -> None:
+    code = "import sys, torch, eroseg_ext; print(sorted({'PIL', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

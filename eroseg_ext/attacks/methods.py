@@ -4,7 +4,7 @@ To add a method:
 
 1. a row in ``METHODS``, and its settings, if it has any of its own, in ``settings.py`` and ``options.py``;
 2. a branch in ``ops/reference.py``'s ``pixel_grad``, which defines its weight, and its name in ``PIXEL_METHODS``;
-3. the same branch in ``csrc/pixel_math.h`` (weight) and an entry in the enumeration that ``PIXEL_METHODS`` follows;
+3. the same branch in ``csrc/pixel_math.h``, an entry in ``csrc/enums.h`` and the name in ``fused.FUSED_METHODS``;
 4. a class of two lines in ``classes.py``, imported in ``eroseg_ext/__init__.py``;
 5. a row in ``tests/test_attack_methods.py``; most other tests run over ``METHODS`` and ``PIXEL_METHODS``;
 6. the table of methods in the documentation: the test that compares it prints the new one.

@@ -134,7 +134,9 @@ class Staging {
       Element elements[kPiece];
     };
     constexpr bool kIsAsync = !kOut && sizeof(Piece) >= 4;
-    constexpr int kAtOnce = 4;  // pieces that are read before the first of them is written
+    // Pieces that are read before the first of them is written. Elements of 2 bytes are not copied asynchronously, and
+    // it takes many of them to have as many bytes under way as hide the latency of memory.
+    constexpr int kAtOnce = kPieces ? 4 : 16;
     const int columns = by_pixels_ ? channels_ : n / kPiece, lines = by_pixels_ ? n : channels_;
     const int line_in_memory = by_pixels_ ? channels_ : height_ * width_,
               line_in_stage = by_pixels_ ? 1 : layout_.pitch;

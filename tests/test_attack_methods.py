@@ -178,7 +178,11 @@ def test_the_front_is_as_wide_as_the_movement_that_is_left(
 
 
 def test_a_targeted_attack_in_l2_goes_on_while_pixels_are_left() -> None:
-    """With k-th values of all pixels it came to 61 % of pgd's pixels: those at the boundary starved the others."""
+    """It comes to 80 % of pgd's pixels, and to 60 % with a floor that does not fall and k-th values of all pixels.
+
+    Those at the boundary then starve the others. With k-th values of the pixels left alone it is 69 %, with the floor
+    alone 76 %.
+    """
     reached = {"eroseg": 0.0, "pgd": 0.0}
     for seed in range(3):
         with torch.random.fork_rng(devices=[]):

@@ -53,7 +53,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
 def test_demo_prints_a_row_per_method(ran: tuple[Path, dict, str]) -> None:
     _, result, output = ran
     rows = {line.split()[0]: line.split() for line in output.splitlines() if line}
-    for method in demo.METHODS:
+    for method in demo.ORDER:
         assert float(rows[method][1]) == pytest.approx(result["methods"][method]["miou"], abs=0.051)
         assert float(rows[method][2]) == pytest.approx(result["methods"][method]["accuracy"], abs=0.051)
     assert float(rows["none"][2]) == pytest.approx(result["unattacked"]["accuracy"], abs=0.051)
@@ -61,7 +61,7 @@ def test_demo_prints_a_row_per_method(ran: tuple[Path, dict, str]) -> None:
 
 def test_demo_json(ran: tuple[Path, dict, str]) -> None:
     folder, result, _ = ran
-    assert set(result["methods"]) == set(demo.METHODS)
+    assert set(result["methods"]) == set(demo.ORDER)
     for row in result["methods"].values():
         assert 0 <= row["miou"] <= 100
         assert 0 <= row["accuracy"] <= 100

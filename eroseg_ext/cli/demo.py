@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import eroseg_ext
 from eroseg_ext import AttackSettings, StepInfo, attack
+from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.cli.options import Output
 from eroseg_ext.data.reading import SegmentationFolder, evenly_spaced, one_class
 from eroseg_ext.data.scenes import IGNORE_INDEX, generated_scenes
@@ -27,7 +28,7 @@ from eroseg_ext.ops import backend, reference
 from eroseg_ext.utils import plots
 from eroseg_ext.utils.validate import check_integer, require, usable_device
 
-METHODS = ("pgd", "segpgd", "cospgd", "mce", "mce_bal", "js", "tsallis", "eroseg")
+ORDER = (*(name for name in METHODS if name != "eroseg"), "eroseg")
 """Methods in the order of the table, with their default settings."""
 BATCH = 8
 MAX_CLASSES = 256
@@ -120,7 +121,7 @@ def run(settings: DemoSettings, say: Callable[[str], None] = print) -> dict[str,
         f"mIoU {unattacked['miou']:.1f} %, pixel accuracy {unattacked['accuracy']:.1f} %"
     )
     results, curves = {}, {}
-    for method in METHODS:
+    for method in ORDER:
         results[method], curves[method] = _attacked(model, images, labels, task, settings, method)
     say(f"\nevery method with eps {settings.eps * 255:.3g}/255, {settings.steps} steps of eps/4, random start")
     for line in table(unattacked, results):

@@ -39,6 +39,7 @@ class Options(TypedDict, total=False):
     output_key: int | str | None
     logits: Function[[Any], Tensor] | None
     align_corners: bool
+    see_through: bool
     backend: str
     model_mode: str
     progress: bool

@@ -83,6 +83,8 @@ class AttackSettings:
         output_key: which entry of the model's output are the logits, where it returns several: a number or a name.
         logits: instead of ``output_key``: a callable from the model's output to the logits.
         align_corners: of the bilinear upsampling of logits that are smaller than the labels.
+        see_through: where the model's last operation upsamples its logits to the images' size, do without it, and take
+            the logits before; see ``docs/models.md``.
         micro_batch: attack so many images at a time; results are those of the whole batch for models that treat images
             alone.
         backend: ``fused``, ``reference`` or ``auto``: fused where it is built for the images' device.
@@ -130,6 +132,7 @@ class AttackSettings:
     output_key: int | str | None = None
     logits: Callable[[Any], Tensor] | None = None
     align_corners: bool = False
+    see_through: bool = True
     micro_batch: int | None = None
     backend: str = "auto"
     model_mode: str = "eval"
@@ -166,7 +169,7 @@ class AttackSettings:
         check_choice("threshold", self.threshold, ("lagged", "exact"))
         check_choice("schedule", self.schedule, ("movement", "geometric", "linear"))
         check_choice("variant", self.variant, ("softmax", "sigmoid"))
-        for name in ("targeted", "random_start", "early_stop", "graph", "progress", "align_corners"):
+        for name in ("targeted", "random_start", "early_stop", "graph", "progress", "align_corners", "see_through"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         check_number("eps", self.eps, 0, math.inf)
         if self.step_size is not None:

@@ -26,6 +26,7 @@ from eroseg_ext.evaluation.samples import SegmentationData, digest_of, item_of, 
 from eroseg_ext.evaluation.sanity import budget
 from eroseg_ext.evaluation.settings import CLEAN, OF_THE_ATTACKS, OF_THE_DATA_AND_MODEL, EvaluationSettings, plain
 from eroseg_ext.models.adapter import Logits, Model, frozen, unwrapped
+from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops import backend, reference
 from eroseg_ext.utils.atomic_files import locked, write_json
 
@@ -249,7 +250,7 @@ class _Evaluator:
             )
         return image.float(), labels.long()
 
-    def _answer(self, pixels: Tensor, number: int) -> Tensor:
+    def _answer(self, pixels: Tensor, number: int) -> LogitMap:
         """The model's logits of images of one size, of which ``number`` is the first."""
         height, width = pixels.shape[-2:]
         try:
@@ -265,7 +266,7 @@ class _Evaluator:
 
     def _count(self, pixels: Tensor, labels: Tensor, numbers: list[int]) -> list[Tensor]:
         """Counts ``[C, 3]`` of each image, on the device."""
-        logits = self._answer(pixels, numbers[0])
+        logits, align_corners = self._answer(pixels, numbers[0])
         broken = ~logits.isfinite().flatten(1).all(1)
         if broken.any():
             name = name_of(self._data, numbers[int(broken.int().argmax())])
@@ -278,9 +279,9 @@ class _Evaluator:
                 f"{name_of(self._data, numbers[image])} has the label {int(labels[image, row, column])} at row {row}, "
                 f"column {column}, wanted classes from 0 to {classes - 1} or ignore_index={self._config.ignore_index}"
             )
-        void = self._config.ignore_index
+        reading = {"ignore_index": self._config.ignore_index, "align_corners": align_corners}
         rows = [slice(i, i + 1) for i in range(len(labels))]
-        return [counts_of(self._ops.confusion(logits[i], labels[i], classes, ignore_index=void)) for i in rows]
+        return [counts_of(self._ops.confusion(logits[i], labels[i], classes, **reading)) for i in rows]
 
     def _fingerprint(self) -> str:
         """What tells the model from others."""
@@ -295,7 +296,7 @@ class _Evaluator:
         if isinstance(model, nn.Module):
             about["weights"] = digest_of_weights(model)
         image = self._load(first)[0].to(self._device)
-        logits = projected_logits(lambda pixels: self._answer(pixels, first), image, config.clip, config.seed)
+        logits = projected_logits(lambda pixels: self._answer(pixels, first).values, image, config.clip, config.seed)
         return fingerprint(about, logits, self._cache)
 
     def _sanity(self) -> list[sanity.Check]:

@@ -68,6 +68,8 @@ class EvaluationSettings:
     """instead of ``output_key``: a callable from the model's output to the logits"""
     align_corners: bool = False
     """of the bilinear upsampling of logits that are smaller than the labels"""
+    see_through: bool = True
+    """do without a model's last upsampling of its logits, and take those before it"""
     backend: str = "auto"
     """of the attacks: ``fused``, ``reference`` or ``auto``"""
     miou_classes: str = "labelled"

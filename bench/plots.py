@@ -30,30 +30,6 @@ def time(axes: Axes, group: Group) -> None:
     axes.set(xscale="log", xlabel="milliseconds, median, with 20 to 80 %", ylim=(len(group.cases) - 0.4, -0.6))
 
 
-def roofline(axes: Axes, group: Group) -> None:
-    """The bandwidth that each operation reaches, counted by its least traffic, under that of a copy."""
-
-    def speeds(name: str) -> list[tuple[float, float]]:
-        found = ((group.get(case, name, "bytes"), group.get(case, name)) for case in group.cases)
-        return sorted((size, size / ms / 1e6) for size, ms in found if size and ms)
-
-    for name, colour in COLOURS.items():
-        axes.scatter(*zip(*speeds(name) or [(1, 1)], strict=True), color=colour, label=name, alpha=0.8)
-    axes.plot(*zip(*speeds("copy") or [(1, 1)], strict=True), color=LIMIT, linewidth=2, label="limit: a mere copy")
-    axes.set(xscale="log", yscale="log", xlabel="least traffic, bytes", ylabel="GB/s, of the least traffic")
-
-
-def scaling(axes: Axes, group: Group) -> None:
-    """Time along each size, relative to its first point."""
-    for axis in ("pixels", "classes", "batch"):
-        cases = [case for case in group.cases if case.startswith(f"{axis}/")]
-        sizes = [float(case.partition("/")[2]) for case in cases]
-        axes.plot(
-            [size / sizes[0] for size in sizes], [group.get(c, group.names(c)[0]) for c in cases], "o-", label=axis
-        )
-    axes.set(xscale="log", yscale="log", xlabel="size, relative to the first point", ylabel="ms")
-
-
 def loss(axes: Axes, group: Group) -> None:
     """The training loss by epoch, of the first seed."""
     epochs = [case for case in group.cases if case.startswith("epoch") and case.endswith("seed 0")]
@@ -65,8 +41,6 @@ def loss(axes: Axes, group: Group) -> None:
 
 PLOTS = {
     "time": ("operations", time, (10, 14)),
-    "roofline": ("operations", roofline, (8, 5)),
-    "scaling": ("scaling", scaling, (7, 4.5)),
     "training": ("training", loss, (7, 3.5)),
 }
 """Group, function and size of each plot."""

@@ -107,14 +107,11 @@ def attacks(group: Group) -> list[str]:
     for name in group.names():
         times = ["", "", ""]
         if name != "none":
-            times = [group.interval(case, name), group.ratio(case, name, "eroseg_ext eroseg"), mib(group, case, name)]
+            peak = group.get(case, name, "peak")
+            memory = NOT_MEASURED if peak is None else f"{number(peak / 2**20)} MiB"
+            times = [group.interval(case, name), group.ratio(case, name, "eroseg_ext eroseg"), memory]
         rows.append([name, *times, *(group.scores(case, name, 1, quantity) for quantity in ("miou", "accuracy"))])
     return markdown([f"attack ({case})", *head], rows)
-
-
-def mib(group: Group, case: str, name: str) -> str:
-    peak = group.get(case, name, "peak")
-    return NOT_MEASURED if peak is None else f"{number(peak / 2**20)} MiB"
 
 
 def parts(group: Group) -> list[str]:
@@ -123,44 +120,40 @@ def parts(group: Group) -> list[str]:
     head.append("memory beyond the model's, in logits")
     rows = []
     for case in group.cases:
-        model, images = case.split("/", 1)
         for name in group.names(case):
             whole, *inside = (group.get(case, name, f"{part}p50") for part in ("", "forward ", "backward ", "ours "))
             peak, own, logits = (group.get(case, name, quantity) for quantity in ("peak", "model peak", "logits"))
+            cells = [""] * 5
             if whole and inside[2] and peak and own and logits:
                 shares = [f"{100 * inside[2] / whole:.1f} %", f"{(peak - own) / logits:.2f}"]
-                rows.append([model, images, name, number(whole), *map(number, inside), *shares])
-            elif whole and not name.startswith("one habit less"):
-                rows.append([model, images, name, number(whole), *[""] * 5])
+                cells = [*map(number, inside), *shares]
+            rows.append([*case.split("/", 1), name, number(whole), *cells])
     return markdown(head, rows)
 
 
-def scaling(group: Group) -> list[str]:
-    """Time and memory along every axis."""
+def scores(
+    group: Group, head: str, cases: Sequence[str], names: Sequence[str], digits: int, *quantities: str, bold: str = ""
+) -> list[str]:
+    """A row for each name, a column for each case, the scores divided by slashes."""
     rows = []
-    for case in group.cases:
-        (name,) = group.names(case)
-        rows.append([*case.split("/", 1), group.interval(case, name), mib(group, case, name)])
-    return markdown(["axis", "value", "ms (20-80 %)", "peak memory beyond the kept gradient"], rows)
+    for name in names:
+        label = name if name in ("none", "worst case") else f"`{name}`"
+        row = [label, *(group.scores(case, name, digits, *quantities) for case in cases)]
+        rows.append([f"**{cell}**" for cell in row] if name == bold else row)
+    return markdown([head, *cases], rows)
 
 
 def strength(group: Group) -> list[str]:
     """mIoU / pixel accuracy by method and setting."""
-    settings = [case for case in group.cases if "logits" not in case]
-    rows = []
-    for name in group.names():
-        cells = [group.scores(case, name, 1, "miou", "accuracy") for case in settings]
-        label = name if name == "none" else f"`{name}`"
-        rows.append([f"**{cell}**" for cell in (label, *cells)] if name == "eroseg" else [label, *cells])
-    return markdown(["method", *settings], rows)
+    cases = [case for case in group.cases if "logits" not in case]
+    return scores(group, "method", cases, group.names(), 1, "miou", "accuracy", bold="eroseg")
 
 
 def confident(group: Group) -> list[str]:
     """The same with logits as they are and multiplied."""
     cases = [case for case in group.cases if "logits" in case]
     names = [name for name in group.names() if cases and group.get(cases[0], name, "miou") is not None]
-    rows = [[f"`{name}`", *(group.scores(case, name, 1, "miou", "accuracy") for case in cases)] for name in names]
-    return markdown(["method", *cases], rows)
+    return scores(group, "method", cases, names, 1, "miou", "accuracy")
 
 
 def training(group: Group) -> list[str]:
@@ -180,13 +173,9 @@ def training(group: Group) -> list[str]:
 
 def evaluation(group: Group) -> list[str]:
     """mIoU / mAcc / aAcc as ``eroseg evaluate`` prints them."""
-    rows = []
-    for name in group.names():
-        cells = [group.scores(case, name, 2, "miou", "macc", "aacc") for case in group.cases]
-        label = name if name in ("none", "worst case") else f"`{name}`"
-        rows.append([f"**{cell}**" for cell in (label, *cells)] if name == "worst case" else [label, *cells])
+    lines = scores(group, "attack", group.cases, group.names(), 2, "miou", "macc", "aacc", bold="worst case")
     bounds = [group.scores(case, "worst case", 2, "miou bound") for case in group.cases]
-    return markdown(["attack", *group.cases], [*rows, ["lower bound of its mIoU", *bounds]])
+    return [*lines, f"| lower bound of its mIoU | {' | '.join(bounds)} |"]
 
 
 def demo(group: Group) -> list[str]:
@@ -194,10 +183,10 @@ def demo(group: Group) -> list[str]:
     (case,) = group.cases
     rows = []
     for name in group.names():
-        scores = [group.scores(case, name, 1, quantity) for quantity in ("miou", "accuracy")]
         times = [group.get(case, name, f"{part} p50") for part in ("fused", "reference")]
         shown = ["", ""] if name == "none" else [number(value) + (" ms" if value else "") for value in times]
-        rows.append([name if name == "none" else f"`{name}`", *scores, *shown])
+        cells = [group.scores(case, name, 1, quantity) for quantity in ("miou", "accuracy")]
+        rows.append([name if name == "none" else f"`{name}`", *cells, *shown])
     head = ["mIoU", "pixel accuracy", "our part of a step, fused", "in plain PyTorch"]
     return markdown([f"method ({case})", *head], rows)
 
@@ -207,7 +196,6 @@ TABLES: dict[str, tuple[str, Callable[[Group], list[str]]]] = {
     "speed": ("operations", speed),
     "attacks": ("attacks", attacks),
     "parts": ("parts", parts),
-    "scaling": ("scaling", scaling),
     "strength": ("strength", strength),
     "confident": ("strength", confident),
     "training": ("training", training),

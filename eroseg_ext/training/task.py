@@ -29,15 +29,13 @@ class Task(NamedTuple):
     class_weights: Tensor | None
     fingerprint: str
     """changes with the images' names, whose order the run depends on"""
+    updates_per_epoch: int
+    """an epoch's last, incomplete batch is left out"""
 
     @property
     def class_names(self) -> list[str]:
         """Of every class; their numbers where the data set names none."""
         return list(self.to_class.names) or [f"class {index}" for index in range(self.to_class.classes)]
-
-    def updates_per_epoch(self, batch_size: int) -> int:
-        """An epoch's last, incomplete batch is left out."""
-        return len(self.pairs) // batch_size
 
 
 def load_task(settings: TrainSettings, say: Say) -> Task:
@@ -77,4 +75,5 @@ def load_task(settings: TrainSettings, say: Say) -> Task:
         image, _ = Reader(pairs[:1], to_class, None, False)(0)
         crop = (image.height, image.width)
     names = "\n".join(image.name for image, _ in pairs)
-    return Task(pairs, val_pairs, to_class, crop, weights, hashlib.sha256(names.encode()).hexdigest())
+    fingerprint = hashlib.sha256(names.encode()).hexdigest()
+    return Task(pairs, val_pairs, to_class, crop, weights, fingerprint, len(pairs) // settings.batch_size)

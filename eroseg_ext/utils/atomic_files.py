@@ -14,7 +14,7 @@ import socket
 import stat
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from io import BytesIO
@@ -85,6 +85,21 @@ def write_json(path: Path, value: Any) -> None:
     """A value as JSON through :func:`replacing`."""
     with replacing(path) as file:
         file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON gives it back: lists for tuples, and names for paths, dtypes and callables."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return dict(value)
+        if isinstance(value, torch.dtype):
+            return str(value).removeprefix("torch.")
+        if callable(value):
+            return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+        return str(value)
+
+    return json.loads(json.dumps(value, default=named))
 
 
 def read_tensors(path: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import groupby
@@ -24,11 +25,11 @@ from eroseg_ext.evaluation.result import AttackRow, Evaluation
 from eroseg_ext.evaluation.result_cache import ResultCache, key_of
 from eroseg_ext.evaluation.samples import SegmentationData, digest_of, item_of, name_of
 from eroseg_ext.evaluation.sanity import budget
-from eroseg_ext.evaluation.settings import CLEAN, OF_THE_ATTACKS, OF_THE_DATA_AND_MODEL, EvaluationSettings, plain
+from eroseg_ext.evaluation.settings import CLEAN, OF_THE_ATTACKS, OF_THE_DATA_AND_MODEL, EvaluationSettings
 from eroseg_ext.models.adapter import Logits, Model, frozen, unwrapped
 from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops import backend, reference
-from eroseg_ext.utils.atomic_files import locked, write_json
+from eroseg_ext.utils.atomic_files import locked, plain, write_json
 
 
 def evaluate(
@@ -47,9 +48,7 @@ def evaluate(
     A kept result is used again for the same image, labels and number of the image, the same settings of the attack and
     versions of this package and torch, and the same model: of the same weights, class and ``repr``, with the same
     ``model_description``, and with the same logits, to 1e-4 of their size, of the first image, its mirror image and
-    noise, computed by one thread. So a model that only differs in an attribute or in the order of its classes is told
-    apart, as far as it answers these three otherwise, and the number of threads does not matter. Nor does the batch
-    size: an image's result is taken to depend on its neighbours by the last bits of sums at most.
+    noise. The numbers of threads and of images in a batch do not matter.
 
     Args:
         model: nn.Module or any differentiable callable, as :func:`eroseg_ext.attack` takes it; run in eval mode and
@@ -117,58 +116,50 @@ class _Evaluator:
             "device": self._device.type,
             "fused": self._ops is not reference,
         }
-        chosen = evenly_spaced(len(data), config.images)
-        self._indices = chosen
-        self._batches = [chosen[i : i + config.batch_size] for i in range(0, len(chosen), config.batch_size)]
+        self._indices = evenly_spaced(len(data), config.images)
+        starts = range(0, len(self._indices), config.batch_size)
+        self._batches = [self._indices[start : start + config.batch_size] for start in starts]
         self._attacks = {(row, eps): config.attack(row, eps) for eps in config.budgets for row in config.rows}
-        self._digests = {index: digest_of(data, index) for index in chosen}
+        self._digests = {index: digest_of(data, index) for index in self._indices}
         self._model_digest = self._fingerprint()
 
     def run(self) -> Evaluation:
         config = self._config
         plan = [(CLEAN, 0.0), *self._attacks]
         counts: dict[tuple[str, float], Counts] = {}
-        without: dict[tuple[str, float], list[int]] = {key: [] for key in plan}
+        without: dict[tuple[str, float], tuple[str, ...]] = {}
         seconds = dict.fromkeys((CLEAN, *config.rows), 0.0)
+        checks: list[sanity.Check] = []
         with tqdm(total=len(plan) * len(self._indices), unit="image", disable=not config.progress) as bar:
-            checks: list[sanity.Check] = []
             for name, eps in plan:
                 bar.set_description(name if name == CLEAN else f"{name} {budget(eps, config.norm)}")
-                parts = []
+                found = []
                 for batch in self._batches:
-                    for index, found in zip(batch, self._unit(name, eps, batch), strict=True):
-                        seconds[name] += found["seconds"]
-                        parts.append(_dense(found["counts"], found["classes"]))
-                        if found["without_gradient"]:
-                            without[name, eps].append(index)
+                    found += self._unit(name, eps, batch)
                     bar.update(len(batch))
-                counts[name, eps] = np.stack(parts)
+                counts[name, eps] = np.array([result["counts"] for result in found], np.int64)
+                numbers = [
+                    index for index, result in zip(self._indices, found, strict=True) if result["without_gradient"]
+                ]
+                without[name, eps] = tuple(name_of(self._data, number) for number in numbers)
+                share = 1 if name == CLEAN else len(config.budgets)
+                seconds[name] += sum(result["seconds"] for result in found) / len(found) / share
                 if not counts[name, eps].any():
                     raise ValueError(f"data has no pixel with a label other than ignore_index={config.ignore_index}")
                 if name == CLEAN:
                     self._warn_of_one_class(counts[name, eps])
                     checks = self._sanity()
-        worst = {}
-        for eps in config.budgets:
-            candidates = np.stack([counts[CLEAN, 0.0], *(counts[row, eps] for row in config.rows)])
-            worst[eps] = worst_case(candidates, config.miou_classes)
+        clean, classes = counts[CLEAN, 0.0], config.miou_classes
+        worst = {
+            eps: worst_case(np.stack([clean, *(counts[row, eps] for row in config.rows)]), classes)
+            for eps in config.budgets
+        }
         return Evaluation(
-            clean=scores(counts[CLEAN, 0.0], config.miou_classes),
-            rows=tuple(
-                AttackRow(
-                    name,
-                    eps,
-                    scores(counts[name, eps], config.miou_classes),
-                    tuple(name_of(self._data, number) for number in without[name, eps]),
-                )
-                for name, eps in plan[1:]
-            ),
+            clean=scores(clean, classes),
+            rows=tuple(AttackRow(*key, scores(counts[key], classes), without[key]) for key in self._attacks),
             worst=worst,
             sanity=tuple(checks),
-            seconds={
-                name: total / len(self._indices) / (1 if name == CLEAN else len(config.budgets))
-                for name, total in seconds.items()
-            },
+            seconds=seconds,
             settings=self._plain_settings(),
             environment={**self._environment, "model": self._model_digest},
             images=tuple(name_of(self._data, index) for index in self._indices),
@@ -185,55 +176,53 @@ class _Evaluator:
     def _plain_settings(self) -> dict[str, Any]:
         config = self._config
         others = ("seed", "batch_size", "sanity", "miou_classes", "model_description")
-        names = (*OF_THE_ATTACKS, *OF_THE_DATA_AND_MODEL, *others)
-        values = {name: plain(getattr(config, name)) for name in names}
-        rows = {name: {key: plain(value) for key, value in row.items()} for name, row in config.rows.items()}
         size = self._data.size if isinstance(self._data, SegmentationFolder) else None
-        return {"attacks": rows, "eps": list(config.budgets), "size": plain(size), **values}
+        values = {name: getattr(config, name) for name in (*OF_THE_ATTACKS, *OF_THE_DATA_AND_MODEL, *others)}
+        found: dict[str, Any] = plain({"attacks": config.rows, "eps": config.budgets, "size": size, **values})
+        return found
 
     def _unit(self, name: str, eps: float, batch: list[int]) -> list[dict[str, Any]]:
-        """Counts of a batch's images under one attack: from the cache, or made now and put there.
+        """Results of a batch's images under one attack: from the cache, or made now and put there.
 
         A batch of which anything is missing is made as a whole, as it would have been without an interruption.
         """
-        config = self._config
-        attack = self._attacks.get((name, eps))
+        config, attack = self._config, self._attacks.get((name, eps))
         # With every default as it is now: another version may have others.
         resolved = {} if attack is None else {**vars(attack[0]), "radii": attack[1]}
-        about = {"attack": {key: plain(value) for key, value in resolved.items()}}
-        keys = [self._key(about, [index]) for index in batch]
+        keys = [self._key({"attack": plain(resolved)}, [index]) for index in batch]
         if not all(key in self._cache for key in keys):
             start = time.perf_counter()
             # For models that draw random numbers: this batch gets the same ones, whatever was computed before it.
             torch.manual_seed(apgd.noise_seed(config.seed, batch[0], 0))
-            images = [self._load(index) for index in batch]
-            counts: list[Tensor] = []
-            without: list[int] = []
-            for part in _same_size_runs(images):
-                pixels = torch.stack([images[i][0] for i in part]).to(self._device)
-                labels = torch.stack([images[i][1] for i in part]).to(self._device)
+            loaded = [(index, *self._load(index)) for index in batch]
+            found: list[dict[str, Any]] = []
+            # Consecutive images of one size can be a batch.
+            for _, run in groupby(loaded, key=lambda item: item[1].shape):
+                numbers, images, maps = zip(*run, strict=True)
+                pixels, labels = (torch.stack(part).to(self._device) for part in (images, maps))
+                without = [False] * len(numbers)
                 if attack is not None:
-                    numbers, (settings, radii) = [batch[i] for i in part], attack
+                    settings, radii = attack
                     loop = apgd.Loop(
                         settings, self._model, pixels, labels, indices=numbers, seed=config.seed, radii=radii
                     )
                     pixels, info = loop.run(return_info=True)
                     assert info is not None
-                    flags = info.without_gradient.tolist()
-                    without += [number for number, flag in zip(numbers, flags, strict=True) if flag]
-                counts += self._count(pixels, labels, [batch[i] for i in part])
-            sparse = [_sparse(part) for part in torch.stack(counts).cpu().numpy()]
+                    without = info.without_gradient.tolist()
+                counts = self._count(pixels, labels, numbers)
+                found += [
+                    {"counts": counts, "without_gradient": flag} for counts, flag in zip(counts, without, strict=True)
+                ]
             under = name if name == CLEAN else f"{name}, eps {budget(eps, config.norm)}"
             took = round((time.perf_counter() - start) / len(batch), 4)
-            for key, index, found in zip(keys, batch, sparse, strict=True):
+            for key, index, result in zip(keys, batch, found, strict=True):
                 if key not in self._cache:
-                    value = {"classes": len(counts[0]), "counts": found, "seconds": took}
-                    self._cache.put(key, f"{under}, image {index}", value | {"without_gradient": index in without})
+                    self._cache.put(key, f"{under}, image {index}", {**result, "seconds": took})
         return [self._cache[key] for key in keys]
 
     def _key(self, what: dict[str, Any], images: list[int]) -> str:
         """Of everything that a result on these images depends on."""
-        shared = {name: plain(getattr(self._config, name)) for name in ("seed", *OF_THE_DATA_AND_MODEL)}
+        shared = plain({name: getattr(self._config, name) for name in ("seed", *OF_THE_DATA_AND_MODEL)})
         about = {
             "model": self._model_digest,
             "images": [[index, self._digests[index]] for index in images],
@@ -264,31 +253,33 @@ class _Evaluator:
                 f"be wanted (--size): {error}"
             ) from error
 
-    def _count(self, pixels: Tensor, labels: Tensor, numbers: list[int]) -> list[Tensor]:
-        """Counts ``[C, 3]`` of each image, on the device."""
-        logits, align_corners = self._answer(pixels, numbers[0])
+    def _count(self, pixels: Tensor, labels: Tensor, numbers: Sequence[int]) -> list[list[list[int]]]:
+        """Counts ``[C, 3]`` of each image."""
+        (logits, align_corners), void = self._answer(pixels, numbers[0]), self._config.ignore_index
         broken = ~logits.isfinite().flatten(1).all(1)
         if broken.any():
             name = name_of(self._data, numbers[int(broken.int().argmax())])
             raise ValueError(f"the model's logits of {name} are NaN or infinite")
         classes = max(logits.shape[1], 2)
-        wrong = (labels != self._config.ignore_index) & ((labels < 0) | (labels >= classes))
+        wrong = (labels != void) & ((labels < 0) | (labels >= classes))
         if wrong.any():
             image, row, column = wrong.nonzero()[0].tolist()
             raise ValueError(
                 f"{name_of(self._data, numbers[image])} has the label {int(labels[image, row, column])} at row {row}, "
-                f"column {column}, wanted classes from 0 to {classes - 1} or ignore_index={self._config.ignore_index}"
+                f"column {column}, wanted classes from 0 to {classes - 1} or ignore_index={void}"
             )
-        reading = {"ignore_index": self._config.ignore_index, "align_corners": align_corners}
-        rows = [slice(i, i + 1) for i in range(len(labels))]
-        return [counts_of(self._ops.confusion(logits[i], labels[i], classes, **reading)) for i in rows]
+        reading = {"ignore_index": void, "align_corners": align_corners}
+        pairs = zip(logits.split(1), labels.split(1), strict=True)
+        matrices = torch.stack([self._ops.confusion(*pair, classes, **reading) for pair in pairs])
+        counts: list[list[list[int]]] = counts_of(matrices).tolist()
+        return counts
 
     def _fingerprint(self) -> str:
         """What tells the model from others."""
         config, model = self._config, self._model
         first = self._indices[0]
         about: dict[str, Any] = {
-            **{name: plain(getattr(config, name)) for name in ("seed", "clip", "mean", "std", "autocast")},
+            **plain({name: getattr(config, name) for name in ("seed", "clip", "mean", "std", "autocast")}),
             **self._environment,
             "image": self._digests[first],
             "description": config.model_description,
@@ -314,20 +305,3 @@ class _Evaluator:
             checks = sanity.check(self._model, images, labels, eps=max(config.budgets), **shared)
             self._cache.put(key, "sanity checks", [asdict(check) for check in checks])
         return [sanity.Check(**check) for check in self._cache[key]]
-
-
-def _same_size_runs(images: list[tuple[Tensor, Tensor]]) -> list[list[int]]:
-    """Numbers of consecutive images of one size: what can be a batch."""
-    return [list(run) for _, run in groupby(range(len(images)), key=lambda i: images[i][0].shape)]
-
-
-def _sparse(counts: Counts) -> list[list[int]]:
-    """``[class, correct, labels, predicted]`` of the classes that occur."""
-    return [[index, *row] for index, row in enumerate(counts.tolist()) if any(row)]
-
-
-def _dense(sparse: list[list[int]], classes: int) -> Counts:
-    counts = np.zeros((classes, 3), np.int64)
-    for index, *row in sparse:
-        counts[index] = row
-    return counts

@@ -34,20 +34,15 @@ while [[ $1 != */python* ]]; do shift; done
 if [[ $tool == memcheck ]]; then "$@" || exit; else printf '\\xff\\n'; fi
 echo "========= ${tool^^} SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
 """
-NCU = """#!/usr/bin/env bash
-echo "==ERROR== ERR_NVGPUCTRPERM"
-exit 1
-"""
 
 
 @pytest.fixture
 def script(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """Starts the script with changed environment variables."""
-    for name, text in {"compute-sanitizer": SANITIZER, "ncu": NCU}.items():
-        tool = tmp_path / "bin" / name
-        tool.parent.mkdir(exist_ok=True)
-        tool.write_text(text)
-        tool.chmod(0o755)
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text(SANITIZER)
+    tool.chmod(0o755)
 
     def start(*arguments: Path, **changed: str) -> subprocess.Popen[str]:
         environment = os.environ | {
@@ -85,15 +80,13 @@ def test_everything_is_in_the_file(script: Callable[..., subprocess.Popen[str]],
     out = tmp_path / "out.json"
     process = script(out, wheel(tmp_path))
     printed, _ = process.communicate()
-    passed = dict.fromkeys(gpu_check.PARTS, "passed")
-    assert outcomes(out) == passed | {"profile": "failed: exit status 1"}  # which is not held against the package
+    assert outcomes(out) == dict.fromkeys(gpu_check.PARTS, "passed")
     assert process.returncode == 0
     result = json.loads(out.read_text())
     assert re.search(r"\b1 passed", result["checks"]["tests"]["output"][-1])
     summary = "========= MEMCHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
     assert summary in result["checks"]["memcheck"]["output"]
     assert "every kernel has run on cpu" in result["checks"]["memcheck"]["output"]
-    assert result["checks"]["profile"]["output"] == ["==ERROR== ERR_NVGPUCTRPERM"]
     assert "no time was left" in "\n".join(result["checks"]["bench"]["output"])
     assert {row.group for row in results.read(out.with_suffix(".csv"))} == {"operations"}
     assert "| `erosion_grad` | PASCAL VOC |" in printed

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
+from functools import cache
 
 import torch
 from torch import nn
 
-from bench import ROOT
 from eroseg_ext.cli import demo
-from eroseg_ext.models.small_deeplab import DEMO_WIDTH, SmallDeepLab
-from eroseg_ext.utils.atomic_files import write_tensors
+from eroseg_ext.models.small_deeplab import SmallDeepLab
 
 
 def upernet(classes: int) -> nn.Module:
@@ -45,25 +41,8 @@ def build(name: str, classes: int, device: torch.device) -> nn.Module:
     return model.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
 
-class Trained(NamedTuple):
-    """A network that knows its task: only on such one does the strength of an attack mean anything."""
-
-    model: nn.Module
-    task: demo.Task
-
-
-def trained(quick: bool, device: torch.device, cache: Path) -> Trained:
-    """The demo's network trained on the demo's scenes; ``cache`` keeps its weights, named after what made them."""
-    task = demo.load_task(demo.DemoSettings(quick=quick))
-    sources = b"".join(
-        (ROOT / "eroseg_ext" / name).read_bytes()
-        for name in ("models/small_deeplab.py", "cli/demo.py", "data/scenes.py")
-    )
-    path = cache / f"{hashlib.sha256(sources).hexdigest()[:12]}-{quick}.pt"
-    if path.is_file():
-        model = SmallDeepLab(len(task.classes), DEMO_WIDTH)
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return Trained(model.to(device).to(memory_format=torch.channels_last).eval(), task)  # type: ignore[call-overload]
-    model = demo.train(task, 150 if quick else 600, 0, device)
-    write_tensors(path, model.state_dict())
-    return Trained(model, task)
+@cache
+def trained(quick: bool, device: torch.device) -> tuple[nn.Module, demo.DemoData]:
+    """The demo's network, trained on its scenes: only on such one does the strength of an attack mean anything."""
+    data = demo.load_data(demo.DemoSettings(quick=quick))
+    return demo.train(data, 150 if quick else 600, 0, device), data

@@ -16,7 +16,7 @@ from bench import cases
 from bench.cases import Case, Unavailable
 from bench.conftest import Record
 from bench.measure import Call, median, peak_memory, time_calls
-from bench.models import MODELS, Trained, build, trained
+from bench.models import MODELS, build, trained
 from bench.peers import PEERS, WAYS, Budget, OnlyLogits, textbook
 from eroseg_ext.cli import demo
 from eroseg_ext.models.adapter import frozen
@@ -90,32 +90,16 @@ def test_parts(record: Record, device: torch.device, name: str, way: str, profil
     record("parts", f"{name}/{list(shape)}, {steps} steps", way, samples, **more)
 
 
-@pytest.fixture(scope="module")
-def networks(profile: str, pytestconfig: pytest.Config) -> Callable[[torch.device], Trained]:
-    """Trained networks by device, trained when first asked for."""
-    assert pytestconfig.cache is not None
-    folder, made = pytestconfig.cache.mkdir("eroseg-bench"), {}
-
-    def network(device: torch.device) -> Trained:
-        if device not in made:
-            made[device] = trained(profile == "quick", device, folder)
-        return made[device]
-
-    return network
-
-
 @pytest.mark.parametrize("name", ["none", *PEERS])
-def test_attack(
-    record: Record, networks: Callable[[torch.device], Trained], device: torch.device, name: str, seconds: float
-) -> None:
+def test_attack(record: Record, device: torch.device, name: str, profile: str, seconds: float) -> None:
     """Our attacks and others' loops on one trained network: ms per step, peak memory, and what each leaves."""
-    model, task = networks(device)
-    images, labels = task.test_images.to(device), task.test_labels.to(device)
-    budget = Budget(ignore_index=task.ignore_index, classes=len(task.classes))
+    model, data = trained(profile == "quick", device)
+    images, labels = data.test_images.to(device), data.test_labels.to(device)
+    budget = Budget(ignore_index=data.ignore_index, classes=len(data.classes))
     size = f"{images.shape[-2]}x{images.shape[-1]}"
     case = f"light net, {len(images)} images {size}, eps 2/255, {budget.steps} steps"
     if name == "none":
-        record("attacks", case, name, **demo.evaluate(model, images, labels, task))
+        record("attacks", case, name, **demo.evaluate(model, images, labels, data))
         return
 
     def run() -> Tensor:
@@ -127,7 +111,7 @@ def test_attack(
     except ImportError as reason:
         pytest.skip(str(reason))
     assert (adversarial - images).abs().max() <= budget.eps + 1e-6
-    scores = demo.evaluate(model, adversarial, labels, task)
+    scores = demo.evaluate(model, adversarial, labels, data)
     samples = time_calls([run], device, seconds=5 * seconds) / budget.steps
     model.zero_grad(set_to_none=True)
     record("attacks", case, name, samples, peak=peak_memory(run, device), **scores)

@@ -46,13 +46,9 @@ def median(samples: Samples) -> float:
 def time_calls(
     calls: Sequence[Call], device: torch.device, *, seconds: float = 1.0, least: int = 5, most: int = 200
 ) -> Samples:
-    """Times calls that do the same on different tensors, in turn.
+    """Times calls that do the same on different tensors, as many as :func:`cold_copies` asks for, in turn.
 
-    Args:
-        calls: one, or as many as :func:`cold_copies` asks for.
-        device: where they run.
-        seconds: about so long, after the warm-up.
-        least, most: bounds of the number of samples.
+    Takes about so many seconds after the warm-up, and from ``least`` to ``most`` samples.
     """
     cuda = device.type == "cuda"
 

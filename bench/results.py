@@ -39,12 +39,7 @@ class Row(NamedTuple):
 
 
 class Run:
-    """Where and when figures are measured; makes rows of them.
-
-    Args:
-        path: CSV file that every row is appended to at once; None keeps them in ``rows`` alone.
-        commit: names the code outside a git checkout.
-    """
+    """Makes rows of figures, and appends each to a file at once if there is a path; ``commit`` names the code."""
 
     def __init__(self, path: Path | None = None, commit: str | None = None) -> None:
         self.rows: list[Row] = []

@@ -66,8 +66,7 @@ def check(model: Model, images: Tensor, labels: Tensor, *, eps: float, **setting
         images: ``[B, K, H, W]``, a few are enough.
         labels: ``[B, H, W]``, on the same device.
         eps: largest budget of the evaluation; with 0 a quarter of ``LARGE_EPS`` takes its place.
-        **settings: shared settings of :func:`eroseg_ext.strong_attack`: ``norm``, ``ignore_index``, ``clip``, ``mean``,
-            ``std``, ``autocast``, ``backend``, ``output``, ``output_key``, ``logits``, ``align_corners``.
+        **settings: those of :func:`eroseg_ext.strong_attack` that all attacks of the evaluation share.
 
     Returns:
         The checks in a fixed order. One that could not be run, because the attack itself failed, has not passed.

@@ -43,8 +43,7 @@ def write(folder: Path, state: dict[str, Any]) -> None:
 def read(folder: Path) -> dict[str, Any]:
     """The last checkpoint of a run, its entries of the right types.
 
-    Raises:
-        ValueError: it is damaged or no checkpoint; one sentence, which names the one before it if that is good.
+    Raises ValueError if it is damaged or no checkpoint; one sentence, which names the one before it if that is good.
     """
     try:
         return _read(folder / NAME)

@@ -15,12 +15,10 @@ Record = dict[str, Any]
 
 
 class Log:
-    """The log of a run, ``log.jsonl``, one record per line, each with its ``update``.
+    """The log of the run in a folder, ``log.jsonl``, one record per line, each with its ``update``.
 
-    Args:
-        folder: of the run.
-        update: the update to continue after; what the log says of later ones, and of a validation after this one, is
-            dropped, since that is done again.
+    What it says of updates after the one to continue after, and of a validation after that one, is dropped: that is
+    done again.
     """
 
     def __init__(self, folder: Path, update: int) -> None:

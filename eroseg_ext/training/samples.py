@@ -66,10 +66,6 @@ class Samples(Dataset[Batch | Exception]):
 
     A file that cannot be used comes as the exception that tells so: raised in a worker process, it would arrive wrapped
     in a traceback.
-
-    Args:
-        read: the reader.
-        augment: random scale, crop and flip; None gives images whole.
     """
 
     def __init__(self, read: Reader, augment: Augmentation | None) -> None:

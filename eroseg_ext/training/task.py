@@ -39,10 +39,7 @@ class Task(NamedTuple):
 
 
 def load_task(settings: TrainSettings, say: Say) -> Task:
-    """Finds the files of a run and reads as many as must be read before training.
-
-    Raises ValueError or OSError, with one sentence, if they are not what the settings say.
-    """
+    """Finds the files of a run and reads as many as must be read; raises if they are not what the settings say."""
     pairs = datasets.find(settings.dataset, settings.data, "train")
     val_pairs = [] if settings.val is None else datasets.find(settings.dataset, settings.val, "val")
     if len(pairs) < settings.batch_size:

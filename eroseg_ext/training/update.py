@@ -28,15 +28,7 @@ from eroseg_ext.training.task import Task
 
 
 class Updater:
-    """The model with its optimiser and averages, and the step that moves them.
-
-    Args:
-        settings: of the run.
-        network: with its model on the processes' device.
-        task: what it is trained on.
-        processes: this one and the others.
-        clock: told what the time goes into.
-    """
+    """The model, which is on the processes' device, with its optimiser and averages, and the step that moves them."""
 
     def __init__(
         self, settings: TrainSettings, network: Network, task: Task, processes: Processes, clock: Clock

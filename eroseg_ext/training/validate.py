@@ -37,10 +37,8 @@ def validate(
 ) -> dict[str, float]:
     """mIoU and pixel accuracy in percent, on clean images and under eroseg's attack of ``settings.val_attack_steps``.
 
-    Every process judges its own images; one confusion matrix over all of them is what the scores are made from.
-
-    Returns:
-        ``miou``, ``accuracy``, and with an attack ``adversarial_miou``, ``adversarial_accuracy``.
+    Every process judges its own images; one confusion matrix over all of them is what the scores are made from:
+    ``miou``, ``accuracy``, and with an attack ``adversarial_miou``, ``adversarial_accuracy``.
     """
     keys = [Key(index) for index in evenly_spaced(len(read), settings.val_images)[processes.rank :: processes.world]]
     # Images at their own sizes do not go into one batch.

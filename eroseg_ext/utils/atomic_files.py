@@ -36,14 +36,9 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BytesIO]:
 
     The content is made in memory, so that an interrupt never reaches torch's writer in C++, which it would abort.
     Of a link, the target is replaced; the file keeps its mode and owner. Devices, pipes and this process's own output
-    are written to, not replaced.
+    are written to, not replaced. ``keep`` names the file, in the same folder, as which what was there before is kept.
 
-    Args:
-        path: the file.
-        keep: name in the same folder under which the file that was there before is kept.
-
-    Raises:
-        OSError: it could not be written, say for want of space; names the file. What was there before is kept.
+    Raises OSError, which names the file, if it could not be written; what was there before is then kept.
     """
     content = BytesIO()
     yield content
@@ -104,9 +99,7 @@ def plain(value: Any) -> Any:
 def read_tensors(path: Path) -> Any:
     """What :func:`write_tensors` or torch.save wrote, on the CPU; plain values and tensors only.
 
-    Raises:
-        ValueError: the file is not of that kind, or does not have its digest; names it.
-        OSError: it cannot be read.
+    Raises ValueError, which names the file, if it is not of that kind or does not have its digest.
     """
     content = path.read_bytes()
     if content[:-32].endswith(_MARK) and digest(content[:-32]).encode() != content[-32:]:
@@ -125,11 +118,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Makes this process the only one that writes into a folder; what a killed one left half written is removed.
 
     The system lets go of the lock when the process ends, however it ends. Where the file system has no locks, a warning
-    says so.
-
-    Raises:
-        ValueError: another process has it; names it.
-        OSError: the folder cannot be written to.
+    says so. Raises ValueError, which names the other process, if one has it.
     """
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     _locks.add(lock)

@@ -138,13 +138,7 @@ def examples_panel(path: Path | BinaryIO, examples: Sequence[Example], classes: 
 
 
 def accuracy_curves(path: Path, curves: Mapping[str, Sequence[float]], images: int) -> None:
-    """Draws the pixel accuracy of every method over its steps.
-
-    Args:
-        path: PNG file to write.
-        curves: by method, pixel accuracy in percent before each step and after the last.
-        images: how many images they are over, for the title.
-    """
+    """Draws the pixel accuracy in percent of every method, before each step and after the last, over so many images."""
     figure = Figure(figsize=(7.5, 4.6), dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
     for (method, values), colour in zip(curves.items(), colormaps["tab10"].colors, strict=False):  # type: ignore[attr-defined]

@@ -20,12 +20,13 @@ def time(axes: Axes, group: Group) -> None:
     for row, case in enumerate(group.cases):
         for index, (name, colour) in enumerate(COLOURS.items()):
             p20, p50, p80 = (group.get(case, name, quantity) for quantity in ("p20", "p50", "p80"))
-            if p20 and p50 and p80:
+            if name in group.names(case):
                 y = row + (index - 1) * 0.27
                 axes.barh(y, p50, 0.27, color=colour, label=name)
                 axes.plot([p20, p80], [y, y], color="black", linewidth=1)
-        if copy := group.get(case, "copy"):
-            axes.plot([copy] * 2, [row - 0.45, row + 0.45], color=LIMIT, linewidth=2.5, label="limit: a mere copy")
+        if "copy" in group.names(case):
+            limit = [group.get(case, "copy")] * 2
+            axes.plot(limit, [row - 0.45, row + 0.45], color=LIMIT, linewidth=2.5, label="limit: a mere copy")
     axes.set_yticks(range(len(group.cases)), [case.replace("/", " ") for case in group.cases], fontsize=8)
     axes.set(xscale="log", xlabel="milliseconds, median, with 20 to 80 %", ylim=(len(group.cases) - 0.4, -0.6))
 
@@ -34,7 +35,8 @@ def loss(axes: Axes, group: Group) -> None:
     """The training loss by epoch, of the first seed."""
     epochs = [case for case in group.cases if case.startswith("epoch") and case.endswith("seed 0")]
     for name in group.names():
-        if values := [value for case in epochs if (value := group.get(case, name, "loss")) is not None]:
+        values = [group.get(case, name, "loss") for case in epochs if name in group.names(case)]
+        if values:
             axes.plot(range(1, len(values) + 1), values, label=name, color="black" if name == "none" else None)
     axes.set(xlabel="epoch", ylabel="loss on the images trained on", ylim=(0.2, 0.8))
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eroseg_ext.attacks import apgd
+from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.data.reading import SegmentationFolder, evenly_spaced, one_class
 from eroseg_ext.evaluation import sanity
 from eroseg_ext.evaluation.fingerprint import digest_of_weights, fingerprint, projected_logits
@@ -194,31 +195,36 @@ class _Evaluator:
             start = time.perf_counter()
             # For models that draw random numbers: this batch gets the same ones, whatever was computed before it.
             torch.manual_seed(apgd.noise_seed(config.seed, batch[0], 0))
-            loaded = [(index, *self._load(index)) for index in batch]
-            found: list[dict[str, Any]] = []
-            # Consecutive images of one size can be a batch.
-            for _, run in groupby(loaded, key=lambda item: item[1].shape):
-                numbers, images, maps = zip(*run, strict=True)
-                pixels, labels = (torch.stack(part).to(self._device) for part in (images, maps))
-                without = [False] * len(numbers)
-                if attack is not None:
-                    settings, radii = attack
-                    loop = apgd.Loop(
-                        settings, self._model, pixels, labels, indices=numbers, seed=config.seed, radii=radii
-                    )
-                    pixels, info = loop.run(return_info=True)
-                    assert info is not None
-                    without = info.without_gradient.tolist()
-                counts = self._count(pixels, labels, numbers)
-                found += [
-                    {"counts": counts, "without_gradient": flag} for counts, flag in zip(counts, without, strict=True)
-                ]
+            found = self._attacked_and_counted(batch, attack)
             under = name if name == CLEAN else f"{name}, eps {budget(eps, config.norm)}"
             took = round((time.perf_counter() - start) / len(batch), 4)
             for key, index, result in zip(keys, batch, found, strict=True):
                 if key not in self._cache:
                     self._cache.put(key, f"{under}, image {index}", {**result, "seconds": took})
         return [self._cache[key] for key in keys]
+
+    def _attacked_and_counted(
+        self, batch: list[int], attack: tuple[AttackSettings, str] | None
+    ) -> list[dict[str, Any]]:
+        """Counts of each image, and whether its attack found no gradient; clean without an attack."""
+        results = []
+        loaded = [(index, *self._load(index)) for index in batch]
+        # Consecutive images of one size can be a batch.
+        for _, run in groupby(loaded, key=lambda item: item[1].shape):
+            numbers, images, maps = zip(*run, strict=True)
+            pixels, labels = (torch.stack(part).to(self._device) for part in (images, maps))
+            without = [False] * len(numbers)
+            if attack is not None:
+                settings, radii = attack
+                loop = apgd.Loop(
+                    settings, self._model, pixels, labels, indices=numbers, seed=self._config.seed, radii=radii
+                )
+                pixels, info = loop.run(return_info=True)
+                assert info is not None
+                without = info.without_gradient.tolist()
+            counts = self._count(pixels, labels, numbers)
+            results += [{"counts": c, "without_gradient": w} for c, w in zip(counts, without, strict=True)]
+        return results
 
     def _key(self, what: dict[str, Any], images: list[int]) -> str:
         """Of everything that a result on these images depends on."""
@@ -228,7 +234,7 @@ class _Evaluator:
             "images": [[index, self._digests[index]] for index in images],
             **{name: self._environment[name] for name in ("eroseg_ext", "torch", "device", "fused")},
         }
-        return key_of({**shared, **about, **what})
+        return key_of({**shared, **about, **what, "result": "counts [C, 3]"})
 
     def _load(self, index: int) -> tuple[Tensor, Tensor]:
         image, labels = item_of(self._data, index)

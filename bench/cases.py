@@ -22,7 +22,7 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "ADE20K": (1, 150, 128, 128),
         "binary": (4, 1, 256, 256),
     },
-    "default": {
+    "cpu": {
         "PASCAL VOC": (4, 21, 512, 512),
         "Cityscapes": (1, 19, 1024, 2048),
         "ADE20K": (1, 150, 512, 512),
@@ -91,9 +91,8 @@ class Case:
         }[self.op]
 
 
-def operation_cases(profile: str, device: torch.device) -> list[Case]:
-    """All cases of a profile."""
-    shapes = SHAPES["cuda" if profile == "default" and device.type == "cuda" else profile]
+def operation_cases(shapes: dict[str, Shape]) -> list[Case]:
+    """All cases, on one of ``SHAPES``."""
     batch, classes, height, width = voc = shapes["PASCAL VOC"]
     half = Case("erosion_grad", "PASCAL VOC", voc, torch.bfloat16)
     return [
@@ -114,10 +113,10 @@ def operation_cases(profile: str, device: torch.device) -> list[Case]:
     ]
 
 
-def is_compiled(case: Case, profile: str) -> bool:
-    """Whether a profile takes the time that torch.compile needs: seconds for each case on a CPU, minutes on a GPU."""
-    usual = case.data in SHAPES[profile] and case.labels == torch.int64 and case.method not in VARIANTS
-    if profile == "quick":
+def is_compiled(case: Case, quick: bool) -> bool:
+    """Whether a run takes the time that torch.compile needs: seconds for each case on a CPU, minutes on a GPU."""
+    usual = case.data in SHAPES["cpu"] and case.labels == torch.int64 and case.method not in VARIANTS
+    if quick:
         return usual and case.data == "PASCAL VOC" and (case.op, case.dtype) == ("step", torch.float32)
     return usual and case.method in (None, "cospgd")
 

@@ -39,19 +39,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[DEADLINE] = time.monotonic() + config.getoption("--limit")
 
 
-def _profile(config: pytest.Config) -> str:
-    return "quick" if config.getoption("--quick") else "default"
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = metafunc.config.getoption("--device")
     kinds = [chosen] if chosen else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    devices = [torch.device(kind) for kind in kinds]
+    devices, quick = [torch.device(kind) for kind in kinds], metafunc.config.getoption("--quick")
     if "case" in metafunc.fixturenames:
         rows = [
             pytest.param(device, case, name, id=f"{device.type}-{case.name}-{name}")
             for device in devices
-            for case in cases.operation_cases(_profile(metafunc.config), device)
+            for case in cases.operation_cases(cases.SHAPES["quick" if quick else device.type])
             for name in cases.IMPLEMENTATIONS
         ]
         metafunc.parametrize(("device", "case", "implementation"), rows)
@@ -70,15 +66,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def profile(request: pytest.FixtureRequest) -> str:
-    """``quick`` or ``default``."""
-    return _profile(request.config)
+def quick(pytestconfig: pytest.Config) -> bool:
+    return bool(pytestconfig.getoption("--quick"))
 
 
 @pytest.fixture
-def seconds(profile: str, device: torch.device) -> float:
+def seconds(quick: bool, device: torch.device) -> float:
     """Time for the samples of one figure; a GPU takes hundreds of them in a fifth of a second."""
-    return 0.2 if profile == "quick" or device.type == "cuda" else 1.0
+    return 0.2 if quick or device.type == "cuda" else 1.0
 
 
 @pytest.fixture

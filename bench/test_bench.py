@@ -22,8 +22,7 @@ from eroseg_ext.cli import demo
 from eroseg_ext.models.adapter import frozen
 
 CLASSES = 21
-STEPS = {"quick": 3, "default": 5}
-IMAGES = {"quick": (1, 3, 96, 96), "default": (1, 3, 192, 192), "cuda": (8, 3, 512, 512)}
+IMAGES = {"quick": (1, 3, 96, 96), "cpu": (1, 3, 192, 192), "cuda": (8, 3, 512, 512)}
 """On a GPU smaller shapes would measure its launches."""
 
 
@@ -32,13 +31,13 @@ def test_operation(
     device: torch.device,
     case: Case,
     implementation: str,
-    profile: str,
+    quick: bool,
     seconds: float,
     compile_seconds: float,
 ) -> None:
     """The reference eager and under ``torch.compile``, the fused kernels, and a copy of as many bytes: the floor."""
-    if implementation == "compiled" and not cases.is_compiled(case, profile):
-        pytest.skip(f"a {profile} run does not wait for torch.compile here")
+    if implementation == "compiled" and not cases.is_compiled(case, quick):
+        pytest.skip("the run does not wait for torch.compile here")
     try:
         samples = cases.timed(case, implementation, device, seconds, compile_seconds)
     except Unavailable as reason:
@@ -48,7 +47,7 @@ def test_operation(
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MODELS)
-def test_parts(record: Record, device: torch.device, name: str, way: str, profile: str) -> None:
+def test_parts(record: Record, device: torch.device, name: str, way: str, quick: bool) -> None:
     """A whole attack on a whole model: time per step, the model's part and ours, memory beyond the model's own."""
     make, options = WAYS[way]
     if options.get("graph") and device.type != "cuda":
@@ -57,8 +56,7 @@ def test_parts(record: Record, device: torch.device, name: str, way: str, profil
         model = build(name, CLASSES, device)
     except ImportError as reason:
         pytest.skip(str(reason))
-    shape = IMAGES["cuda" if device.type == "cuda" and profile != "quick" else profile]
-    steps = STEPS[profile]
+    shape, steps = IMAGES["quick" if quick else device.type], 3 if quick else 5
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(shape, generator=generator).to(device)
     labels = torch.randint(CLASSES, (shape[0], *shape[2:]), generator=generator).to(device)
@@ -91,9 +89,9 @@ def test_parts(record: Record, device: torch.device, name: str, way: str, profil
 
 
 @pytest.mark.parametrize("name", ["none", *PEERS])
-def test_attack(record: Record, device: torch.device, name: str, profile: str, seconds: float) -> None:
+def test_attack(record: Record, device: torch.device, name: str, quick: bool, seconds: float) -> None:
     """Our attacks and others' loops on one trained network: ms per step, peak memory, and what each leaves."""
-    model, data = trained(profile == "quick", device)
+    model, data = trained(quick, device)
     images, labels = data.test_images.to(device), data.test_labels.to(device)
     budget = Budget(ignore_index=data.ignore_index, classes=len(data.classes))
     size = f"{images.shape[-2]}x{images.shape[-1]}"
@@ -118,14 +116,14 @@ def test_attack(record: Record, device: torch.device, name: str, profile: str, s
     model.zero_grad(set_to_none=True)
 
 
-def test_demo(record: Record, device: torch.device, profile: str, tmp_path: Path) -> None:
+def test_demo(record: Record, device: torch.device, quick: bool, tmp_path: Path) -> None:
     """What ``eroseg demo`` prints."""
-    settings = demo.DemoSettings(quick=profile == "quick", out=tmp_path, device=str(device))
+    settings = demo.DemoSettings(quick=quick, out=tmp_path, device=str(device))
     result = demo.run(settings)
     size = "x".join(map(str, result["settings"]["size"]))
-    quick = "--quick: " if settings.quick else ""
+    kind = "--quick: " if quick else ""
     case = (
-        f"{quick}{result['task']['test']} images {size}, {len(result['task']['classes'])} classes, eps 2/255, 10 steps"
+        f"{kind}{result['task']['test']} images {size}, {len(result['task']['classes'])} classes, eps 2/255, 10 steps"
     )
     record("demo", case, "none", **result["unattacked"])
     for method, row in result["methods"].items():

@@ -135,9 +135,9 @@ def test_least_traffic_of_a_case() -> None:
     assert replace(case, labels=torch.uint8).bytes == case.bytes - 7 * pixels
 
 
-@pytest.mark.parametrize("profile", cases.SHAPES)
-def test_the_cases_have_names_of_their_own_and_one_has_odd_rows(profile: str) -> None:
-    found = cases.operation_cases(profile, CPU)
+@pytest.mark.parametrize("shapes", cases.SHAPES)
+def test_the_cases_have_names_of_their_own_and_one_has_odd_rows(shapes: str) -> None:
+    found = cases.operation_cases(cases.SHAPES[shapes])
     assert len({case.name for case in found}) == len(found)
     assert all(case.name.count("/") == 2 for case in found)
     (odd,) = (case for case in found if case.data == "odd width")
@@ -145,7 +145,7 @@ def test_the_cases_have_names_of_their_own_and_one_has_odd_rows(profile: str) ->
     assert cases.scene(Case("step", "toy", (1, 2, 4, 4), labels=torch.uint8), CPU).labels.dtype == torch.uint8
 
 
-@pytest.mark.parametrize("case", cases.operation_cases("quick", CPU)[12:], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases.operation_cases(cases.SHAPES["quick"])[12:], ids=lambda case: case.name)
 def test_the_call_that_is_timed_runs_on_every_implementation(case: Case) -> None:
     small = replace(case, shape=(2, 3, 6, 5))
     inputs = cases.scene(small, CPU)

@@ -99,7 +99,7 @@ class Check:
                     status, taken = running[name].poll(), time.monotonic() - started
                     # A process that waits for a broken GPU may never end.
                     if status is not None or taken > limits[name] + GRACE + 2:
-                        late = status != 0 and taken >= limits[name]
+                        late = status in (None, 124, -signal.SIGKILL) and taken >= limits[name]
                         outcome = "passed" if status == 0 else f"failed: exit status {status}"
                         self._record(name, f"killed at its limit of {limits[name]:.0f} s" if late else outcome, started)
         finally:

@@ -127,10 +127,10 @@ def test_a_check_that_is_ended_leaves_what_it_has(script: Callable[..., subproce
 
 
 def run(folder: Path, **programs: str) -> dict[str, str]:
-    """What becomes of parts that are Python programs, run at once with 5 seconds each."""
-    check = Check(folder / "out.json", folder, {"total": 60} | dict.fromkeys(programs, 5))
+    """What becomes of parts that are Python programs, run at once with 8 seconds each."""
+    check = Check(folder / "out.json", folder, {"total": 60} | dict.fromkeys(programs, 8))
     commands = {name: [sys.executable, "-c", code] for name, code in programs.items()}
-    check.limits["missing"] = 5
+    check.limits["missing"] = 8
     check.run({**commands, "missing": ["no-such-program"]}, folder)
     return outcomes(folder / "out.json")
 
@@ -152,8 +152,8 @@ def test_what_a_part_may_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "missing": "failed: exit status 127",
         "garbage": "passed",
         "dies": "failed: exit status -9",
-        "waits": "killed at its limit of 5 s",
-        "deaf": "killed at its limit of 5 s",
+        "waits": "killed at its limit of 8 s",
+        "deaf": "killed at its limit of 8 s",
         "memcheck": "failed: its output has no 'SUMMARY: 0 '",
         "tests": r"failed: its output has no '\\b[1-9]\\d* passed'",
     }

@@ -52,7 +52,7 @@ VALUES = {
     },
     "train": {
         **dict.fromkeys(("--epochs", "--batch-size", "--accumulate", "--attack-steps", "--seed", "--workers"), WHOLE),
-        **dict.fromkeys(("--val-attack-steps", "--classes", "--threads"), WHOLE),
+        **dict.fromkeys(("--val-attack-steps", "--compare-reference", "--classes", "--threads"), WHOLE),
         **dict.fromkeys(("--val-every", "--log-every", "--val-images", "--checkpoint-every"), COUNT),
         **dict.fromkeys(
             ("--learning-rate", "--weight-decay", "--warmup-epochs", "--poly-power", "--front-loss"), NUMBER

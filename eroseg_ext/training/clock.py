@@ -59,6 +59,11 @@ class Clock:
             del self._events[:-1]
         return dict(self._seconds)
 
+    def reset(self) -> None:
+        """Forgets what was booked so far."""
+        self.seconds()
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+
 
 def _event() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)

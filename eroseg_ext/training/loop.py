@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -62,7 +64,7 @@ def train(model: nn.Module | str = "small", *, say: Say = print, **settings: Any
     Returns:
         The summary, as ``out/summary.json`` holds it: ``settings``, ``environment``, ``updates``, ``seconds``, ``time``
         (share of model, attack kernels, data and the rest), ``images_per_second``, ``validation`` (mIoU and pixel
-        accuracy in percent, clean and under attack) and more.
+        accuracy in percent, clean and under attack), ``comparison`` (of the backends, if asked for) and more.
 
     Raises:
         ValueError, TypeError, OSError: a setting or file is not as wanted; one sentence names it. Checkpoints stay.
@@ -119,6 +121,7 @@ class _Run:
         settings, processes, per_epoch = self._settings, self._processes, self._task.updates_per_epoch
         self._resume()
         self._say(report.described(settings, self._task, self._updater.model, self._updates))
+        comparison = self._compare() if settings.compare_reference else None
         log = Log(settings.out, self._done) if processes.first else None
         every = settings.checkpoint_every or per_epoch
         # A run that was interrupted after a checkpoint may lack the validation that belongs to it.
@@ -136,12 +139,13 @@ class _Run:
                 if self._validation_due():
                     validation = self._validate(log)
         summary = report.summary(settings, self._task, processes, self._done, self._all_seconds(), validation)
+        summary["comparison"] = comparison
         if log is not None:
             self._finish(log, summary)
         processes.wait()
         return summary
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         """This process's parts of the batches that are left; time spent waiting for them is booked as data."""
         settings, processes = self._settings, self._processes
         keys = batches(
@@ -242,6 +246,33 @@ class _Run:
         self._seconds = {phase: state["seconds"][phase] for phase in phases.PHASES}
         self._say(f"continuing after update {self._done} of {self._updates}")
 
+    def _compare(self) -> dict[str, Any]:
+        """Times updates with both backends; everything is then as it was.
+
+        Both take every update from the same state, which the reference's update then moves on: over several updates by
+        themselves they would part, since a sign step turns a rounding error into a step of another direction.
+        """
+        with closing(self._batches()) as left:
+            batches = list(islice(left, self._settings.compare_reference))
+        before = state = copy.deepcopy(self._updater.state())
+        seconds = {name: dict.fromkeys(phases.PHASES, 0.0) for name in ("fused", "reference")}
+        losses: dict[str, list[float]] = {name: [] for name in seconds}
+        for name in seconds:
+            self._updater(self._done, batches[0], name)  # the first of a kind pays for memory and autotuning
+        for number, batch in enumerate(batches):
+            for name in seconds:
+                self._updater.load_state(state)
+                self._clock.reset()
+                losses[name].append(self._updater(self._done + number, batch, name).item())
+                for phase, value in self._clock.seconds().items():
+                    seconds[name][phase] += value / len(batches)
+            state = copy.deepcopy(self._updater.state())
+        self._updater.load_state(before)
+        self._clock.reset()
+        result = {"updates": len(batches), "seconds_per_update": seconds, "losses": losses}
+        self._say(report.compared(result))
+        return result
+
     def _finish(self, log: Log, summary: dict[str, Any]) -> None:
         out = self._settings.out
         atomic_files.write_tensors(out / WEIGHTS, self._updater.trained.state_dict())
@@ -269,8 +300,10 @@ def _check(settings: TrainSettings, processes: Processes) -> None:
             f"attack_mode is {settings.attack_mode!r}, wanted 'eval' with several GPUs: SyncBatchNorm would wait for "
             "the others in every step of the attack"
         )
-    if settings.backend == "fused" and (why_not := backend.why_not_fused(processes.device)):
-        raise ValueError(f"backend is 'fused', but {why_not}")
+    if settings.backend == "fused" or settings.compare_reference:
+        name = "backend is 'fused'" if settings.backend == "fused" else "compare_reference is set"
+        if why_not := backend.why_not_fused(processes.device):
+            raise ValueError(f"{name}, but {why_not}")
 
 
 def _network(

@@ -80,3 +80,16 @@ def scores(result: dict[str, float]) -> str:
     if "adversarial_miou" in result:
         text += f"; attacked {result['adversarial_miou']:.1f} %, {result['adversarial_accuracy']:.1f} %"
     return text
+
+
+def compared(result: dict[str, Any]) -> str:
+    """The comparison of the backends in words."""
+    fused, plain = (result["seconds_per_update"][name] for name in ("fused", "reference"))
+    kernels = (phases.ATTACK_KERNELS,)
+    attack = (*kernels, phases.ATTACK_MODEL)
+    parts = {"attack kernels": kernels, "whole attack": attack, "whole update": (*attack, phases.UPDATE)}
+    told = [f"fused against reference, {result['updates']} updates, each from the same state on the same batch:"]
+    for name, members in parts.items():
+        fast, slow = (1000 * sum(seconds[member] for member in members) for seconds in (fused, plain))
+        told.append(f"  {name}: {fast:.1f} ms instead of {slow:.1f} ms, {slow / fast:.2f}x")
+    return "\n".join(told)

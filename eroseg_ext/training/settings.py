@@ -25,6 +25,7 @@ NOT_OF_THE_RESULT |= {
     "checkpoint_every",
     "log_every",
     "resume",
+    "compare_reference",
     "timeout",
     "progress",
 }
@@ -41,6 +42,7 @@ _INTEGERS: dict[str, tuple[int, int | None]] = dict.fromkeys(_COUNTS, (1, None))
     "epochs": (1, 10**6),
     "attack_steps": (1, 10**4),
     "val_attack_steps": (0, 10**4),
+    "compare_reference": (0, 1000),
     "seed": (0, 2**63 - 1),
     "threads": (1, 1024),
     "workers": (0, 256),
@@ -168,6 +170,8 @@ class TrainSettings:
     """updates between lines of the log"""
     resume: bool = False
     """continue the run in ``out``; where there is none, start it"""
+    compare_reference: int = 0
+    """time so many updates with each backend, each from the same state on the same batch, before training"""
     timeout: float = 600.0
     """seconds after which processes give up waiting for each other"""
     progress: bool = False
@@ -204,6 +208,8 @@ class TrainSettings:
             check_sequence("class_weights", weights, one_per="class")
             require(min(weights) >= 0, "class_weights", weights, "numbers >= 0")
             require(max(weights) > 0, "class_weights", weights, "at least one number > 0")
+        compared = self.compare_reference
+        require(compared == 0 or self.attack != NO_ATTACK, "compare_reference", compared, "0, since attack is 'none'")
         self.attack_settings()
         if self.mean is not None:
             require(len(self.mean) in (1, 3), "mean", self.mean, "one number, or one for each of red, green and blue")

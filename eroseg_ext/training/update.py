@@ -86,10 +86,11 @@ class Updater:
         """Whether every weight is a finite number; waits for the device."""
         return all(bool(value.isfinite().all()) for value in self.model.state_dict().values())
 
-    def __call__(self, update: int, batch: Batch) -> Tensor:
+    def __call__(self, update: int, batch: Batch, backend: str | None = None) -> Tensor:
         """Takes one step with this process's part of a batch.
 
-        The number of the update, from 0, decides the random numbers and the learning rate. Returns the loss over all
+        The number of the update, from 0, decides the random numbers and the learning rate. ``backend`` is of the attack
+        and the front loss, if not the settings'. Returns the loss over all
         processes' parts, a scalar on the device. On the CPU, no step is taken if it is not finite.
         """
         settings, processes, clock = self._settings, self._processes, self._clock
@@ -104,11 +105,12 @@ class Updater:
         torch.manual_seed(seeds.torch_seed(settings.seed, seeds.MODEL, update, processes.rank))
         total = self._total_weight(labels)
         first = processes.rank * len(images)
-        ops = backends.select(processes.device, settings.backend)
+        backend = backend or settings.backend
+        ops = backends.select(processes.device, backend)
         loss = torch.zeros((), dtype=torch.float32, device=processes.device)
         parts = zip(images.chunk(settings.accumulate), labels.chunk(settings.accumulate), strict=True)
         for number, (part, wanted) in enumerate(parts):
-            part = self._attacked(part, wanted, first + number * len(part), update)
+            part = self._attacked(part, wanted, first + number * len(part), update, backend)
             last = number + 1 == settings.accumulate
             with nullcontext() if last else self._without_sync():
                 logits = self._network(part)
@@ -139,7 +141,7 @@ class Updater:
             total = self._class_weights[labels.where(valid, 0)].where(valid, 0).sum()
         return self._processes.sum_(total).clamp(min=1e-12)
 
-    def _attacked(self, images: Tensor, labels: Tensor, first: int, update: int) -> Tensor:
+    def _attacked(self, images: Tensor, labels: Tensor, first: int, update: int, backend: str) -> Tensor:
         """The images from place ``first`` of the whole batch on, ``adv_fraction`` of them, evenly spaced, attacked."""
         if self._attack is None:
             return images
@@ -151,7 +153,8 @@ class Updater:
         before = sum(_chosen(place, fraction) for place in range(first))
         index = torch.tensor(rows, device=images.device)
         generator = self._noise(update, before, images[0].numel())
-        loop = pgd.Loop(self._attack, self.network, images[index], labels[index], generator=generator)
+        config = dataclasses.replace(self._attack, backend=backend)
+        loop = pgd.Loop(config, self.network, images[index], labels[index], generator=generator)
         images = images.index_copy(0, index, loop.run()[0])
         self._clock.switch(phases.UPDATE)
         return images

@@ -121,6 +121,29 @@ def parts(group: Group) -> list[str]:
     return markdown(head, rows)
 
 
+def resolution(group: Group) -> list[str]:
+    """``erosion_grad`` on low logits beside upsampling, operation and its backward, and beside full-size logits."""
+    head = ["data", "logits", "on low logits, ms (20-80 %)", "upsampled, and back", "on full-size logits alone"]
+    rows = []
+    for case in group.cases:
+        low, upsampled, full = (group.get(case, name) for name in ("low", "upsampled", "full"))
+        ratios = [f"{number(time)} ({number(time / low, 'x')})" for time in (upsampled, full)]
+        rows.append([*case.split("/", 1), group.interval(case, "low"), *ratios])
+    return markdown(head, rows)
+
+
+def steps(group: Group) -> list[str]:
+    """A whole step of the attack without and with full-size logits: time, and memory beyond the model's weights."""
+    head = ["model", "images", "ms per step", "with full-size logits", "peak memory", "with full-size logits"]
+    rows = []
+    for case in group.cases:
+        low, full = (group.get(case, name) for name in ("low", "upsampled"))
+        times = [number(low), f"{number(full)} ({number(full / low, 'x')})"]
+        peaks = [number(group.get(case, name, "peak") / 2**20, " MiB") for name in ("low", "upsampled")]
+        rows.append([*case.split("/", 1), *times, *peaks])
+    return markdown(head, rows)
+
+
 def scores(
     group: Group, head: str, cases: Sequence[str], names: Sequence[str], digits: int, *quantities: str, bold: str = ""
 ) -> list[str]:
@@ -186,6 +209,8 @@ TABLES: dict[str, tuple[str, Callable[[Group], list[str]]]] = {
     "speed": ("operations", speed),
     "attacks": ("attacks", attacks),
     "parts": ("parts", parts),
+    "resolution": ("resolution", resolution),
+    "steps": ("resolution steps", steps),
     "strength": ("strength", strength),
     "confident": ("strength", confident),
     "training": ("training", training),

@@ -32,7 +32,7 @@ class Options(TypedDict, total=False):
     random_start: bool
     restarts: int
     clip: tuple[float, float]
-    mean: Sequence[float] | None
+    mean: Sequence[float] | Any | None
     std: Sequence[float] | None
     autocast: torch.dtype | None
     output: str

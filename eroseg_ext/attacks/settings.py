@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eroseg_ext.attacks.methods import METHODS
+from eroseg_ext.models.normalisation import take_statistics
 from eroseg_ext.models.outputs import OUTPUTS
 from eroseg_ext.utils.validate import (
     check_choice,
@@ -74,7 +75,8 @@ class AttackSettings:
         early_stop: an image with no correct pixel left (all, if targeted) takes no further step; on the CPU it leaves
             the batch.
         clip: range of pixel values.
-        mean: with std: the model is given (image - mean) / std, per channel; eps and clip stay in pixel values.
+        mean: with std: the model is given (image - mean) / std, per channel; eps and clip stay in pixel values. Alone:
+            an object that has both, such as an image processor of transformers or a transform of torchvision.
         std: with mean.
         autocast: run the model under torch.autocast with this dtype (float16 or bfloat16).
         output: what the model returns: ``logits``, or ``probabilities`` (of a softmax) or scores of a ``sigmoid``, of
@@ -125,7 +127,7 @@ class AttackSettings:
     keep: str = "last"
     early_stop: bool = False
     clip: tuple[float, float] = (0.0, 1.0)
-    mean: Sequence[float] | None = None
+    mean: Sequence[float] | Any | None = None
     std: Sequence[float] | None = None
     autocast: torch.dtype | None = None
     output: str = "logits"
@@ -188,6 +190,7 @@ class AttackSettings:
         require(self.front_min <= self.front_max, "front_min", self.front_min, f"at most front_max = {self.front_max}")
         check_pair("clip", self.clip)
         require(self.clip[0] < self.clip[1], "clip", self.clip, "a pair (low, high) with low < high")
+        take_statistics(self, self.clip)
         if self.norm == "linf":
             for name, value in (("eps", self.eps), ("step_size", self.step_size)):
                 check_below_range(name, value, self.range, f"the range of clip={tuple(self.clip)}")

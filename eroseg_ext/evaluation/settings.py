@@ -15,6 +15,7 @@ from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.evaluation.metrics import MIOU_CLASSES
 from eroseg_ext.models.adapter import SETTINGS as OF_THE_MODEL
+from eroseg_ext.models.normalisation import take_statistics
 from eroseg_ext.utils.validate import check_choice, check_integer, check_number, require
 
 DEFAULT_ATTACKS = ("eroseg", "js:shrinking", "cospgd")
@@ -54,8 +55,9 @@ class EvaluationSettings:
     """evaluate on so many evenly spaced images; default: all"""
     clip: tuple[float, float] = (0.0, 1.0)
     """range of pixel values"""
-    mean: Sequence[float] | None = None
-    """with std: the model is given (image - mean) / std, per channel, while eps and clip stay in pixel values"""
+    mean: Sequence[float] | Any | None = None
+    """with std: the model is given (image - mean) / std, per channel, while eps and clip stay in pixel values; or in
+    Python alone, an object that has both, such as an image processor of transformers or a transform of torchvision"""
     std: Sequence[float] | None = None
     """with mean"""
     autocast: torch.dtype | None = None
@@ -116,6 +118,7 @@ class EvaluationSettings:
                 require(
                     passes <= 10**6, "steps x restarts", passes, "at most 1000000, as numbers of each step are kept"
                 )
+        take_statistics(self, self.clip)
 
     @property
     def budgets(self) -> tuple[float, ...]:

@@ -21,7 +21,10 @@ from eroseg_ext.models.see_through import LogitMap, SeeThrough, can_see_through
 from eroseg_ext.utils.validate import warn
 
 Model = Callable[[Tensor], Any]
-NO_GRADIENT = "the model's logits do not depend on images by autograd, wanted a differentiable model"
+NO_GRADIENT = (
+    "the model's logits do not depend on images by autograd, wanted a differentiable model: if a part of it runs under "
+    "torch.no_grad, eroseg_ext.models.semantic(model, through_no_grad=True) is one"
+)
 SETTINGS = ("mean", "std", "autocast", "output", "output_key", "logits", "align_corners", "see_through")
 """What :class:`Logits` takes, under the names that the settings of attack, training and evaluation have for it."""
 

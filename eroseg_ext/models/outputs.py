@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eroseg_ext.models.see_through import LogitMap, source_of
+from eroseg_ext.models.semantic import mask_logits
 from eroseg_ext.utils.validate import warn
 
 OUTPUTS = ("logits", "probabilities", "sigmoid")
@@ -66,11 +67,16 @@ class Reader:
 def logits_of(output: Any, batch: int) -> Tensor:
     """The logits in a model's output: a tensor, an object with ``.logits``, a dict with ``"out"`` or a tuple's first.
 
+    Of a model that classifies masks, they are computed, see :func:`eroseg_ext.models.semantic.mask_logits`.
+
     Raises TypeError for any other output, and ValueError where a tuple has several entries that could be the logits of
     ``batch`` images: tensors ``[B, C, H, W]``.
     """
     if isinstance(output, Tensor):
         return output
+    masks = mask_logits(output)
+    if masks is not None:
+        return masks
     if isinstance(getattr(output, "logits", None), Tensor):
         return output.logits
     if isinstance(output, dict):

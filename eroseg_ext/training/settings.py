@@ -14,6 +14,7 @@ import torch
 from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.data.datasets import DATASETS, FOLDER, VOID
+from eroseg_ext.models.normalisation import take_statistics
 from eroseg_ext.utils.atomic_files import plain
 from eroseg_ext.utils.validate import check_choice, check_integer, check_number, check_sequence, require
 
@@ -134,8 +135,9 @@ class TrainSettings:
     sure, over the image's mean; default 4 with ``attack="eroseg"``, else 0"""
     backend: str = "auto"
     """of the attack and the front loss: ``fused``, ``reference`` or ``auto``"""
-    mean: tuple[float, ...] | None = None
-    """with std: the model is given (image - mean) / std, per channel"""
+    mean: tuple[float, ...] | Any | None = None
+    """with std: the model is given (image - mean) / std, per channel; or in Python alone, an object that has both, such
+    as an image processor of transformers or a transform of torchvision"""
     std: tuple[float, ...] | None = None
     """with mean"""
     output: str = "logits"
@@ -211,6 +213,7 @@ class TrainSettings:
         compared = self.compare_reference
         require(compared == 0 or self.attack != NO_ATTACK, "compare_reference", compared, "0, since attack is 'none'")
         self.attack_settings()
+        take_statistics(self)
         if self.mean is not None:
             require(len(self.mean) in (1, 3), "mean", self.mean, "one number, or one for each of red, green and blue")
 

@@ -35,11 +35,13 @@ class Files:
     """folder for evaluation.json and results.jsonl, made if missing"""
 
     model: str | None = None
-    """``small``, ``tiny`` or ``package.module:callable``; default: built-in, as the weights tell"""
+    """``small``, ``tiny``, ``package.module:callable``, ``file.py:callable``, a folder that transformers or
+    segmentation_models_pytorch saved a model to, or the name of one of theirs or torchvision's models; default:
+    built-in, as the weights tell"""
     model_args: Mapping[str, Any] | None = None
     """keywords for it, such as {"num_classes": 21}"""
     weights: Path | None = field(default=None, metadata={"aliases": ["--checkpoint"]})
-    """state dict, or checkpoint with one as 'model'"""
+    """file with a state dict, or with one anywhere in it, also in safetensors' format"""
     classes: int | None = None
     """of the model; default: as --dataset or the weights tell"""
     amp: str = "none"

@@ -1,37 +1,41 @@
-"""Networks by name, and weights from files, for training and evaluation."""
+"""Networks by name, for training and evaluation."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import inspect
-from collections.abc import Iterable, Mapping
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from eroseg_ext.models.small_deeplab import DEMO_WIDTH, FULL_WIDTH, SmallDeepLab
-from eroseg_ext.utils import atomic_files
+from eroseg_ext.models.weights import fit, load_states, read_weights
 
 BUILT_IN = {"small": FULL_WIDTH, "tiny": DEMO_WIDTH}
 """Widths of :class:`eroseg_ext.models.SmallDeepLab` by name."""
-_WRAPPERS = ("module.", "_orig_mod.", "model.")
-"""What DistributedDataParallel, torch.compile and a module that holds the network put before its weights' names."""
-_ENTRIES = ("ema", "model", "state_dict")
-"""Where checkpoints keep the weights; an average over the training is what its end would have saved."""
-
-State = dict[str, Tensor]
+_CLASSES = ("classes", "num_classes", "num_labels")
+"""What callables call the number of classes."""
 
 
 def build(name: str, classes: int | None, model_args: Mapping[str, Any] | None = None) -> nn.Module:
     """A fresh network, on the CPU.
 
     Args:
-        name: ``small`` or ``tiny``, the built-in :class:`eroseg_ext.models.SmallDeepLab`, or the import path
-            ``package.module:callable`` of what returns an nn.Module.
-        classes: number of classes, passed as ``classes`` or ``num_classes`` if the callable has such a parameter; None
-            leaves it to ``model_args`` and the callable's default.
-        model_args: keywords for the callable; they win.
+        name: ``small`` or ``tiny``, the built-in :class:`eroseg_ext.models.SmallDeepLab`; what returns an nn.Module, as
+            ``package.module:callable`` or ``file.py:callable``, where the callable may have dots and modules of the
+            current folder are found; a folder that transformers or segmentation_models_pytorch saved a model to; or
+            the name that one of torchvision's segmentation models or of segmentation_models_pytorch's has there.
+        classes: number of classes, passed as ``classes``, ``num_classes`` or ``num_labels`` if the callable has such a
+            parameter; None leaves it to ``model_args`` and the callable's default. A folder's model keeps its own.
+        model_args: keywords for the callable; they win. Without them torchvision and segmentation_models_pytorch load
+            no pretrained weights.
 
     Raises:
         ValueError: the callable cannot be imported or called so, or gives no nn.Module; one sentence, which names the
@@ -40,31 +44,100 @@ def build(name: str, classes: int | None, model_args: Mapping[str, Any] | None =
     given = dict(model_args or {})
     if name in BUILT_IN:
         return _called(name, SmallDeepLab, {**_known(SmallDeepLab, classes), "width": BUILT_IN[name], **given})
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        raise ValueError(f"model is {name!r}, wanted {', '.join(BUILT_IN)} or an import path package.module:callable")
+    path, colon, attribute = name.rpartition(":")
+    if colon:
+        make = _imported(name, path, attribute)
+        return _called(name, make, {**_known(make, classes), **given})
+    if (Path(name) / "config.json").is_file():
+        return _called(name, _of_folder(Path(name)), given)
+    for library in (_of_torchvision, _of_smp):
+        if found := library(name):
+            make, defaults = found
+            return _called(name, make, {**defaults, **_known(make, classes), **given})
+    raise ValueError(
+        f"model is {name!r}, wanted {', '.join(BUILT_IN)}, package.module:callable, file.py:callable, a folder with "
+        "config.json, or the name of a model of torchvision or segmentation_models_pytorch, where they are installed"
+    )
+
+
+def _imported(name: str, path: str, attribute: str) -> Any:
+    """What ``path:attribute`` names, of a file or a module."""
     try:
-        if module.startswith("."):
+        if path.startswith("."):
             raise ImportError("the path of its module is relative")
-        make = getattr(importlib.import_module(module), attribute)
+        if path.endswith(".py"):
+            module = _module_of_file(Path(path))
+        else:
+            _find_in(os.getcwd())
+            module = importlib.import_module(path)
+        return functools.reduce(getattr, attribute.split("."), module)
     except (Exception, SystemExit) as error:  # a module can raise anything when it is imported
         raise ValueError(f"model is {name!r}, which cannot be imported: {_told(error)}") from error
-    return _called(name, make, {**_known(make, classes), **given})
+
+
+def _find_in(folder: str) -> None:
+    """Lets imports find what is in a folder, as ``python file.py`` does; for good, as a model may import later."""
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
+def _module_of_file(path: Path) -> Any:
+    path = path.resolve(strict=True)
+    _find_in(str(path.parent))
+    # Under a name that no module has: a file may be called as one of the standard library.
+    spec = importlib.util.spec_from_file_location(f"{path.stem} of {path.parent}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _of_folder(folder: Path) -> Callable[..., Any]:
+    """What loads the model that a library saved to a folder; its config.json tells which one did."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "_model_class" in config:
+            library, name = "segmentation_models_pytorch", "from_pretrained"
+        else:
+            library, name = "transformers", f"{config['architectures'][0]}.from_pretrained"
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"model is {str(folder)!r}, whose config.json names no architecture") from error
+    return functools.partial(_imported(str(folder), library, name), str(folder))
+
+
+def _of_torchvision(name: str) -> tuple[Callable[..., Any], dict[str, Any]] | None:
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    models = _imported(name, "torchvision", "models")
+    if name not in models.list_models(module=models.segmentation):
+        return None
+    return functools.partial(models.get_model, name), {"weights": None, "weights_backbone": None}
+
+
+def _of_smp(name: str) -> tuple[Callable[..., Any], dict[str, Any]] | None:
+    if importlib.util.find_spec("segmentation_models_pytorch") is None:
+        return None
+    models = _imported(name, "segmentation_models_pytorch", "MODEL_ARCHITECTURES_MAPPING")
+    if name.lower() not in models:
+        return None
+    return models[name.lower()], {"encoder_weights": None}
 
 
 def load_weights(model: nn.Module, path: Path, name: str) -> None:
     """Loads a model's weights from a file, in place.
 
     Args:
-        model: the model; its state dict may be the file's but for the names' common prefix.
-        path: file with a state dict, or a checkpoint: a dict that holds one as ``ema``, ``model`` or ``state_dict``.
+        model: the model; the file's names may have a prefix, and more weights than the model's.
+        path: file with a state dict, or a checkpoint: a dict that holds one, or several, of which an average over the
+            training is taken; also in safetensors' format.
         name: of the model, for errors.
 
     Raises:
         ValueError: the file holds no weights, or those of another model; one sentence.
         OSError: the file cannot be read.
     """
-    _load_state(model, read_weights(path), path, name)
+    load_states(model, read_weights(path), path, name)
 
 
 def load_network(
@@ -91,10 +164,10 @@ def load_network(
         if name is None or (name in BUILT_IN and classes is None and "classes" not in given):
             raise ValueError("model has no weights, wanted a file of them, or the name of a network and its classes")
         return build(name, classes, given).eval()
-    state = read_weights(weights)
+    states = read_weights(weights)
     if name is None or name in BUILT_IN:
-        stripped = _stripped(state, ())
-        first, last = stripped.get("stem.0.weight"), stripped.get("classifier.weight")
+        state = fit(states, SmallDeepLab(1, width=4).state_dict()).state
+        first, last = state.get("stem.0.weight"), state.get("classifier.weight")
         if first is None or last is None or first.dim() != 4 or last.dim() != 4:
             raise ValueError(
                 f"{weights} holds the weights of another network than the built-in one, model must name it"
@@ -103,46 +176,8 @@ def load_network(
         if name is None:
             given = {"width": len(first), **given}
     model = build(name or "small", classes, given)
-    _load_state(model, state, weights, name or type(model).__name__)
+    load_states(model, states, weights, name or type(model).__name__)
     return model.eval()
-
-
-def read_weights(path: Path) -> State:
-    """The state dict that a file is or holds, see :func:`load_weights`."""
-    state = _state_in(atomic_files.read_tensors(path))
-    if state is None:
-        raise ValueError(f"{path} holds no weights, wanted a state dict, or a dict whose entry 'model' is one")
-    return state
-
-
-def _state_in(content: Any) -> State | None:
-    """The state dict that ``content`` is or holds."""
-    if not isinstance(content, dict) or not content:
-        return None
-    if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
-        # torch.optim.swa_utils.AveragedModel counts its averages there.
-        return {name: value for name, value in content.items() if name != "n_averaged"}
-    for entry in _ENTRIES:
-        found = _state_in(content.get(entry))
-        if found is not None:
-            return found
-    return None
-
-
-def _stripped(state: State, wanted: Iterable[str]) -> State:
-    """The weights without the prefix of a wrapper around the network, unless names in ``wanted`` have it too."""
-    own = tuple(wanted)
-    for prefix in _WRAPPERS:
-        if all(name.startswith(prefix) for name in state) and not any(name.startswith(prefix) for name in own):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
-
-
-def _load_state(model: nn.Module, state: State, path: Path, name: str) -> None:
-    try:
-        model.load_state_dict(_stripped(state, model.state_dict()))
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit model {name}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _known(make: Any, classes: int | None) -> dict[str, int]:
@@ -153,9 +188,10 @@ def _known(make: Any, classes: int | None) -> dict[str, int]:
         parameters: Mapping[str, inspect.Parameter] = inspect.signature(make).parameters
     except (TypeError, ValueError):  # some built-in callables tell none
         return {}
-    known = {key: classes for key in ("classes", "num_classes") if key in parameters}
+    known = {key: classes for key in _CLASSES if key in parameters}
     if not known and any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values()):
-        known = {"num_classes": classes}
+        of_transformers = str(getattr(make, "__module__", "")).startswith("transformers.")
+        known = {"num_labels" if of_transformers else "num_classes": classes}
     return known
 
 
@@ -165,6 +201,8 @@ def _told(error: BaseException) -> str:
 
 
 def _called(name: str, make: Any, keywords: dict[str, Any]) -> nn.Module:
+    if isinstance(make, nn.Module):
+        raise ValueError(f"model {name!r} is an nn.Module itself, wanted what makes one, such as a function")
     try:
         model = make(**keywords)
     except (Exception, SystemExit) as error:

@@ -78,10 +78,11 @@ class TrainSettings:
     """label of void pixels in the files of ``dataset="folder"``"""
 
     model: str = "small"
-    """``small`` (1.06 M parameters), ``tiny`` (0.15 M), or the import path ``package.module:callable`` of a function
-    or class that returns an nn.Module; for a module given to ``train``, the name of its class"""
+    """``small`` (1.06 M parameters), ``tiny`` (0.15 M), ``package.module:callable`` or ``file.py:callable`` of what
+    returns an nn.Module, a folder that transformers or segmentation_models_pytorch saved a model to, or the name of one
+    of theirs or torchvision's models; for a module given to ``train``, the name of its class"""
     model_args: Mapping[str, Any] = field(default_factory=dict)
-    """keywords for it; ``classes`` or ``num_classes``, if it takes one of them, is added"""
+    """keywords for it; ``classes``, ``num_classes`` or ``num_labels``, if it takes one of them, is added"""
     init: Path | None = None
     """weights to start from: any file with a state dict, or a checkpoint, whose average is taken where it has one"""
 

@@ -96,8 +96,26 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=named))
 
 
-def read_tensors(path: Path) -> Any:
+class Foreign:
+    """In the place of an object that is neither a tensor nor a plain value: its class or function is not imported."""
+
+    state: Any = None
+
+    def __new__(cls, *_: Any, **__: Any) -> Foreign:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def read_tensors(path: Path, foreign: bool = False) -> Any:
     """What :func:`write_tensors` or torch.save wrote, on the CPU; plain values and tensors only.
+
+    Args:
+        path: the file; with the suffix ``.safetensors``, one of that kind.
+        foreign: read a file with other objects too, each as a :class:`Foreign`; else it is refused.
 
     Raises ValueError, which names the file, if it is not of that kind or does not have its digest.
     """
@@ -105,12 +123,25 @@ def read_tensors(path: Path) -> Any:
     if content[:-32].endswith(_MARK) and digest(content[:-32]).encode() != content[-32:]:
         raise ValueError(f"{path} is damaged: it does not have its digest")
     try:
-        return torch.load(BytesIO(content), map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return _safetensors(content)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(BytesIO(content)) if foreign else []
+        stand_ins: list[Any] = [(type(name, (Foreign,), {}), name) for name in names]
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # of which torch says a page about its own options
             reason = "torch.save did not write it, or it holds more than tensors and plain values"
         raise ValueError(f"{path} is no file of weights or checkpoint: {reason}") from error
+
+
+def _safetensors(content: bytes) -> Any:
+    try:
+        from safetensors.torch import load
+    except ImportError as error:
+        raise ValueError("its format needs the package safetensors, which is not installed") from error
+    return load(content)
 
 
 @contextmanager

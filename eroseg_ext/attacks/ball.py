@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from eroseg_ext.attacks.settings import AttackSettings
+from eroseg_ext.utils.precision import wide
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -66,7 +67,7 @@ def noise_in_ball(
     changeable = changeable.to(device)
     noise = normal.where(changeable, 0.0)
     dimensions = changeable.expand_as(noise).flatten(1).sum(1).clamp(min=1)
-    length = radius * uniform.double() ** (1 / dimensions.float())
+    length = radius * wide(uniform) ** (1 / dimensions.float())
     return noise * (length.view(-1, 1, 1, 1) / _length(noise).clamp(min=1e-30)).float()
 
 
@@ -109,4 +110,4 @@ def delivered(adversarial: Tensor, images: Tensor, changeable: Tensor, config: A
 
 def _length(images: Tensor) -> Tensor:
     """``[B, 1, 1, 1]`` float64, the l_2 norm of each image."""
-    return images.double().flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    return wide(images).flatten(1).norm(dim=1).view(-1, 1, 1, 1)

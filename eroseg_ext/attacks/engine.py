@@ -18,6 +18,7 @@ from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.models.adapter import Logits, Model, Pass, frozen, unwrapped
 from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops import backend
+from eroseg_ext.utils.precision import wide
 
 
 @dataclass
@@ -172,7 +173,7 @@ class Engine:
             return torch.cat([(z[:, 0] > 0).long() if z.shape[1] == 1 else z.argmax(1) for z in logits])
 
     def _prepare(self, judge: bool) -> None:
-        self._valid = (self._labels.long() != self._ignore_index).sum((1, 2)).double()
+        self._valid = wide((self._labels.long() != self._ignore_index).sum((1, 2)))
         # Not where an image has void pixels only: there is no gradient of its own then, but -0.0 becomes 0.0 in a step,
         # batch statistics (model_mode "train") couple the images, and momentum and noise would move it.
         changeable = (self._valid > 0).view(-1, 1, 1, 1)
@@ -181,7 +182,7 @@ class Engine:
         restarts, batch, device = self.config.restarts, len(self.clean), self.clean.device
         self._rows = torch.arange(batch, device=device)
         # The row after the last step is for the final images, so that one look at the end covers every forward pass.
-        self._stats = torch.zeros(restarts, self.steps + 1, batch, 4, dtype=torch.float64, device=device)
+        self._stats = torch.zeros(restarts, self.steps + 1, batch, 4, dtype=self._valid.dtype, device=device)
         self._nan_gradients = torch.zeros(restarts, self.steps + 1, batch, dtype=torch.bool, device=device)
         self._tau = torch.zeros(restarts, self.steps, batch, dtype=torch.float32, device=device)
         self._broken_images = torch.zeros(batch, dtype=torch.bool, device=device)

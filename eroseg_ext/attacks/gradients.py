@@ -13,6 +13,7 @@ from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops.protocol import Operations
+from eroseg_ext.utils.precision import wide, widest
 
 
 class GradientBuffer:
@@ -196,7 +197,7 @@ class ErosionFront(MethodGradient):
         if self._last is not None:
             stats = self._last.stats
         else:
-            stats = torch.zeros(len(scores), 4, dtype=torch.float64, device=scores.device)
+            stats = torch.zeros(len(scores), 4, dtype=widest(scores.device), device=scores.device)
             stats[:, 0] = (scores < float("inf")).sum((1, 2))
         return self._next_tau(scores, stats, step)
 
@@ -226,7 +227,7 @@ def _not_reached(log_odds: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
     count = left.sum((1, 2))
     any_left = count > 0
     scores = log_odds.where(left | ~any_left.view(-1, 1, 1), math.inf)
-    valid = torch.where(any_left, count.double(), stats[:, 0])
+    valid = torch.where(any_left, wide(count), stats[:, 0])
     return scores, torch.cat([valid.unsqueeze(1), stats[:, 1:]], 1)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eroseg_ext.utils.precision import widest
+
 
 @dataclass(frozen=True)
 class AttackInfo:
@@ -65,7 +67,7 @@ class BestIterates:
     def __init__(self, clean: Tensor, targeted: bool) -> None:
         self.images = clean.clone()
         self._sign = -1 if targeted else 1
-        self._score = torch.full((clean.shape[0],), float("inf"), dtype=torch.float64, device=clean.device)
+        self._score = torch.full((clean.shape[0],), float("inf"), dtype=widest(clean.device), device=clean.device)
 
     @property
     def correct(self) -> Tensor:

@@ -20,6 +20,7 @@ from eroseg_ext.attacks.apgd import noise_seed, strong_attack
 from eroseg_ext.models.adapter import SETTINGS as OF_THE_MODEL
 from eroseg_ext.models.adapter import Logits, Model, Pass, frozen, unwrapped
 from eroseg_ext.models.see_through import LogitMap
+from eroseg_ext.utils.precision import wide
 
 STEPS = 10
 """Steps of the attacks along the ladder of budgets."""
@@ -120,7 +121,7 @@ class _Checker:
     def deterministic(self) -> tuple[bool, str]:
         with torch.no_grad():
             first, second = self._predict(self._images), self._predict(self._images)
-        changed = float((_classes(first) != _classes(second))[self._valid].double().mean())
+        changed = float(wide((_classes(first) != _classes(second))[self._valid]).mean())
         largest = float((first - second).abs().max())
         scale = float(first.abs().max())
         if largest <= 1e-4 * scale:
@@ -162,10 +163,10 @@ class _Checker:
                 top = logits.argmax(1, keepdim=True)
                 loss = logits.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True) - logits.gather(1, top)
             gradient = model.gradient(torch.autograd.grad(loss.sum(), logits)[0])
-        broken = float((~gradient.isfinite()).double().mean())
+        broken = float(wide(~gradient.isfinite()).mean())
         if broken > 0:
             return False, f"{100 * broken:.2f} % of the gradient is NaN or infinite"
-        zero = float((gradient == 0).all(1).double().mean())
+        zero = float(wide((gradient == 0).all(1)).mean())
         whole = int((gradient == 0).flatten(1).all(1).sum())
         if zero >= MASKED or whole:
             verdict = f"{100 * zero:.1f} % of the input pixels have a gradient of exactly 0: gradients are masked"

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eroseg_ext.utils.precision import wide
+
 INF = float("inf")
 
 
@@ -108,4 +110,4 @@ def signed_confidence(terms: PixelTerms, confidence: str) -> Tensor:
 
 def summed_stats(valid: Tensor, correct: Tensor, front: Tensor, movement: Tensor) -> Tensor:
     maps = (valid, correct, front, movement)
-    return torch.stack([m.double().sum((1, 2)) for m in maps], 1)
+    return torch.stack([wide(m).sum((1, 2)) for m in maps], 1)

@@ -41,6 +41,7 @@ from eroseg_ext.ops.pixel_terms import (
     weighted_by_label,
     weighted_direction,
 )
+from eroseg_ext.utils.precision import wide
 
 TAU_FLOOR = 1e-6
 """No threshold is below this confidence: the front's weight divides by it."""
@@ -408,10 +409,10 @@ def l2_step_(
         return x_adv
     if mask is not None:
         grad = grad.where(mask, 0.0)
-    norm = grad.double().flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    norm = wide(grad).flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     scale = torch.where(norm == 0, 0.0, alpha / norm).float()
     delta = x_adv + scale * grad - x
-    length = delta.double().flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    length = wide(delta).flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     shrink = torch.where(length > eps, eps / length, 1.0).float()
     stepped = (x + shrink * delta).clamp(low, high)
     return x_adv.copy_(stepped if mask is None else stepped.where(mask, x_adv))

@@ -10,6 +10,7 @@ from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.data.datasets import VOID
 from eroseg_ext.ops import reference
 from eroseg_ext.ops.protocol import Operations
+from eroseg_ext.utils.precision import widest
 
 
 def summed_loss(
@@ -37,7 +38,7 @@ def front_factor(logits: Tensor, labels: Tensor, front_loss: float, ops: Operati
     scores = ops.confidence(logits, labels, ignore_index=VOID)
     valid = labels != VOID
     count = valid.sum((1, 2))
-    stats = torch.zeros(len(logits), 4, dtype=torch.float64, device=logits.device)
+    stats = torch.zeros(len(logits), 4, dtype=widest(logits.device), device=logits.device)
     stats[:, 0] = count
     tau = ops.next_tau(scores, stats, 1, front_min=settings.front_first, front_max=settings.front_first)
     eroded = ops.erode(scores, valid, settings.radius, settings.slope * tau)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eroseg_ext.models.see_through import LogitMap, source_of
-from eroseg_ext.models.semantic import mask_logits
 from eroseg_ext.utils.validate import warn
 
 OUTPUTS = ("logits", "probabilities", "sigmoid")
@@ -17,6 +17,13 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Of images, models and their outputs."""
 _SMALLEST = {torch.float32: 2.0**-100, torch.bfloat16: 2.0**-100, torch.float16: 2.0**-11}
 """Probabilities below count as this, so that 1 / p, times a weight and summed by an upsampling, stays finite."""
+_SCORES_AND_MASKS = (
+    ("class_queries_logits", "masks_queries_logits"),
+    ("pred_logits", "pred_masks"),
+    ("logits", "pred_masks"),
+)
+"""What outputs call the classes ``[B, Q, C + 1]`` and the masks ``[B, Q, h, w]`` of Q queries: transformers'
+MaskFormer, Mask2Former, OneFormer and EoMT; the same as their authors released them; transformers' DETR."""
 
 
 class Reader:
@@ -67,7 +74,7 @@ class Reader:
 def logits_of(output: Any, batch: int) -> Tensor:
     """The logits in a model's output: a tensor, an object with ``.logits``, a dict with ``"out"`` or a tuple's first.
 
-    Of a model that classifies masks, they are computed, see :func:`eroseg_ext.models.semantic.mask_logits`.
+    Of a model that classifies masks, they are computed, see :func:`mask_logits`.
 
     Raises TypeError for any other output, and ValueError where a tuple has several entries that could be the logits of
     ``batch`` images: tensors ``[B, C, H, W]``.
@@ -94,6 +101,32 @@ def logits_of(output: Any, batch: int) -> Tensor:
         f"the model's output is {came}, wanted logits: a tensor, a dict with 'out', an object with .logits, or a "
         "tuple, else output_key= or logits= to find them"
     )
+
+
+def mask_logits(output: Any, log: bool = True) -> Tensor | None:
+    """Per-pixel logits ``[B, C, h, w]`` of a model that classifies masks; None for any other output.
+
+    A class's score is the sum over the queries of its probability, the last class being void, times the mask's
+    probability, as in the models' own semantic inference; the logits are its logarithm.
+
+    Args:
+        output: dict or object with one of the pairs of ``_SCORES_AND_MASKS``.
+        log: False: the scores themselves.
+    """
+    for names in _SCORES_AND_MASKS:
+        classes, masks = (
+            output.get(name) if isinstance(output, dict) else getattr(output, name, None) for name in names
+        )
+        if isinstance(classes, Tensor) and isinstance(masks, Tensor) and classes.dim() == 3 and masks.dim() == 4:
+            probabilities = classes.float().softmax(-1)[..., :-1]
+            log_masks = F.logsigmoid(masks.float())
+            if not log:
+                return torch.einsum("bqc,bqhw->bchw", probabilities, log_masks.exp())
+            # Relative to the pixel's largest mask: where all of them are faint, their probabilities round to 0.
+            largest = log_masks.detach().amax(1, keepdim=True)
+            scores = torch.einsum("bqc,bqhw->bchw", probabilities, (log_masks - largest).exp())
+            return scores.clamp(min=_SMALLEST[torch.float32]).log() + largest
+    return None
 
 
 def _refuse_several(entries: Iterable[tuple[Any, Any]], batch: int) -> None:
@@ -154,16 +187,14 @@ def _check_probabilities(found: Tensor, output: str) -> None:
 
 
 def _check_size(found: Tensor, size: tuple[int, int]) -> None:
-    """Finds logits that are not those of the whole image at some stride.
+    """Finds logits that are not those of the whole image at some stride, or at some whole multiple.
 
-    Raises ValueError if they are larger than the image or of another aspect ratio, to the rounding of a stride. Warns
-    if there is no whole number that both of their sides are the image's divided by, rounded up or down.
+    Raises ValueError if they are of another aspect ratio, to the rounding of a stride. Warns if there is no whole
+    number that both of their sides are the image's divided by, rounded up or down, and none for the reverse.
     """
     (height, width), (h, w) = size, found.shape[-2:]
     looks_last = _same_aspect(size, (found.shape[1], h))
     hint = "; they look like [B, H, W, C]: pass logits=lambda output: output.permute(0, 3, 1, 2)" if looks_last else ""
-    if h > height or w > width:
-        raise ValueError(f"the model's logits are {[h, w]} pixels, wanted at most the labels' {[height, width]}{hint}")
     if min(h, w) == 0:
         return
     if not _same_aspect(size, (h, w)):
@@ -171,12 +202,17 @@ def _check_size(found: Tensor, size: tuple[int, int]) -> None:
             f"the model's logits have shape {list(found.shape)}, whose {h} x {w} pixels have not the aspect ratio of "
             f"the images' {height} x {width}{hint or ', wanted logits of the whole image'}"
         )
-    if not any(_at(height, s, h) and _at(width, s, w) for s in range(1, max(height, width) + 1)):
+    if not (_at_a_stride((height, width), (h, w)) or _at_a_stride((h, w), (height, width))):
         warn(
             f"the model's logits are {h} x {w} pixels for images of {height} x {width}, which no stride gives: they "
             "are stretched over the whole image, which is wrong if the model crops; let it pad its input, or return "
             "logits of the images' size"
         )
+
+
+def _at_a_stride(size: tuple[int, int], found: tuple[int, int]) -> bool:
+    strides = range(1, max(size) + 1)
+    return any(all(_at(side, stride, of) for side, of in zip(size, found, strict=True)) for stride in strides)
 
 
 def _at(side: int, stride: int, found: int) -> bool:

@@ -12,47 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_SCORES_AND_MASKS = (
-    ("class_queries_logits", "masks_queries_logits"),
-    ("pred_logits", "pred_masks"),
-    ("logits", "pred_masks"),
-)
-"""What outputs call the classes ``[B, Q, C + 1]`` and the masks ``[B, Q, h, w]`` of Q queries: transformers'
-MaskFormer, Mask2Former, OneFormer and EoMT; the same as their authors released them; transformers' DETR."""
-_SMALLEST = 2.0**-100
-"""Sums of probabilities below count as this, so that their logarithm and its gradient stay finite."""
+from eroseg_ext.models.outputs import logits_of, mask_logits
+from eroseg_ext.utils.validate import check_integer
 
 
-def mask_logits(output: Any, log: bool = True) -> Tensor | None:
-    """Per-pixel logits ``[B, C, h, w]`` of a model that classifies masks; None for any other output.
-
-    A class's score is the sum over the queries of its probability, the last class being void, times the mask's
-    probability, as in the models' own semantic inference; the logits are its logarithm.
-
-    Args:
-        output: dict or object with one of the pairs of ``_SCORES_AND_MASKS``.
-        log: False: the scores themselves.
-    """
-    for names in _SCORES_AND_MASKS:
-        classes, masks = (
-            output.get(name) if isinstance(output, dict) else getattr(output, name, None) for name in names
-        )
-        if isinstance(classes, Tensor) and isinstance(masks, Tensor) and classes.dim() == 3 and masks.dim() == 4:
-            probabilities = classes.float().softmax(-1)[..., :-1]
-            log_masks = F.logsigmoid(masks.float())
-            if not log:
-                return torch.einsum("bqc,bqhw->bchw", probabilities, log_masks.exp())
-            # Relative to the pixel's largest mask: where all of them are faint, their probabilities round to 0.
-            largest = log_masks.detach().amax(1, keepdim=True)
-            scores = torch.einsum("bqc,bqhw->bchw", probabilities, (log_masks - largest).exp())
-            return scores.clamp(min=_SMALLEST).log() + largest
-    return None
-
-
-def semantic(model: nn.Module, *, log: bool = True, through_no_grad: bool = False, **inputs: Any) -> nn.Module:
-    """The model as one from images to logits per pixel: of mask classification, and with further inputs held fixed.
+def semantic(
+    model: nn.Module, *, log: bool = True, through_no_grad: bool = False, multiple_of: int = 1, **inputs: Any
+) -> nn.Module:
+    """The model as one from images to logits per pixel, with further inputs held fixed.
 
     >>> adversarial = eroseg_ext.attack(semantic(oneformer, task_inputs=task), images, labels)
+    >>> adversarial = eroseg_ext.attack(semantic(unet, multiple_of=32), images, labels)
 
     Mask classification alone needs no call of this: its output is recognised. The images are passed as
     ``pixel_values`` where the model has such an argument, else as the first one.
@@ -62,19 +32,22 @@ def semantic(model: nn.Module, *, log: bool = True, through_no_grad: bool = Fals
         log: False takes a mask classifier's scores themselves as logits, instead of their logarithms.
         through_no_grad: also differentiate what the model computes under ``torch.no_grad``, such as the features of a
             frozen backbone: without them the images get no gradient.
+        multiple_of: pad the images with zeros, at the right and below, to sides that are multiples of it; the logits of
+            what was added are cut off. After normalisation by mean and std zero is the mean colour.
         **inputs: further arguments of the model. Of tensors, one row is every image's, and several rows are one for
             each class: the model is then run on every pair of image and row, whose maps become the classes' logits.
 
     Raises:
         TypeError: the model is no nn.Module.
-        ValueError: the inputs have different numbers of rows.
+        ValueError: the inputs have different numbers of rows, or ``multiple_of`` is no whole number from 1.
     """
+    check_integer("multiple_of", multiple_of, 1)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, wanted an nn.Module")
     rows = {name: len(value) for name, value in inputs.items() if isinstance(value, Tensor)}
     if len(set(rows.values())) > 1:
         raise ValueError(f"inputs have {rows} rows, wanted the same number, 1 or that of the classes")
-    return _Semantic(model, log, through_no_grad, inputs, max(rows.values(), default=1))
+    return _Semantic(model, log, through_no_grad, multiple_of, inputs, max(rows.values(), default=1))
 
 
 class _IgnoringNoGrad(TorchFunctionMode):
@@ -99,11 +72,20 @@ class _IgnoringNoGrad(TorchFunctionMode):
 class _Semantic(nn.Module):
     """What :func:`semantic` returns."""
 
-    def __init__(self, model: nn.Module, log: bool, through_no_grad: bool, inputs: dict[str, Any], rows: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        log: bool,
+        through_no_grad: bool,
+        multiple_of: int,
+        inputs: dict[str, Any],
+        rows: int,
+    ) -> None:
         super().__init__()
         self.model = model
         self._log = log
         self._through_no_grad = through_no_grad
+        self._multiple_of = multiple_of
         self._rows = rows
         self._inputs = inputs
         device = next((parameter.device for parameter in model.parameters()), None)
@@ -115,18 +97,23 @@ class _Semantic(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         """``images[B, K, H, W]`` -> logits ``[B, C, h, w]``, or the model's output where it is read otherwise."""
-        batch, rows = len(images), self._rows
+        batch, rows, (height, width) = len(images), self._rows, images.shape[-2:]
         if rows > 1:
             images = images.repeat_interleave(rows, 0)
+        images = F.pad(images, (0, -width % self._multiple_of, 0, -height % self._multiple_of))
         given = {name: self._of_batch(name, value, batch) for name, value in self._inputs.items()}
         with _IgnoringNoGrad() if self._through_no_grad and images.requires_grad else nullcontext():
             output = self.model(pixel_values=images, **given) if self._by_name else self.model(images, **given)
-        logits = mask_logits(output, self._log)
-        if logits is not None:
-            return logits
+        masks = mask_logits(output, self._log)
+        if masks is not None:
+            output = masks
         logits = getattr(output, "logits", output)
         if isinstance(logits, Tensor) and (rows > 1 or logits.dim() == 3):
-            return logits.reshape(batch, rows, *logits.shape[-2:])
+            output = logits.reshape(batch, rows, *logits.shape[-2:])
+        if images.shape[-2:] != (height, width):
+            # At the padded images' size, where what was added is whole pixels.
+            logits = F.interpolate(logits_of(output, batch), size=images.shape[-2:], mode="bilinear")
+            output = logits[..., :height, :width]
         return output
 
     def _of_batch(self, name: str, value: Any, batch: int) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eroseg_ext.attacks import gradients, inputs
+from eroseg_ext.attacks import gradients, inputs, volumes
 from eroseg_ext.attacks.ball import delivered, shown
 from eroseg_ext.attacks.graphs import GraphedPass, Graphs
 from eroseg_ext.attacks.result import AttackInfo, BestIterates, NotFiniteError
@@ -69,16 +69,26 @@ class Engine:
     """of earlier calls with the same settings"""
     indices: Sequence[int] | None = None
     """what messages call the images; None: 0 to B-1"""
+    _shape: torch.Size | None = field(default=None, init=False)
+    """of volumes"""
 
     def __post_init__(self) -> None:
-        images, config = self.images, self.config
+        config, depth = self.config, 0
+        self.model = unwrapped(self.model)
+        if isinstance(self.images, Tensor) and self.images.dim() == 5:
+            depth = self._take_slices()
+        images = self.images
         inputs.check(images, self.labels, self.mask, config)
         batch = len(images)
         self.numbers = range(batch) if self.indices is None else self.indices
         if len(self.numbers) != batch:
             raise ValueError(f"indices has {len(self.numbers)} numbers, wanted {batch}, one per image")
-        self.ops = backend.select(images.device, config.backend, gradients.reference_option(config))
-        self.model = unwrapped(self.model)
+        option = gradients.reference_option(config)
+        if erodes_volumes := depth > 1 and config.method == "eroseg" and config.radius > 0:
+            option = "the erosion of volumes"
+        self.ops = backend.select(images.device, config.backend, option)
+        if erodes_volumes:
+            self.ops = volumes.operations(depth)
         self.steps = config.steps if config.eps > 0 and images.numel() > 0 else 0
         self.size = size = (images.shape[-2], images.shape[-1])
         logits = Logits.under(self.model, config, dtype=images.dtype)
@@ -90,6 +100,16 @@ class Engine:
         self._buffer = gradients.GradientBuffer()
         length = config.micro_batch or max(batch, 1)
         self._slices = [slice(begin, begin + length) for begin in range(0, batch, length)] or [slice(0, 0)]
+
+    def _take_slices(self) -> int:
+        """Volumes become images of their slices; returns how many each has."""
+        volumes.check(self.images, self.labels, self.mask, self.config.within)
+        self._shape, depth = self.images.shape, self.images.shape[2]
+        self.model = volumes.of_slices(self.model, depth)
+        self.images = self.images.flatten(2, 3)
+        self.labels = self.labels if self.labels is None else self.labels.flatten(1, 2)
+        self.mask = self.mask if self.mask is None else self.mask.flatten(2, 3)
+        return depth
 
     def noise(self, restart: int) -> Tensor:
         """``[B, K, H, W]`` float32: the random start less the clean images."""
@@ -106,7 +126,7 @@ class Engine:
                 self._take(self.labels)
             with frozen(self.model, self.config.model_mode):
                 found, info = self._run(return_info or self.config.keep == "best" or self.config.restarts > 1)
-        return found, info if return_info else None
+        return found if self._shape is None else found.view(self._shape), info if return_info else None
 
     def _run(self, judge: bool) -> tuple[Tensor, AttackInfo | None]:
         config = self.config

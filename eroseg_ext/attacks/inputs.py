@@ -49,6 +49,12 @@ def check(images: Tensor, labels: Tensor | None, mask: Tensor | None, config: At
 def _check_map(name: str, value: object, images: Tensor, shape: list[int]) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}, wanted a tensor of shape {shape}")
+    if name == "labels" and value.dim() == images.dim() and value.shape[2:] == images.shape[2:]:
+        raise ValueError(
+            f"labels has shape {list(value.shape)}, a map for each class, wanted one class for each pixel, {shape}: "
+            "labels.argmax(1) of one-hot labels; where a pixel may have several classes attack one of them, c, with "
+            "labels[:, c] and logits=lambda output: output[:, c : c + 1]"
+        )
     if list(value.shape) != shape:
         raise ValueError(f"{name} has shape {list(value.shape)}, wanted {shape} to go with images {list(images.shape)}")
     if value.device != images.device:

@@ -126,7 +126,14 @@ def next_tau(
     return torch.where(movement.isnan(), math.nan, torch.where(valid == 0, TAU_FLOOR, tau))
 
 
-def erode(scores: Tensor, valid: Tensor | None, radius: int, cone: Tensor, predicted: Tensor | None = None) -> Tensor:
+def erode(
+    scores: Tensor,
+    valid: Tensor | None,
+    radius: int,
+    cone: Tensor,
+    predicted: Tensor | None = None,
+    depth: int = 1,
+) -> Tensor:
     """Greyscale erosion with a cone: ``q_i = min over valid j, d(i,j) <= radius, of scores_j + cone * d``.
 
     d is the chessboard distance. It is computed as ``radius`` erosions by a 3x3 element whose eight outer values are
@@ -139,6 +146,8 @@ def erode(scores: Tensor, valid: Tensor | None, radius: int, cone: Tensor, predi
         cone: ``[B]`` float32, rise per pixel of distance (slope * tau).
         predicted: ``[B, H, W]`` integer or None; if given, the erosion is geodesic: every king's move must join two
             pixels of equal value (``within="class"``).
+        depth: above 1, the rows are those of so many slices of a volume, one slice below the other, and the element is
+            3x3x3.
 
     Returns:
         ``[B, H, W]`` float32.
@@ -150,7 +159,9 @@ def erode(scores: Tensor, valid: Tensor | None, radius: int, cone: Tensor, predi
         return q
     rise = cone.view(-1, 1, 1)
     for _ in range(radius):
-        if predicted is None:
+        if depth > 1:
+            lowest = -F.max_pool3d(-q.unflatten(1, (depth, -1)).unsqueeze(1), 3, 1, 1).view_as(q)
+        elif predicted is None:
             lowest = -F.max_pool2d(-q.unsqueeze(1), 3, 1, 1).squeeze(1)
         else:
             lowest = _lowest_neighbour_of_class(q, predicted)
@@ -202,6 +213,7 @@ def erosion_grad(
     targeted: bool = False,
     class_weight: Tensor | None = None,
     align_corners: bool = False,
+    depth: int = 1,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of the EroSeg loss with respect to the logits.
@@ -226,6 +238,7 @@ def erosion_grad(
         targeted: flips the sign of G and of the movement.
         class_weight: ``[B, max(C, 2)]`` float32 factor of w by label, in [0, 1], or None; see :func:`class_balance`.
         align_corners: of the interpolation of logits of another resolution.
+        depth: slices of a volume, see :func:`erode`; the fused operation has none.
         out: the gradient is written here, if given: shape, dtype of the logits.
 
     Returns:
@@ -240,7 +253,7 @@ def erosion_grad(
     signed = signed_confidence(terms, confidence)
 
     predicted = terms.z.argmax(1) if within == "class" else None
-    q = erode(signed.abs(), terms.valid, radius, slope * tau, predicted)
+    q = erode(signed.abs(), terms.valid, radius, slope * tau, predicted, depth)
     weight = front_weight(q, tau, front)
     if direction == "ce":
         weight = weight * torch.sigmoid(-terms.log_odds)

@@ -1,0 +1,51 @@
+"""Volumes ``[B, K, D, H, W]``, attacked as images ``[B, K, D * H, W]``: their slices one below the other."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from eroseg_ext.models.adapter import Model
+from eroseg_ext.ops import reference
+from eroseg_ext.ops.protocol import Operations
+
+
+def check(images: Tensor, labels: Tensor | None, mask: Tensor | None, within: str) -> None:
+    """Raises ValueError for labels or a mask that are not a volume's, before they are taken for an image's."""
+    batch, _, *size = images.shape
+    for name, value, wanted in (("labels", labels, [batch, *size]), ("mask", mask, [batch, 1, *size])):
+        if isinstance(value, Tensor) and list(value.shape) != wanted:
+            raise ValueError(
+                f"{name} has shape {list(value.shape)}, wanted {wanted} to go with images {list(images.shape)}"
+            )
+    if within != "any":
+        raise ValueError(f"within is {within!r}, wanted 'any' for volumes, images of shape {list(images.shape)}")
+
+
+def of_slices(model: Model, depth: int) -> Model:
+    """The model of volumes as one of images; tensors ``[B, C, d, h, w]`` in its output become those of images."""
+
+    def model_of_slices(images: Tensor) -> Any:
+        volumes = images.unflatten(2, (depth, -1))
+
+        def flat(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.dim() != 5:
+                return value
+            if value.shape[2:] != volumes.shape[2:]:
+                value = F.interpolate(value, size=volumes.shape[2:], mode="trilinear")
+            return value.flatten(2, 3)
+
+        return tree_map(flat, model(volumes))
+
+    return model_of_slices
+
+
+def operations(depth: int) -> Operations:
+    """The reference, whose erosion goes over three dimensions."""
+    erosion_grad = functools.partial(reference.erosion_grad, depth=depth)
+    return cast("Operations", SimpleNamespace(**{**vars(reference), "erosion_grad": erosion_grad}))

@@ -1,0 +1,145 @@
+"""Volumes: attacked slice by slice where pixels count alone, and with an erosion in three dimensions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CLASSES, VOID
+from torch import Tensor, nn
+
+import eroseg_ext
+from eroseg_ext.ops import reference
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZE = (5, 10, 12)
+
+
+class Net(nn.Module):
+    """A small network of volumes; ``between`` is whether a slice's logits depend on other slices."""
+
+    def __init__(self, between: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        depth = 3 if between else 1
+        kernel, padding = (depth, 3, 3), (depth // 2, 1, 1)
+        self.first, self.last = nn.Conv3d(2, 8, kernel, padding=padding), nn.Conv3d(8, CLASSES, kernel, padding=padding)
+
+    def forward(self, volumes: Tensor) -> Tensor:
+        return 4 * self.last(self.first(volumes).relu())
+
+
+@pytest.fixture
+def volumes(device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(CLASSES, (2, *SIZE), generator=generator)
+    labels[:, :, 0] = VOID
+    return torch.rand(2, 2, *SIZE, generator=generator).to(device), labels.to(device)
+
+
+def run(model: Any, images: Tensor, labels: Tensor, **settings: Any) -> Tensor:
+    given = {"eps": 0.05, "steps": 3, "random_start": False, "ignore_index": VOID} | settings
+    return eroseg_ext.attack(model, images, labels, **given)
+
+
+@pytest.mark.parametrize("settings", [{"method": "pgd"}, {"method": "segpgd"}, {"method": "cospgd"}])
+def test_methods_of_single_pixels_are_those_of_the_slices(
+    volumes: tuple[Tensor, Tensor], device: torch.device, backend: str, settings: dict[str, Any]
+) -> None:
+    images, labels = volumes
+    model = Net(between=False).to(device)
+    found = run(model, images, labels, backend=backend, **settings)
+
+    def of_images(slices: Tensor) -> Tensor:
+        return model(slices.unsqueeze(2)).squeeze(2)
+
+    slices = images.transpose(1, 2).flatten(0, 1)
+    wanted = run(of_images, slices, labels.flatten(0, 1), backend=backend, **settings)
+    wanted = wanted.unflatten(0, (2, SIZE[0])).transpose(1, 2)
+    assert found.shape == images.shape
+    assert (found - wanted).abs().gt(1e-6).float().mean() < 0.01  # signs of gradients that rounding makes 0
+
+
+def test_erosion_over_slices() -> None:
+    scores, valid = torch.rand(2, *SIZE), torch.rand(2, *SIZE) > 0.2
+    cone = torch.tensor([0.05, 0.2])
+    found = reference.erode(scores.flatten(1, 2), valid.flatten(1, 2), 2, cone, depth=SIZE[0]).view(2, *SIZE)
+    at = torch.cartesian_prod(*(torch.arange(side) for side in SIZE))
+    distance = (at[:, None] - at[None]).abs().amax(2)
+    lent = scores.masked_fill(~valid, torch.inf).flatten(1)[:, None] + cone[:, None, None] * distance
+    wanted = lent.masked_fill(distance > 2, torch.inf).amin(2).view(2, *SIZE)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_the_erosion_of_an_attack_crosses_slices_and_not_their_borders() -> None:
+    """The logits make one voxel sensitive; those whose weight it raises are its 26 neighbours."""
+    logits = torch.zeros(1, 2, *SIZE)
+    logits[:, 1] = 9.0
+    logits[0, 1, 2, 0, 5] = 0.0
+    labels = torch.ones(1, *SIZE, dtype=torch.long)
+    flat = logits.flatten(2, 3), labels.flatten(1, 2), torch.ones(1)
+    grads = [
+        reference.erosion_grad(*flat, radius=radius, slope=0.5, depth=SIZE[0])[0].view(logits.shape)
+        for radius in (0, 1)
+    ]
+    raised = (grads[1] - grads[0]).abs()[0, 0] > 1e-3 * grads[1].abs()[0, 0]
+    wanted = torch.zeros(SIZE, dtype=torch.bool)
+    wanted[1:4, 0:2, 4:7] = True
+    wanted[2, 0, 5] = False
+    assert torch.equal(raised, wanted)
+
+
+@pytest.mark.parametrize("attack", [eroseg_ext.attack, eroseg_ext.strong_attack])
+@pytest.mark.parametrize("radius", [0, 1])
+def test_attacks_on_volumes(volumes: tuple[Tensor, Tensor], device: torch.device, attack: Any, radius: int) -> None:
+    images, labels = volumes
+    net = Net().to(device)
+
+    def model(given: Tensor) -> dict[str, Tensor]:
+        assert given.shape[1:] == images.shape[1:]
+        return {"out": F.avg_pool3d(net(given), (1, 2, 2)), "other": given}
+
+    def loss(given: Tensor) -> float:
+        with torch.no_grad():
+            logits = F.interpolate(model(given)["out"], size=SIZE, mode="trilinear")
+        return float(F.cross_entropy(logits, labels, ignore_index=VOID))
+
+    mask = torch.ones(2, 1, *SIZE, dtype=torch.bool, device=device)
+    mask[:, :, 3:] = False
+    given = {"eps": 0.05, "steps": 4, "ignore_index": VOID, "radius": radius, "mask": mask}
+    found = attack(model, images, labels, **given)
+    assert loss(found) > loss(images)
+    assert float((found - images).abs().max()) <= 0.05 + 1e-6
+    assert torch.equal(found[:, :, 3:], images[:, :, 3:])
+    own, info = attack(net, images, return_info=True, eps=0.05, steps=2, radius=radius)
+    assert own.shape == images.shape
+    assert (info.correct < info.valid).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "sentence"),
+    [
+        (lambda x, y: (x, y[:, 0]), {}, r"labels has shape \[2, 10, 12\], wanted \[2, 5, 10, 12\]"),
+        (lambda x, y: (x, y.flatten(1, 2)), {}, r"labels has shape \[2, 50, 12\], wanted \[2, 5, 10, 12\] to go with"),
+        (lambda x, y: (x, y), {"within": "class"}, "within is 'class', wanted 'any' for volumes"),
+        (
+            lambda x, y: (x[:, :, 0], y),
+            {},
+            r"labels has shape \[2, 5, 10, 12\], a map for each class, .* of them, c",
+        ),
+    ],
+)
+def test_what_does_not_go_with_volumes(
+    volumes: tuple[Tensor, Tensor], change: Any, settings: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        run(Net(), *change(*volumes), **settings)
+
+
+def test_the_fused_erosion_is_of_images(volumes: tuple[Tensor, Tensor], fused: str, device: torch.device) -> None:
+    with pytest.raises(RuntimeError, match="the erosion of volumes is computed by the reference only"):
+        run(Net().to(device), *volumes, backend=fused)
+    run(Net().to(device), *volumes, backend=fused, radius=0)

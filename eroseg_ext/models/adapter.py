@@ -167,10 +167,11 @@ class Logits:
         dtype: torch.dtype | None = None,
         **reading: Any,
     ) -> None:
-        if not callable(model):
-            inside = callable(getattr(model, "model", None))
+        given: Any = model
+        if not callable(given):
+            inside = callable(getattr(given, "model", None))
             hint = ", as its .model is, with mean= and std= for what it does to images" if inside else ""
-            raise TypeError(f"model is a {type(model).__name__}, wanted an nn.Module or another callable{hint}")
+            raise TypeError(f"model is a {type(given).__name__}, wanted an nn.Module or another callable{hint}")
         self._model = model
         self._read = Reader(**reading)
         self._modules = modules_behind(model)

@@ -45,8 +45,13 @@ def test_a_head_for_classification_beside_the_mask() -> None:
 
 
 @pytest.mark.works(
-    "model", "segmentation_models_pytorch with one class, or `activation`", '`attack(..., output="sigmoid")`'
+    "model",
+    "segmentation_models_pytorch with `activation`",
+    '`attack(..., output="sigmoid")` where it is a sigmoid, also of one class; `"probabilities"` for a softmax',
 )
-def test_a_sigmoid() -> None:
+@pytest.mark.parametrize(
+    ("classes", "activation", "output"), [(1, "sigmoid", "sigmoid"), (2, "softmax2d", "probabilities")]
+)
+def test_an_activation(classes: int, activation: str, output: str) -> None:
     images, labels = batch(classes=2)
-    check_attacks(settled(made("Unet", classes=2, activation="softmax2d")), images, labels, output="probabilities")
+    check_attacks(settled(made("Unet", classes=classes, activation=activation)), images, labels, output=output)

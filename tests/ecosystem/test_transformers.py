@@ -170,7 +170,7 @@ def oneformer() -> nn.Module:
 @pytest.mark.works(
     "model",
     "transformers OneFormer",
-    '`attack(semantic(model, task_inputs=processor(images, ["semantic"])["task_inputs"]), images, labels)`',
+    '`attack(semantic(model, task_inputs=processor(image, ["semantic"], return_tensors="pt")["task_inputs"]), ...)`',
 )
 def test_oneformer_with_its_task() -> None:
     check_attacks(settled(semantic(oneformer(), task_inputs=torch.randint(50, (1, 8)))))

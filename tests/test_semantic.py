@@ -47,7 +47,7 @@ def scores(output: Any) -> Tensor:
 def test_masks_and_classes_become_logits(batch: tuple[Tensor, Tensor], names: tuple[str, str], kind: Any) -> None:
     model, images = Masks(names), batch[0].cpu()
     output = model(images)
-    found = Reader()(kind(**output), len(images), (5, 6))
+    found = Reader()(kind(**output), len(images), (5, 6)).values
     torch.testing.assert_close(found, scores(output).log().float())
     torch.testing.assert_close(semantic(model, log=False)(images), scores(output).float())
 
@@ -55,7 +55,7 @@ def test_masks_and_classes_become_logits(batch: tuple[Tensor, Tensor], names: tu
 def test_faint_masks_keep_their_gradient() -> None:
     classes = torch.randn(1, QUERIES, CLASSES + 1)
     masks = torch.full((1, QUERIES, 2, 2), -400.0).requires_grad_()
-    found = Reader()({"pred_logits": classes, "pred_masks": masks}, 1, (2, 2))
+    found = Reader()({"pred_logits": classes, "pred_masks": masks}, 1, (2, 2)).values
     assert found.isfinite().all()
     found[0, 0].sum().backward()
     torch.testing.assert_close(masks.grad.sum(), torch.tensor(4.0))

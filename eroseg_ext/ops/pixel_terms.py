@@ -108,6 +108,28 @@ def signed_confidence(terms: PixelTerms, confidence: str) -> Tensor:
     return signed.where(terms.valid, INF)
 
 
+def lowest_neighbour(q: Tensor, predicted: Tensor | None, depth: int) -> Tensor:
+    """The least of ``q[B, H, W]`` within a king's move, see :func:`eroseg_ext.ops.reference.erode`."""
+    if depth > 1:
+        return -F.max_pool3d(-q.unflatten(1, (depth, -1)).unsqueeze(1), 3, 1, 1).view_as(q)
+    if predicted is None:
+        return -F.max_pool2d(-q.unsqueeze(1), 3, 1, 1).squeeze(1)
+    return _lowest_neighbour_of_class(q, predicted)
+
+
+def _lowest_neighbour_of_class(q: Tensor, predicted: Tensor) -> Tensor:
+    height, width = q.shape[1:]
+    padded_q = F.pad(q, (1, 1, 1, 1), value=INF)
+    padded_class = F.pad(predicted, (1, 1, 1, 1), value=-1)
+    lowest = torch.full_like(q, INF)
+    for dy in range(3):
+        for dx in range(3):
+            window = (slice(None), slice(dy, dy + height), slice(dx, dx + width))
+            same = padded_class[window] == predicted
+            lowest = torch.minimum(lowest, padded_q[window].where(same, INF))
+    return lowest
+
+
 def summed_stats(valid: Tensor, correct: Tensor, front: Tensor, movement: Tensor) -> Tensor:
     maps = (valid, correct, front, movement)
     return torch.stack([wide(m).sum((1, 2)) for m in maps], 1)

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from eroseg_ext.ops.pixel_terms import (
     INF,
+    lowest_neighbour,
     pixel_terms,
     signed_confidence,
     summed_stats,
@@ -159,27 +160,9 @@ def erode(
         return q
     rise = cone.view(-1, 1, 1)
     for _ in range(radius):
-        if depth > 1:
-            lowest = -F.max_pool3d(-q.unflatten(1, (depth, -1)).unsqueeze(1), 3, 1, 1).view_as(q)
-        elif predicted is None:
-            lowest = -F.max_pool2d(-q.unsqueeze(1), 3, 1, 1).squeeze(1)
-        else:
-            lowest = _lowest_neighbour_of_class(q, predicted)
+        lowest = lowest_neighbour(q, predicted, depth)
         q = torch.minimum(q, lowest + rise)
     return q
-
-
-def _lowest_neighbour_of_class(q: Tensor, predicted: Tensor) -> Tensor:
-    height, width = q.shape[1:]
-    padded_q = F.pad(q, (1, 1, 1, 1), value=INF)
-    padded_class = F.pad(predicted, (1, 1, 1, 1), value=-1)
-    lowest = torch.full_like(q, INF)
-    for dy in range(3):
-        for dx in range(3):
-            window = (slice(None), slice(dy, dy + height), slice(dx, dx + width))
-            same = padded_class[window] == predicted
-            lowest = torch.minimum(lowest, padded_q[window].where(same, INF))
-    return lowest
 
 
 def front_weight(q: Tensor, tau: Tensor, front: str = "soft") -> Tensor:

@@ -45,7 +45,9 @@ def check_attacks(model: Any, images: Tensor | None = None, labels: Tensor | Non
         losses: list[float] = []
 
         def callback(step: eroseg_ext.StepInfo, labels: Tensor = labels, losses: list[float] = losses) -> None:
-            losses.append(float(F.cross_entropy(step.logits.double(), labels.long(), ignore_index=VOID)))
+            z = step.logits.double()
+            z = torch.cat([0 * z, z], 1) if z.shape[1] == 1 else z
+            losses.append(float(F.cross_entropy(z, labels.long(), ignore_index=VOID)))
 
         given = {"method": method, "eps": 0.03, "steps": 4, "random_start": False, "ignore_index": VOID} | settings
         adversarial = eroseg_ext.attack(model, images, labels, callback=callback, **given)

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from eroseg_ext.cli.main import main
+from eroseg_ext.data.scenes import generated_scenes
 from eroseg_ext.models.loading import build, load_network, load_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,6 +67,30 @@ def test_a_folder_of_transformers(tmp_path: Path, through: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config\.json names no architecture"):
         load_network(str(tmp_path))
+
+
+@pytest.mark.works(
+    "model",
+    "`eroseg evaluate` and `eroseg train` with a folder of transformers",
+    "`--model FOLDER --mean ... --std ...`",
+)
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    segformer(num_labels=8).save_pretrained(tmp_path / "model")
+    scenes = generated_scenes(2, (32, 48))
+    for folder in ("images", "labels"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for number, (image, label) in enumerate(zip(scenes.images, scenes.labels, strict=True)):
+        pixels = (255 * image).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(tmp_path / "data" / "images" / f"{number}.png")
+        Image.fromarray(label.byte().numpy()).save(tmp_path / "data" / "labels" / f"{number}.png")
+    shared = ["--data", str(tmp_path / "data"), "--model", str(tmp_path / "model"), "--mean", "0.5", "--std", "0.25"]
+    cheap = ["--attacks", "eroseg", "--steps", "2", "--sanity", "0", "--eps", "4/255"]
+    assert main(["evaluate", *shared, *cheap, "--out", str(tmp_path / "evaluation")]) == 0
+    assert "worst case" in capsys.readouterr().out
+    cheap = ["--epochs", "1", "--batch-size", "2", "--attack-steps", "1", "--val-attack-steps", "0", "--workers", "0"]
+    assert main(["train", *shared, *cheap, "--out", str(tmp_path / "training")]) == 0
+    trained = load_network(str(tmp_path / "model"), tmp_path / "training" / "weights.pt")
+    assert not same(trained, load_network(str(tmp_path / "model")))
 
 
 @pytest.mark.works("model", "weights in safetensors' format", "`--weights model.safetensors`")

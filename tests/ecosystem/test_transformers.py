@@ -157,7 +157,7 @@ def test_masks_are_read_as_transformers_reads_them() -> None:
         output = model(images)
     (_, _, *size) = output.masks_queries_logits.shape
     wanted = tf.MaskFormerImageProcessor().post_process_semantic_segmentation(output)
-    found = Reader()(output, len(images), tuple(size))
+    found = Reader()(output, len(images), tuple(size)).values
     assert torch.equal(found.argmax(1), torch.stack(wanted))
     scores = semantic(model, log=False)(images)
     torch.testing.assert_close(found.exp(), scores)
@@ -215,9 +215,9 @@ def test_normalisation_of_an_image_processor() -> None:
     assert (settings.mean, settings.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     model, (images, _) = PER_PIXEL["SegFormer"]().eval(), batch()
     with torch.no_grad():
-        found = Logits.under(model, settings)(images, images.shape[-2:])
+        found = Logits.under(model, settings)(images, images.shape[-2:]).values
         normalised = processor(list(images), do_resize=False, do_rescale=False, return_tensors="pt").pixel_values
-        wanted = Logits(model)(normalised, images.shape[-2:])
+        wanted = Logits(model)(normalised, images.shape[-2:]).values
     torch.testing.assert_close(found, wanted)
     check_attacks(model, mean=processor)
     of_bytes = eroseg_ext.AttackSettings(mean=tf.BeitImageProcessor(), clip=(0, 255), eps=8)

@@ -126,6 +126,19 @@ def test_through_no_grad_ends_with_the_model(batch: tuple[Tensor, Tensor]) -> No
         assert not torch.is_grad_enabled()
 
 
+class EnablesGradients(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return 2 * images
+
+
+def test_through_no_grad_leaves_gradients_off_where_the_model_enables_them() -> None:
+    wrapped = semantic(EnablesGradients(), through_no_grad=True)
+    with torch.no_grad():
+        wrapped(torch.rand(1, 3, 2, 2, requires_grad=True))
+        assert not torch.is_grad_enabled()
+
+
 def test_what_is_no_model_or_no_inputs() -> None:
     with pytest.raises(TypeError, match=r"model is a function, wanted an nn\.Module"):
         semantic(lambda images: images)  # type: ignore[arg-type]

@@ -92,6 +92,18 @@ def test_the_erosion_of_an_attack_crosses_slices_and_not_their_borders() -> None
     assert torch.equal(raised, wanted)
 
 
+def test_an_attack_treats_all_axes_alike(volumes: tuple[Tensor, Tensor], device: torch.device) -> None:
+    """Of a model of single voxels; the l_2 step shows how much each weighs."""
+    torch.manual_seed(0)
+    model = nn.Conv3d(2, CLASSES, 1).to(device)
+    nn.init.normal_(model.weight, std=4.0)
+    images, labels = volumes
+    given = {"norm": "l2", "eps": 2.0, "steps": 2, "slope": 0.2}
+    found = run(model, images, labels, **given)
+    turned = run(model, images.transpose(2, 4), labels.transpose(1, 3), **given).transpose(2, 4)
+    torch.testing.assert_close(turned, found, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("attack", [eroseg_ext.attack, eroseg_ext.strong_attack])
 @pytest.mark.parametrize("radius", [0, 1])
 def test_attacks_on_volumes(volumes: tuple[Tensor, Tensor], device: torch.device, attack: Any, radius: int) -> None:

@@ -51,15 +51,7 @@ def semantic(
 
 
 class _IgnoringNoGrad(TorchFunctionMode):
-    """Leaves gradients on where ``torch.no_grad`` would switch them off; at the end they are as they were before."""
-
-    def __enter__(self) -> Any:
-        self._before = torch.is_grad_enabled()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        torch.set_grad_enabled(self._before)
+    """Leaves gradients on where ``torch.no_grad`` would switch them off."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -102,7 +94,7 @@ class _Semantic(nn.Module):
             images = images.repeat_interleave(rows, 0)
         images = F.pad(images, (0, -width % self._multiple_of, 0, -height % self._multiple_of))
         given = {name: self._of_batch(name, value, batch) for name, value in self._inputs.items()}
-        with _IgnoringNoGrad() if self._through_no_grad and images.requires_grad else nullcontext():
+        with _IgnoringNoGrad() if self._through_no_grad and torch.is_grad_enabled() else nullcontext():
             output = self.model(pixel_values=images, **given) if self._by_name else self.model(images, **given)
         masks = mask_logits(output, self._log)
         if masks is not None:

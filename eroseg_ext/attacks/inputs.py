@@ -49,7 +49,7 @@ def check(images: Tensor, labels: Tensor | None, mask: Tensor | None, config: At
 def _check_map(name: str, value: object, images: Tensor, shape: list[int]) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}, wanted a tensor of shape {shape}")
-    if name == "labels" and value.dim() == images.dim() and value.shape[2:] == images.shape[2:]:
+    if name == "labels" and value.dim() == images.dim() and value.shape[1] > 1 and value.shape[2:] == images.shape[2:]:
         raise ValueError(
             f"labels has shape {list(value.shape)}, a map for each class, wanted one class for each pixel, {shape}: "
             "labels.argmax(1) of one-hot labels; where a pixel may have several classes attack one of them, c, with "

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from eroseg_ext import EvaluationSettings, evaluate, strong_attack, train
 from eroseg_ext.attacks.methods import METHODS
-from eroseg_ext.data.datasets import NamedDataset
-from eroseg_ext.data.reading import SegmentationFolder
+from eroseg_ext.data.sources import NamedDataset, SegmentationFolder
 from eroseg_ext.evaluation.sanity import budget
 from eroseg_ext.utils.atomic_files import locked
 

@@ -22,6 +22,7 @@ from eroseg_ext import AttackSettings, attack, evaluate, train
 from eroseg_ext.attacks import pgd
 from eroseg_ext.cli import main
 from eroseg_ext.data import datasets
+from eroseg_ext.data.sources import SegmentationFolder
 from eroseg_ext.models.loading import load_weights
 from eroseg_ext.ops import backend as backends
 from eroseg_ext.training import TrainingStopped, TrainSettings
@@ -57,7 +58,7 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
 def reader(data: Path) -> Reader:
     """Reads the validation images of a folder."""
     to_class = datasets.class_map("folder", CLASSES, 255)
-    return Reader(datasets.find("folder", data, "val"), to_class, SMALL["size"], False)
+    return Reader(SegmentationFolder(data, SMALL["size"]), to_class, False)
 
 
 # What a run leaves

@@ -12,8 +12,7 @@ import torch
 
 from eroseg_ext import EvaluationSettings, evaluate
 from eroseg_ext.cli.main import ChecksFailed
-from eroseg_ext.data.datasets import DATASETS, FOLDER, VOID, NamedDataset
-from eroseg_ext.data.reading import SegmentationFolder
+from eroseg_ext.data.sources import Reading
 from eroseg_ext.models.loading import load_network
 from eroseg_ext.utils.validate import check_choice, check_integer, usable_device
 
@@ -26,11 +25,6 @@ class Files:
 
     data: Path
     """folder with ``images/NAME.*`` and ``labels/NAME.png``, or of a data set as its publisher packs it"""
-    dataset: str = FOLDER
-    """class map and layout of files: ``folder``, ``camvid``, ``voc``, ``cityscapes`` or ``ade20k``, whose void labels
-    need no --ignore-index"""
-    size: tuple[int, int] | None = None
-    """resize images and labels; default: their own sizes"""
     out: Path = Path("eroseg-evaluation")
     """folder for evaluation.json and results.jsonl, made if missing"""
 
@@ -50,29 +44,22 @@ class Files:
     """exit with 3 if a sanity check failed or an image had no gradient"""
 
     def __post_init__(self) -> None:
-        check_choice("dataset", self.dataset, DATASETS)
         check_choice("amp", self.amp, tuple(_AUTOCAST))
         if self.classes is not None:
             check_integer("classes", self.classes, 1, 2**15 - 1)
 
 
-def command(files: Files, settings: EvaluationSettings) -> None:
+def command(files: Files, reading: Reading, settings: EvaluationSettings) -> None:
     """Attacks a model with APGD and the gradient of several methods, prints mIoU / mAcc / aAcc in percent per attack
     and in the worst case, and writes them to evaluation.json. An interrupted evaluation goes on where it was; a further
     attack or eps computes only what is new."""
     if files.strict and settings.sanity == 0:
         raise ValueError("--strict needs the sanity checks, which --sanity 0 leaves out")
     device = usable_device(files.device)
-    classes, ignore_index = files.classes, settings.ignore_index
-    data: SegmentationFolder
-    if files.dataset == FOLDER:
-        data = SegmentationFolder(files.data, files.size)
-    else:
-        data = NamedDataset(files.dataset, files.data, size=files.size)
-        classes, ignore_index = classes or data.to_class.classes, VOID
+    data = reading.source(files.data, "val")
+    classes = files.classes or (None if data.to_class is None else data.to_class.classes)
     model = load_network(files.model, files.weights, classes=classes, model_args=files.model_args).to(device)
     given = vars(settings) | {
-        "ignore_index": ignore_index,
         "autocast": _AUTOCAST[files.amp],
         "model_description": {"name": files.model, "args": files.model_args},
         "progress": sys.stderr.isatty(),

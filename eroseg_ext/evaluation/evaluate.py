@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,30 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eroseg_ext.attacks import apgd
-from eroseg_ext.data.reading import SegmentationFolder, evenly_spaced, one_class
+from eroseg_ext.data.palettes import VOID
+from eroseg_ext.data.reading import evenly_spaced, one_class
+from eroseg_ext.data.sources import SegmentationData, Source
 from eroseg_ext.evaluation import sanity
 from eroseg_ext.evaluation.fingerprint import digest_of_weights, fingerprint, projected_logits
 from eroseg_ext.evaluation.metrics import Counts, counts_of, scores, worst_case
 from eroseg_ext.evaluation.result import AttackRow, Evaluation
 from eroseg_ext.evaluation.result_cache import ResultCache, key_of
-from eroseg_ext.evaluation.samples import SegmentationData, digest_of, item_of, name_of
 from eroseg_ext.evaluation.sanity import budget
-from eroseg_ext.evaluation.settings import CLEAN, OF_THE_ATTACKS, OF_THE_DATA_AND_MODEL, EvaluationSettings, plain
+from eroseg_ext.evaluation.settings import (
+    CLEAN,
+    OF_THE_ATTACKS,
+    OF_THE_DATA_AND_MODEL,
+    OF_THE_LABELS,
+    EvaluationSettings,
+    plain,
+)
 from eroseg_ext.models.adapter import Logits, Model, frozen, unwrapped
 from eroseg_ext.ops import backend, reference
 from eroseg_ext.utils.atomic_files import locked, write_json
 
 
 def evaluate(
-    model: Model, data: str | Path | SegmentationData, *, out: str | Path | None = None, **settings: Any
+    model: Model, data: str | Path | SegmentationData | Source, *, out: str | Path | None = None, **settings: Any
 ) -> Evaluation:
     """Scores of a segmentation model on clean images, under each attack, and in the worst case over the attacks.
 
@@ -74,11 +82,7 @@ def evaluate(
     Source: Croce, Singh & Hein, ECCV 2024 (SEA).
     """
     config = EvaluationSettings(**settings)
-    source = SegmentationFolder(data) if isinstance(data, (str, Path)) else data
-    if not hasattr(source, "__getitem__"):
-        raise TypeError(
-            f"data is a {type(source).__name__}, wanted a folder, or a data set that data[i] gives items of"
-        )
+    source = config.source(data, "val")
     if len(source) == 0:
         raise ValueError("data has no image, wanted at least one")
     folder = None if out is None else Path(out)
@@ -98,17 +102,21 @@ def evaluate(
 class _Evaluator:
     """One call of :func:`evaluate`."""
 
-    def __init__(self, config: EvaluationSettings, model: Model, data: SegmentationData, cache: ResultCache) -> None:
-        self._config = config
+    def __init__(self, given: EvaluationSettings, model: Model, data: Source, cache: ResultCache) -> None:
+        self._given = given
+        self._to_class = data.to_class or given.class_map()
+        # From here on void is one label, whatever the data have for it.
+        self._config = config = replace(given, ignore_index=VOID)
         self._model = model
         self._data = data
         self._cache = cache
         self._logits = Logits.under(model, config)
-        channels = len(self._load(0)[0])
+        image, _ = self._load(0)
+        channels = len(image)
         if config.mean is not None and len(config.mean) not in (1, channels):
             raise ValueError(f"mean has {len(config.mean)} numbers, wanted {channels}, one per channel of images")
         kept = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-        self._device = kept[0].device if kept else item_of(data, 0)[0].device
+        self._device = kept[0].device if kept else image.device
         self._ops = backend.select(self._device, config.backend)
         self._environment = {
             "eroseg_ext": backend.report()["eroseg_ext"],
@@ -120,7 +128,7 @@ class _Evaluator:
         self._indices = chosen
         self._batches = [chosen[i : i + config.batch_size] for i in range(0, len(chosen), config.batch_size)]
         self._attacks = {(row, eps): config.attack(row, eps) for eps in config.budgets for row in config.rows}
-        self._digests = {index: digest_of(data, index) for index in chosen}
+        self._digests = {index: data.digest(index) for index in chosen}
         self._model_digest = self._fingerprint()
 
     def run(self) -> Evaluation:
@@ -143,7 +151,9 @@ class _Evaluator:
                     bar.update(len(batch))
                 counts[name, eps] = np.stack(parts)
                 if not counts[name, eps].any():
-                    raise ValueError(f"data has no pixel with a label other than ignore_index={config.ignore_index}")
+                    raise ValueError(
+                        f"data has no pixel with a label other than ignore_index={self._given.ignore_index}"
+                    )
                 if name == CLEAN:
                     self._warn_of_one_class(counts[name, eps])
                     checks = self._sanity()
@@ -158,7 +168,7 @@ class _Evaluator:
                     name,
                     eps,
                     scores(counts[name, eps], config.miou_classes),
-                    tuple(name_of(self._data, number) for number in without[name, eps]),
+                    tuple(self._data.name(number) for number in without[name, eps]),
                 )
                 for name, eps in plan[1:]
             ),
@@ -170,25 +180,24 @@ class _Evaluator:
             },
             settings=self._plain_settings(),
             environment={**self._environment, "model": self._model_digest},
-            images=tuple(name_of(self._data, index) for index in self._indices),
+            images=tuple(map(self._data.name, self._indices)),
         )
 
     def _warn_of_one_class(self, counts: Counts) -> None:
         """Such as of a mask of 0 and 255 with ignore_index 255: whatever the model answers, its mIoU looks fine."""
-        classes, void = np.flatnonzero(counts[..., 1].sum(0)).tolist(), self._config.ignore_index
+        classes, void = np.flatnonzero(counts[..., 1].sum(0)).tolist(), self._given.ignore_index
         if len(classes) == 1:
-            beside = any((self._load(index)[1] == void).any() for index in self._indices)
+            beside = any((self._load(index)[1] == VOID).any() for index in self._indices)
             told = one_class(classes + [void] * beside, {void})
             warnings.warn(f"in data {told}, which says nothing about the others", UserWarning, stacklevel=4)
 
     def _plain_settings(self) -> dict[str, Any]:
-        config = self._config
+        config = self._given
         others = ("seed", "batch_size", "sanity", "miou_classes", "model_description")
-        names = (*OF_THE_ATTACKS, *OF_THE_DATA_AND_MODEL, *others)
+        names = (*OF_THE_ATTACKS, *OF_THE_DATA_AND_MODEL, *OF_THE_LABELS, *others)
         values = {name: plain(getattr(config, name)) for name in names}
         rows = {name: {key: plain(value) for key, value in row.items()} for name, row in config.rows.items()}
-        size = self._data.size if isinstance(self._data, SegmentationFolder) else None
-        return {"attacks": rows, "eps": list(config.budgets), "size": plain(size), **values}
+        return {"attacks": rows, "eps": list(config.budgets), "size": plain(self._data.size), **values}
 
     def _unit(self, name: str, eps: float, batch: list[int]) -> list[dict[str, Any]]:
         """Counts of a batch's images under one attack: from the cache, or made now and put there.
@@ -235,19 +244,19 @@ class _Evaluator:
         shared = {name: plain(getattr(self._config, name)) for name in ("seed", *OF_THE_DATA_AND_MODEL)}
         about = {
             "model": self._model_digest,
+            "classes": self._to_class.digest(),
             "images": [[index, self._digests[index]] for index in images],
             **{name: self._environment[name] for name in ("eroseg_ext", "torch", "device", "fused")},
         }
         return key_of({**shared, **about, **what})
 
     def _load(self, index: int) -> tuple[Tensor, Tensor]:
-        image, labels = item_of(self._data, index)
-        if image.dim() != 3 or labels.shape != image.shape[1:]:
-            raise ValueError(
-                f"{name_of(self._data, index)} is an image {list(image.shape)} with labels {list(labels.shape)}, "
-                "wanted [K, H, W] and [H, W]"
-            )
-        return image.float(), labels.long()
+        """An image float32 in the range of ``clip``, and its classes and VOID."""
+        image, values = self._data.read(index)
+        if image.dtype == torch.uint8:
+            low, high = self._config.clip
+            image = low + (high - low) * (image / 255)
+        return image, self._to_class(values, self._data.where(index)[1])
 
     def _answer(self, pixels: Tensor, number: int) -> Tensor:
         """The model's logits of images of one size, of which ``number`` is the first."""
@@ -259,7 +268,7 @@ class _Evaluator:
             raise
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
-                f"the model fails on {name_of(self._data, number)} of {height}x{width} pixels, where another size may "
+                f"the model fails on {self._data.name(number)} of {height}x{width} pixels, where another size may "
                 f"be wanted (--size): {error}"
             ) from error
 
@@ -268,19 +277,18 @@ class _Evaluator:
         logits = self._answer(pixels, numbers[0])
         broken = ~logits.isfinite().flatten(1).all(1)
         if broken.any():
-            name = name_of(self._data, numbers[int(broken.int().argmax())])
+            name = self._data.name(numbers[int(broken.int().argmax())])
             raise ValueError(f"the model's logits of {name} are NaN or infinite")
         classes = max(logits.shape[1], 2)
-        wrong = (labels != self._config.ignore_index) & ((labels < 0) | (labels >= classes))
+        wrong = labels >= classes
         if wrong.any():
             image, row, column = wrong.nonzero()[0].tolist()
             raise ValueError(
-                f"{name_of(self._data, numbers[image])} has the label {int(labels[image, row, column])} at row {row}, "
-                f"column {column}, wanted classes from 0 to {classes - 1} or ignore_index={self._config.ignore_index}"
+                f"{self._data.name(numbers[image])} has the label {int(labels[image, row, column])} at row {row}, "
+                f"column {column}, wanted classes from 0 to {classes - 1} or ignore_index={self._given.ignore_index}"
             )
-        void = self._config.ignore_index
         rows = [slice(i, i + 1) for i in range(len(labels))]
-        return [counts_of(self._ops.confusion(logits[i], labels[i], classes, ignore_index=void)) for i in rows]
+        return [counts_of(self._ops.confusion(logits[i], labels[i], classes, ignore_index=VOID)) for i in rows]
 
     def _fingerprint(self) -> str:
         """What tells the model from others."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from eroseg_ext.attacks.apgd import NOT_OF_APGD, checked
 from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.attacks.settings import AttackSettings
+from eroseg_ext.data.sources import Reading
 from eroseg_ext.evaluation.metrics import MIOU_CLASSES
 from eroseg_ext.models.adapter import SETTINGS as OF_THE_MODEL
 from eroseg_ext.utils.validate import check_choice, check_integer, check_number, require
@@ -22,12 +23,14 @@ DEFAULT_ATTACKS = ("eroseg", "js:shrinking", "cospgd")
 CLEAN = "clean"
 OF_THE_DATA_AND_MODEL = ("norm", "ignore_index", "clip", "backend", *OF_THE_MODEL)
 """Settings that all rows and the sanity checks share."""
+OF_THE_LABELS = ("dataset", "reduce_zero_label", "palette")
+"""Settings that say, beside ``ignore_index``, which class a label map's value is."""
 OF_THE_ATTACKS = ("steps", "restarts")
 """Settings that a row may have otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
+class EvaluationSettings(Reading):
     """What :func:`evaluate` takes as keywords. Lengths in the image are in pixel values of ``clip``'s range.
 
     Raises ValueError or TypeError with one sentence if a value is not allowed.
@@ -44,8 +47,6 @@ class EvaluationSettings:
     """independent runs of each attack; each image keeps its best one"""
     norm: str = "linf"
     """of the ball: ``linf`` or ``l2``"""
-    ignore_index: int = 255
-    """label of void pixels, which never count"""
     seed: int = 0
     """of the random starts; an image's noise depends on the seed, the image's number and the restart alone"""
     batch_size: int = 8
@@ -82,6 +83,7 @@ class EvaluationSettings:
     """show a bar on stderr"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.attacks, str):
             raise TypeError(f"attacks is the string {self.attacks!r}, wanted a list of methods such as ['eroseg']")
         rows = self.rows

@@ -136,9 +136,10 @@ class _Run:
             self._clock,
         )
         augmentation = Augmentation(settings.seed, self._task.crop, settings.scale, settings.flip)
-        read = Reader(self._task.pairs, self._task.to_class, settings.size, settings.cache)
+        read = Reader(self._task.source, self._task.to_class, settings.cache)
         self._samples = Samples(read, augmentation)
-        self._val = Reader(self._task.val_pairs, self._task.to_class, settings.size, settings.cache)
+        val = self._task.val
+        self._val = None if val is None else Reader(val, self._task.to_class, settings.cache)
         self._done = 0
         """updates"""
         self._seconds = dict.fromkeys(phases.PHASES, 0.0)
@@ -179,7 +180,7 @@ class _Run:
         """This process's parts of the batches of these updates; time spent waiting for them is booked as data."""
         settings, processes = self._settings, self._processes
         keys = Batches(
-            len(self._task.pairs), settings.batch_size, settings.seed, first, last, processes.rank, processes.world
+            len(self._task.source), settings.batch_size, settings.seed, first, last, processes.rank, processes.world
         )
         self._clock.switch(phases.DATA)
         for batch in loader(self._samples, keys, self._workers, pin_memory=processes.device.type == "cuda"):
@@ -238,9 +239,10 @@ class _Run:
     def _validation_due(self) -> bool:
         epoch, rest = divmod(self._done, self._updates_per_epoch)
         due = epoch > 0 and (epoch % self._settings.val_every == 0 or epoch == self._settings.epochs)
-        return due and rest == 0 and len(self._val) > 0
+        return due and rest == 0 and self._val is not None
 
     def _validate(self, log: Log | None) -> dict[str, float]:
+        assert self._val is not None
         classes = self._task.to_class.classes
         result = validate(
             self._settings, self._updater.trained, classes, self._val, self._processes, min(self._workers, 2)
@@ -336,7 +338,7 @@ class _Run:
         for line in report.finished(summary):
             self._say(line)
         names = [WEIGHTS, checkpoint.NAME, SUMMARY, "log.jsonl", "curves.png"]
-        if len(self._val):
+        if self._val is not None:
             names.append(EXAMPLES)
             shown = examples(self._settings, self._updater.trained, self._val, self._processes.device)
             with atomic_files.replacing(out / EXAMPLES) as file:

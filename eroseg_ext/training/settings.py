@@ -13,8 +13,10 @@ import torch
 
 from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.attacks.settings import AttackSettings
-from eroseg_ext.data.datasets import DATASETS, FOLDER, VOID
-from eroseg_ext.utils.validate import check_choice, check_integer, check_number, check_sequence, require
+from eroseg_ext.data.datasets import MOST_CLASSES
+from eroseg_ext.data.palettes import VOID
+from eroseg_ext.data.sources import Reading, SegmentationData
+from eroseg_ext.utils.validate import check_choice, check_integer, check_number, check_sequence, check_size, require
 
 NO_ATTACK = "none"
 NOT_OF_THE_RESULT = (
@@ -40,7 +42,7 @@ NOT_OF_THE_RESULT = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
+class TrainSettings(Reading):
     """What :func:`eroseg_ext.train` takes as keywords; the options of ``eroseg train`` have the same names.
 
     eps and step_size are in pixel values of images in [0, 1]; sizes are (height, width).
@@ -48,19 +50,16 @@ class TrainSettings:
     Raises ValueError or TypeError with one sentence if a value is not allowed.
     """
 
-    data: Path
-    """folder with ``images/NAME.*`` and ``labels/NAME.png``, or of a data set as its publisher packs it"""
+    data: Path | SegmentationData
+    """folder with ``images/NAME.*`` and ``labels/NAME.png``, or of a data set as its publisher packs it; in Python also
+    any data set, as :func:`eroseg_ext.evaluate` takes it"""
     out: Path
     """folder for checkpoints, weights, log and curves, made if missing"""
-    val: Path | None = None
+    val: Path | SegmentationData | None = None
     """folder to validate on, in the form of ``data``; a publisher's folder holds both, so give it twice"""
-    dataset: str = FOLDER
-    """class map (and layout of files): ``folder``, ``camvid``, ``voc``, ``cityscapes`` or ``ade20k``"""
     classes: int | None = None
     """number of classes of ``dataset="folder"``; default: one more than the largest label of ``data`` and ``val``,
     found by reading them all"""
-    ignore_index: int = 255
-    """label of void pixels in the files of ``dataset="folder"``"""
 
     model: str = "small"
     """``small`` (1.06 M parameters), ``tiny`` (0.15 M), or the import path ``package.module:callable`` of a function
@@ -70,8 +69,6 @@ class TrainSettings:
     init: Path | None = None
     """weights to start from: any file with a state dict, or a checkpoint, whose average is taken where it has one"""
 
-    size: tuple[int, int] | None = None
-    """resize all images and labels to this; default: every image keeps its own size"""
     crop: tuple[int, int] | None = None
     """size of the random crops to train on; default: ``size``, else the size of the first image"""
     scale: tuple[float, float] = (0.6, 1.67)
@@ -164,13 +161,15 @@ class TrainSettings:
     """show a tqdm bar"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("data", "out", "val", "init"):
             value = getattr(self, name)
             if value is None and name in ("val", "init"):
                 continue
-            require(isinstance(value, (str, Path)), name, value, "a path")
-            object.__setattr__(self, name, Path(value))
-        check_choice("dataset", self.dataset, DATASETS)
+            is_path = isinstance(value, (str, Path))
+            require(is_path or (name in ("data", "val") and hasattr(value, "__len__")), name, value, "a path")
+            if is_path:
+                object.__setattr__(self, name, Path(value))
         check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
         check_choice("attack", self.attack, (*METHODS, NO_ATTACK))
         check_choice("amp", self.amp, ("none", "bf16"))
@@ -190,8 +189,7 @@ class TrainSettings:
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
         if self.classes is not None:
-            check_integer("classes", self.classes, 1, 2**15 - 1)
-        check_integer("ignore_index", self.ignore_index, -(2**63), 2**63 - 1)
+            check_integer("classes", self.classes, 1, MOST_CLASSES)
         if self.workers is not None:
             check_integer("workers", self.workers, 0, 256)
         for name in ("learning_rate", "weight_decay", "step_size", "front_loss"):
@@ -203,8 +201,8 @@ class TrainSettings:
         check_number("ema", self.ema, 0, 1)
         check_number("timeout", self.timeout, 1, 1e7)
         require(self.ema < 1, "ema", self.ema, "a decay below 1, such as 0.999")
-        for name in ("size", "crop"):
-            self._check_size(name)
+        if self.crop is not None:
+            check_size("crop", self.crop)
         require(
             len(self.scale) == 2 and 0.01 <= self.scale[0] <= self.scale[1] <= 100,
             "scale",
@@ -219,13 +217,6 @@ class TrainSettings:
         self.attack_settings()
         if self.mean is not None:
             require(len(self.mean) in (1, 3), "mean", self.mean, "one number, or one for each of red, green and blue")
-
-    def _check_size(self, name: str) -> None:
-        size = getattr(self, name)
-        if size is not None:
-            require(len(size) == 2, name, size, "(height, width)")
-            for side in size:
-                check_integer(name, side, 1)
 
     def _check_class_weights(self) -> None:
         weights = self.class_weights
@@ -304,6 +295,8 @@ class TrainSettings:
             value = getattr(self, name)
             if isinstance(value, Path):
                 value = str(value)
+            elif name in ("data", "val") and value is not None:
+                value = type(value).__name__
             elif isinstance(value, tuple):
                 value = list(value)
             elif isinstance(value, Mapping):

@@ -56,4 +56,3 @@ def check_attacks(model: Any, images: Tensor | None = None, labels: Tensor | Non
         assert model.training
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert all(parameter.grad is None for parameter in model.parameters())
-

@@ -79,17 +79,17 @@ class Tables:
         for name, value in report.user_properties:
             if name == "works":
                 test = report.nodeid.removeprefix(FOLDER).partition("[")[0]
-                self.tests.setdefault(Row(*value), test)
+                row = Row(*value)
+                self.tests[row] = min(test, self.tests.get(row, test))
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        write = session.config.getoption("--write-table", False)
-        if not (write or _is_whole(session.config)):
+        if not _is_whole(session.config):
             return
         page = PAGE.read_text(encoding="utf-8")
         wanted = filled(page, self.tests)
         if not self.all_passed:
             self.sentence = "docs/works.md is neither checked nor written: not every test of tests/ecosystem passed"
-        elif write:
+        elif session.config.getoption("--write-table", False):
             PAGE.write_text(re.sub(r"^Written with .*\n", versions(), wanted, flags=re.MULTILINE), encoding="utf-8")
             self.sentence = "docs/works.md is written"
         elif page != wanted:
@@ -112,9 +112,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "works(kind, name, how): a row of docs/works.md"
-    )
+    config.addinivalue_line("markers", "works(kind, name, how): a row of docs/works.md")
+    if config.getoption("--write-table", False) and not _is_whole(config):
+        raise pytest.UsageError("--write-table is given, wanted a run of the whole folder tests/ecosystem")
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Tables())
 
@@ -124,7 +124,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark in item.iter_markers("works"):
             row = Row(*mark.args, **mark.kwargs)
             if row.kind not in KINDS or "|" in row.name + row.how:
-                raise pytest.UsageError(
-                    f"{item.nodeid}: works has {tuple(row)}, wanted a kind of {KINDS} and no |"
-                )
+                raise pytest.UsageError(f"{item.nodeid}: works has {tuple(row)}, wanted a kind of {KINDS} and no |")
             item.user_properties.append(("works", tuple(row)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from ecosystem.common import check_attacks, settled
 
 segmentation = pytest.importorskip("torchvision.models.segmentation")

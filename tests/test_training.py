@@ -112,7 +112,7 @@ def test_validation_takes_the_images_that_an_evaluation_takes(
     taken: list[str] = []
 
     def watched(self: Reader, index: int) -> Any:
-        taken.append(self.pairs[index][0].name)
+        taken.append(self._source.name(index))
         return right(self, index)
 
     right = Reader.__call__
@@ -374,9 +374,9 @@ def test_a_label_out_of_range_is_named_before_any_work(tmp_path: Path) -> None:
     [
         ([[0, 1], [1, 60000]], r"labels/1\.png has the label 60000, wanted class indices below 1000"),
         ([[0, 1], [1, 65535]], r"labels/1\.png has the label 65535, wanted class indices below 1000"),
-        ([[0, 255], [255]], r"labels: the labels are 0 and 255 alone, and 255 counts as void: a single class"),
-        ([[3], [3]], r"labels: the labels are 3 alone: a single class"),
-        ([[255], [255]], r"labels has no pixel with a label other than ignore_index 255"),
+        ([[0, 255], [255]], r"data: the labels are 0 and 255 alone, and 255 counts as void: a single class"),
+        ([[3], [3]], r"data: the labels are 3 alone: a single class"),
+        ([[255], [255]], r"data has no pixel with a label other than ignore_index 255"),
     ],
 )
 def test_labels_that_give_no_number_of_classes(tmp_path: Path, maps: list[list[int]], words: str) -> None:

@@ -98,7 +98,12 @@ def labels_of(value: Any, palette: Palette | None = None) -> Tensor:
 
 def resized(image: Tensor, labels: Tensor, size: tuple[int, int], labels_too: bool = True) -> tuple[Tensor, Tensor]:
     """Both at (height, width): images with antialiased bilinear interpolation, labels with nearest neighbour."""
-    image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    if image.dtype == torch.uint8 and len(image) == 3:
+        # Pillow rounds alike on every CPU, which torch does not.
+        picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+        image = torch.from_numpy(np.array(picture.resize(size[::-1], Image.Resampling.BILINEAR))).permute(2, 0, 1)
+    else:
+        image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
     if labels_too:  # Float64 holds every value of a label map.
         labels = F.interpolate(labels[None, None].double(), size, mode="nearest-exact")[0, 0].long()
     return image, labels

@@ -287,13 +287,13 @@ class Items(Source):
         item = self._data[index]
         if isinstance(item, Mapping):
             found = [next((item[key] for key in keys if _is_map(item.get(key))), None) for keys in _KEYS]
-            held = f"with {', '.join(f'{key}: {type(value).__name__}' for key, value in item.items())}"
+            held = f" with {', '.join(f'{key}: {type(value).__name__}' for key, value in item.items())}"
         else:
             found = [*item[:2]] if isinstance(item, (tuple, list)) else []
-            held = f"of {', '.join(type(part).__name__ for part in item)}" if found else ""
+            held = f" of {', '.join(type(part).__name__ for part in item)}" if found else ""
         if len(found) < 2 or not all(map(_is_map, found)):
             raise TypeError(
-                f"data[{index}] is a {type(item).__name__} {held}, wanted an image and its labels, each a PIL image, a "
+                f"data[{index}] is a {type(item).__name__}{held}, wanted an image and its labels, each a PIL image, a "
                 "tensor or an array: first in a tuple, or in a dict under 'image' and 'label'"
             )
         return found[0], found[1]

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
-from eroseg_ext import evaluate, train
+from eroseg_ext import attack, evaluate, train
 from eroseg_ext.data.palettes import Palette
 from eroseg_ext.data.sources import Items, Reading
 
@@ -182,3 +182,27 @@ def test_training_on_a_data_set(tmp_path: Path) -> None:
     wide = [(torch.cat([x, x[:1]]), y) for x, y in zip(PIXELS, LABELS, strict=True)]
     with pytest.raises(ValueError, match=r"data\[\d\] has 4 channels, wanted 3"):
         train("tiny", data=wide, out=tmp_path / "c", **settings)
+
+
+def test_predictions_are_brought_to_the_labels_own_size(pixelwise: nn.Module) -> None:
+    """As transformers and mmsegmentation evaluate: of images at another size than their label maps."""
+    big = LABELS.repeat_interleave(2, 1).repeat_interleave(3, 2)
+    data = [*zip(PIXELS, big, strict=True)]
+    settings: dict[str, Any] = {"steps": 2, "attacks": ["pgd"], "sanity": 2, "eps": 8 / 255}
+    with pytest.raises(ValueError, match=r"label map of data\[0\] is 48x24 pixels but its image data\[0\] is 16x12"):
+        evaluate(pixelwise, data, **settings)
+    found = evaluate(pixelwise, data, own_label_size=True, **settings)
+    device = next(pixelwise.buffers()).device
+    images, labels = (PIXELS / 255).to(device), big.to(device)
+    logits = nn.functional.interpolate(pixelwise(images), (24, 48), mode="bilinear").cpu()
+    valid = big != VOID
+    accuracy = 100 * float((logits.argmax(1) == big)[valid].double().mean())
+    assert found.clean.aacc == pytest.approx(accuracy)
+    assert found.rows[0].scores.aacc < found.clean.aacc
+    assert all("could not be checked" not in check.verdict for check in found.sanity)
+    resized = evaluate(pixelwise, data, own_label_size=True, size=(6, 10), **settings)
+    assert resized.clean.aacc != found.clean.aacc
+    adversarial = attack(pixelwise, images, labels, own_label_size=True, steps=2)
+    assert adversarial.shape == PIXELS.shape
+    with pytest.raises(ValueError, match=r"labels has shape \[3, 24, 48\], wanted \[3, 12, 16\]"):
+        attack(pixelwise, images, labels)

@@ -77,7 +77,9 @@ class Engine:
         self.ops = backend.select(images.device, config.backend, gradients.reference_option(config))
         self.model = unwrapped(self.model)
         self.steps = config.steps if config.eps > 0 and images.numel() > 0 else 0
-        logits, size = Logits.under(self.model, config, dtype=images.dtype), (images.shape[-2], images.shape[-1])
+        logits = Logits.under(self.model, config, dtype=images.dtype)
+        sized = images if self.labels is None else self.labels
+        size = sized.shape[-2], sized.shape[-1]
         # Not a method: graphs keep it beyond this call, whose tensors they must not keep.
         self._forward = lambda pixels: logits(pixels, size)
         self._eager = Pass(self._forward)

@@ -30,7 +30,8 @@ def check(images: Tensor, labels: Tensor | None, mask: Tensor | None, config: At
         raise ValueError(f"graph is True and images is on {images.device}, wanted images on a CUDA device")
     batch, channels, height, width = images.shape
     if labels is not None:
-        _check_map("labels", labels, images, [batch, height, width])
+        size = (height, width) if not config.own_label_size else getattr(labels, "shape", ())[-2:]
+        _check_map("labels", labels, images, [batch, *size])
         if labels.dtype not in LABEL_DTYPES:
             raise TypeError(f"labels is {labels.dtype}, wanted class indices as int64, int32 or uint8")
     elif config.targeted:

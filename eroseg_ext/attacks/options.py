@@ -39,6 +39,7 @@ class Options(TypedDict, total=False):
     output_key: int | str | None
     logits: Function[[Any], Tensor] | None
     align_corners: bool
+    own_label_size: bool
     backend: str
     model_mode: str
     progress: bool

@@ -6,6 +6,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -258,12 +259,12 @@ class _Evaluator:
             image = low + (high - low) * (image / 255)
         return image, self._to_class(values, self._data.where(index)[1])
 
-    def _answer(self, pixels: Tensor, number: int) -> Tensor:
-        """The model's logits of images of one size, of which ``number`` is the first."""
+    def _answer(self, pixels: Tensor, number: int, labels: Tensor) -> Tensor:
+        """The model's logits, at the labels' size, of images of one size, of which ``number`` is the first."""
         height, width = pixels.shape[-2:]
         try:
             with torch.no_grad():
-                return self._logits(pixels, (height, width))
+                return self._logits(pixels, (labels.shape[-2], labels.shape[-1]))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AssertionError) as error:
@@ -274,7 +275,7 @@ class _Evaluator:
 
     def _count(self, pixels: Tensor, labels: Tensor, numbers: list[int]) -> list[Tensor]:
         """Counts ``[C, 3]`` of each image, on the device."""
-        logits = self._answer(pixels, numbers[0])
+        logits = self._answer(pixels, numbers[0], labels)
         broken = ~logits.isfinite().flatten(1).all(1)
         if broken.any():
             name = self._data.name(numbers[int(broken.int().argmax())])
@@ -302,8 +303,10 @@ class _Evaluator:
         }
         if isinstance(model, nn.Module):
             about["weights"] = digest_of_weights(model)
-        image = self._load(first)[0].to(self._device)
-        logits = projected_logits(lambda pixels: self._answer(pixels, first), image, config.clip, config.seed)
+        image, labels = self._load(first)
+        image = image.to(self._device)
+        answer = partial(self._answer, number=first, labels=labels)
+        logits = projected_logits(answer, image, labels.numel(), config.clip, config.seed)
         return fingerprint(about, logits, self._cache)
 
     def _sanity(self) -> list[sanity.Check]:
@@ -314,7 +317,7 @@ class _Evaluator:
         key = self._key({"sanity": list(config.budgets)}, numbers)
         if key not in self._cache:
             loaded = [self._load(number) for number in numbers]
-            loaded = [pair for pair in loaded if pair[0].shape == loaded[0][0].shape]
+            loaded = [pair for pair in loaded if _shapes(pair) == _shapes(loaded[0])]
             images, labels = (torch.stack(part).to(self._device) for part in zip(*loaded, strict=True))
             shared = {name: getattr(config, name) for name in OF_THE_DATA_AND_MODEL}
             torch.manual_seed(config.seed)
@@ -325,7 +328,11 @@ class _Evaluator:
 
 def _same_size_runs(images: list[tuple[Tensor, Tensor]]) -> list[list[int]]:
     """Numbers of consecutive images of one size: what can be a batch."""
-    return [list(run) for _, run in groupby(range(len(images)), key=lambda i: images[i][0].shape)]
+    return [list(run) for _, run in groupby(range(len(images)), key=lambda i: _shapes(images[i]))]
+
+
+def _shapes(pair: tuple[Tensor, Tensor]) -> list[torch.Size]:
+    return [part.shape for part in pair]
 
 
 def _sparse(counts: Counts) -> list[list[int]]:

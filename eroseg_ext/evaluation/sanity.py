@@ -208,7 +208,7 @@ class _Checker:
         return False, f"{words}: the gradient is no better than chance"
 
     def _predict(self, images: Tensor) -> Tensor:
-        return self._logits(images, (images.shape[-2], images.shape[-1])).float()
+        return self._logits(images, (self._labels.shape[-2], self._labels.shape[-1])).float()
 
     def _accuracy(self, images: Tensor) -> float:
         with torch.no_grad():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from eroseg_ext.attacks.apgd import NOT_OF_APGD, checked
 from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.attacks.settings import AttackSettings
-from eroseg_ext.data.sources import Reading
+from eroseg_ext.data.sources import Reading, SegmentationData, Source
 from eroseg_ext.evaluation.metrics import MIOU_CLASSES
 from eroseg_ext.models.adapter import SETTINGS as OF_THE_MODEL
 from eroseg_ext.utils.validate import check_choice, check_integer, check_number, require
@@ -21,7 +23,7 @@ from eroseg_ext.utils.validate import check_choice, check_integer, check_number,
 DEFAULT_ATTACKS = ("eroseg", "js:shrinking", "cospgd")
 """Of all methods and radii the three whose worst case was lowest on three trained networks, see ``bench/NOTES.md``."""
 CLEAN = "clean"
-OF_THE_DATA_AND_MODEL = ("norm", "ignore_index", "clip", "backend", *OF_THE_MODEL)
+OF_THE_DATA_AND_MODEL = ("norm", "ignore_index", "clip", "own_label_size", "backend", *OF_THE_MODEL)
 """Settings that all rows and the sanity checks share."""
 OF_THE_LABELS = ("dataset", "reduce_zero_label", "palette")
 """Settings that say, beside ``ignore_index``, which class a label map's value is."""
@@ -69,6 +71,9 @@ class EvaluationSettings(Reading):
     """instead of ``output_key``: a callable from the model's output to the logits"""
     align_corners: bool = False
     """of the bilinear upsampling of logits that are smaller than the labels"""
+    own_label_size: bool = False
+    """labels keep their own size where images are resized, by ``size`` or by the data set itself, and the prediction is
+    interpolated to it, as transformers and mmsegmentation evaluate"""
     backend: str = "auto"
     """of the attacks: ``fused``, ``reference`` or ``auto``"""
     miou_classes: str = "labelled"
@@ -116,6 +121,12 @@ class EvaluationSettings(Reading):
                 require(
                     passes <= 10**6, "steps x restarts", passes, "at most 1000000, as numbers of each step are kept"
                 )
+
+    def source(self, data: str | Path | SegmentationData | Source, split: str) -> Source:
+        """The data as they are read."""
+        found = copy(super().source(data, split))
+        found.own_label_size = self.own_label_size
+        return found
 
     @property
     def budgets(self) -> tuple[float, ...]:

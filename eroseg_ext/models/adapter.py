@@ -192,7 +192,7 @@ class Logits:
         else:
             with torch.autocast(images.device.type, self._autocast):
                 output = self._model(images)
-        logits = self._read(output, images.shape[0], size)
+        logits = self._read(output, images.shape, size)
         if logits.requires_grad and not self._warned:
             self._warned = True
             if depends_on_parameters(logits):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,8 +38,9 @@ class Reader:
         self._align_corners = align_corners
         self._seen: tuple[object, ...] | None = None
 
-    def __call__(self, output: Any, batch: int, size: tuple[int, int]) -> Tensor:
-        """The logits of ``batch`` images at ``size``, differentiable; TypeError or ValueError if they are none."""
+    def __call__(self, output: Any, images: Sequence[int], size: tuple[int, int]) -> Tensor:
+        """Logits at ``size``, differentiable, of images of the shape ``images``; TypeError or ValueError if none."""
+        batch = images[0]
         if self._logits is not None:
             found = self._logits(output)
             if not isinstance(found, Tensor):
@@ -52,11 +53,11 @@ class Reader:
             raise TypeError(f"the model's logits are {found.dtype}, wanted float32, float16, bfloat16 or float64")
         if found.dtype == torch.float64:
             found = found.float()
-        shape = found.shape, size
+        shape = found.shape, images, size
         if shape != self._seen:
             if self._output != "logits" and self._seen is None:
                 _check_probabilities(found, self._output)
-            _check_size(found, size)
+            _check_size(found, (images[-2], images[-1]))
             self._seen = shape
         # Before the upsampling: the result is that of the model without its last layer, to rounding.
         found = _converted(found, self._output)

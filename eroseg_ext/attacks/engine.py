@@ -128,7 +128,7 @@ class Engine:
 
     def evaluate(self, part: Part, images: Tensor, restart: int, step: int, active: Tensor | None = None) -> Evaluated:
         """One forward and backward pass over a part's images, recorded; of those that are not ``active``, as zeros."""
-        logits = part.passes.logits(shown(images, part.clean, self.images.dtype))
+        logits = part.passes.logits(shown(images, part.clean, self.images.dtype, self.config))
         if not self._logits_checked:
             inputs.check_first_logits(logits, self._largest_label, self.config)
             self._logits_checked = True
@@ -205,7 +205,7 @@ class Engine:
     def _judge(self, best: BestIterates, restart: int, rows: slice, images: Tensor) -> None:
         """Counts the correct pixels of final images and keeps the best; all gradient ops count, so ask the plainest."""
         with torch.no_grad():
-            logits = self._forward(shown(images, self.clean[rows], self.images.dtype))
+            logits = self._forward(shown(images, self.clean[rows], self.images.dtype, self.config))
             _, stats = self.ops.pixel_grad(
                 logits, self._labels[rows], "pgd", ignore_index=self._ignore_index, out=self._buffer.like(logits)
             )

@@ -43,6 +43,8 @@ def check(images: Tensor, labels: Tensor | None, mask: Tensor | None, config: At
     if config.mean is not None and len(config.mean) not in (1, channels):
         raise ValueError(f"mean has {len(config.mean)} numbers, wanted {channels}, one per channel of images")
     _check_range(images, config.clip)
+    if config.quantize:
+        check_8_bits("images", images, config.clip)
     _check_lengths(images, config)
     _warn_of_spacing(images, config)
 
@@ -71,6 +73,18 @@ def _check_range(images: Tensor, clip: tuple[float, float]) -> None:
         warn(
             f"images has values from {low:.6g} to {high:.6g}, a 255th of the range of clip={tuple(clip)} at most: are "
             "images in the units of clip, which eps is in too?"
+        )
+
+
+def check_8_bits(name: str, images: Tensor, clip: tuple[float, float]) -> None:
+    """Raises ValueError or TypeError unless images are float32 or float64 and 255ths of the range of ``clip``."""
+    if images.dtype in HALVES:
+        raise TypeError(f"{name} is {images.dtype}, wanted float32 since quantize is True")
+    levels = (images.detach() - clip[0]) * (255 / (clip[1] - clip[0]))
+    if bool(((levels - levels.round()).abs() > 1e-3).any()):
+        raise ValueError(
+            f"{name} has values between the 255ths of the range of clip={tuple(clip)}, wanted 8-bit images: round them "
+            "to 255ths first"
         )
 
 

@@ -32,6 +32,7 @@ class Options(TypedDict, total=False):
     random_start: bool
     restarts: int
     clip: tuple[float, float]
+    quantize: bool
     mean: Sequence[float] | None
     std: Sequence[float] | None
     autocast: torch.dtype | None

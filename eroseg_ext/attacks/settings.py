@@ -74,6 +74,8 @@ class AttackSettings:
         early_stop: an image with no correct pixel left (all, if targeted) takes no further step; on the CPU it leaves
             the batch.
         clip: range of pixel values.
+        quantize: return 8-bit images, 255ths of the range of ``clip``, rounded towards the clean ones, which must be of
+            that kind and float32; what the model is shown and what is counted is so too.
         mean: with std: the model is given (image - mean) / std, per channel; eps and clip stay in pixel values.
         std: with mean.
         autocast: run the model under torch.autocast with this dtype (float16 or bfloat16).
@@ -124,6 +126,7 @@ class AttackSettings:
     keep: str = "last"
     early_stop: bool = False
     clip: tuple[float, float] = (0.0, 1.0)
+    quantize: bool = False
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     autocast: torch.dtype | None = None
@@ -168,7 +171,16 @@ class AttackSettings:
         check_choice("threshold", self.threshold, ("lagged", "exact"))
         check_choice("schedule", self.schedule, ("movement", "geometric", "linear"))
         check_choice("variant", self.variant, ("softmax", "sigmoid"))
-        for name in ("targeted", "random_start", "early_stop", "graph", "progress", "align_corners", "own_label_size"):
+        for name in (
+            "targeted",
+            "random_start",
+            "early_stop",
+            "graph",
+            "progress",
+            "align_corners",
+            "own_label_size",
+            "quantize",
+        ):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         require(not (self.graph and self.own_label_size), "own_label_size", True, "False beside graph")
         check_number("eps", self.eps, 0, math.inf)
@@ -191,6 +203,9 @@ class AttackSettings:
         if self.norm == "linf":
             for name, value in (("eps", self.eps), ("step_size", self.step_size)):
                 check_below_range(name, value, self.range, f"the range of clip={tuple(self.clip)}")
+            wanted = f"0, or at least a 255th of the range of clip={tuple(self.clip)}, since quantize is True"
+            large = not self.quantize or self.eps == 0 or self.eps >= 0.999 * self.range / 255
+            require(large, "eps", self.eps, wanted)
         if self.rho_range is not None:
             check_pair("rho_range", self.rho_range)
             require(all(0 < rho <= 1 for rho in self.rho_range), "rho_range", self.rho_range, "two fractions in (0, 1]")

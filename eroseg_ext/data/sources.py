@@ -66,6 +66,10 @@ class Source:
         """What results call an image."""
         raise NotImplementedError
 
+    def stem(self, index: int) -> str | int:
+        """What files made of an image are called: the name of its file, or its number."""
+        return index
+
     def where(self, index: int) -> tuple[str, str]:
         """What messages call an image and its label map."""
         raise NotImplementedError
@@ -179,6 +183,9 @@ class SegmentationFolder(Source):
 
     def name(self, index: int) -> str:
         return self.images[index].name
+
+    def stem(self, index: int) -> str:
+        return self.images[index].stem
 
     def where(self, index: int) -> tuple[str, str]:
         return str(self.images[index]), str(self.labels[index])

@@ -21,6 +21,7 @@ from eroseg_ext.data.palettes import VOID
 from eroseg_ext.data.reading import evenly_spaced, one_class
 from eroseg_ext.data.sources import SegmentationData, Source
 from eroseg_ext.evaluation import sanity
+from eroseg_ext.evaluation.adversarial import SavedImages
 from eroseg_ext.evaluation.fingerprint import digest_of_weights, fingerprint, projected_logits
 from eroseg_ext.evaluation.metrics import Counts, counts_of, scores, worst_case
 from eroseg_ext.evaluation.result import AttackRow, Evaluation
@@ -84,6 +85,10 @@ def evaluate(
     """
     config = EvaluationSettings(**settings)
     source = config.source(data, "val")
+    saved = None if config.adversarial is None else SavedImages(Path(config.adversarial))
+    if saved is not None:
+        rows = {f"saved {saved.method}": {"method": saved.method}}
+        config = replace(config, attacks=rows, eps=saved.eps, norm=saved.norm, sanity=0)
     if len(source) == 0:
         raise ValueError("data has no image, wanted at least one")
     folder = None if out is None else Path(out)
@@ -94,7 +99,7 @@ def evaluate(
     path = None if folder is None else folder / "results.jsonl"
     alone = nullcontext() if folder is None else locked(folder)
     with alone, ResultCache(path) as cache, frozen(unwrapped(model), "eval"), torch.random.fork_rng():
-        result = _Evaluator(config, unwrapped(model), source, cache).run()
+        result = _Evaluator(config, unwrapped(model), source, cache, saved).run()
         if folder is not None:
             write_json(folder / "evaluation.json", result.as_json())
     return result
@@ -103,7 +108,10 @@ def evaluate(
 class _Evaluator:
     """One call of :func:`evaluate`."""
 
-    def __init__(self, given: EvaluationSettings, model: Model, data: Source, cache: ResultCache) -> None:
+    def __init__(
+        self, given: EvaluationSettings, model: Model, data: Source, cache: ResultCache, saved: SavedImages | None
+    ) -> None:
+        self._saved = saved
         self._given = given
         self._to_class = data.to_class or given.class_map()
         # From here on void is one label, whatever the data have for it.
@@ -210,7 +218,10 @@ class _Evaluator:
         # With every default as it is now: another version may have others.
         resolved = {} if attack is None else {**vars(attack[0]), "radii": attack[1]}
         about = {"attack": {key: plain(value) for key, value in resolved.items()}}
-        keys = [self._key(about, [index]) for index in batch]
+        if attack is not None and self._saved is not None:
+            keys = [self._key({"saved": self._saved.digest(self._data.stem(index))}, [index]) for index in batch]
+        else:
+            keys = [self._key(about, [index]) for index in batch]
         if not all(key in self._cache for key in keys):
             start = time.perf_counter()
             # For models that draw random numbers: this batch gets the same ones, whatever was computed before it.
@@ -221,7 +232,10 @@ class _Evaluator:
             for part in _same_size_runs(images):
                 pixels = torch.stack([images[i][0] for i in part]).to(self._device)
                 labels = torch.stack([images[i][1] for i in part]).to(self._device)
-                if attack is not None:
+                if attack is not None and self._saved is not None:
+                    read = [self._saved.image(self._data.stem(batch[i]), images[i][0], config.clip) for i in part]
+                    pixels = torch.stack(read).to(self._device)
+                elif attack is not None:
                     numbers, (settings, radii) = [batch[i] for i in part], attack
                     loop = apgd.Loop(
                         settings, self._model, pixels, labels, indices=numbers, seed=config.seed, radii=radii

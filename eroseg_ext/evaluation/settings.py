@@ -53,6 +53,9 @@ class EvaluationSettings(Reading):
     """of the random starts; an image's noise depends on the seed, the image's number and the restart alone"""
     batch_size: int = 8
     """images attacked at once; those of one batch that differ in size are attacked one after the other"""
+    adversarial: Path | None = None
+    """folder of :func:`eroseg_ext.save_adversarial` or ``eroseg attack``, whose images are evaluated instead of
+    attacking: ``attacks``, ``eps``, ``norm`` and ``sanity`` are then not used"""
     images: int | None = None
     """evaluate on so many evenly spaced images; default: all"""
     clip: tuple[float, float] = (0.0, 1.0)

@@ -52,6 +52,14 @@ def test_a_label_out_of_range_names_the_file(dataset: str, wrong: int) -> None:
         to_class(torch.tensor([[1, 1, 1], [1, 1, wrong]]), HERE)
 
 
+def test_reduced_zero_label() -> None:
+    to_class = class_map("folder", 3, ignore_index=255, reduce_zero_label=True)
+    assert to_class(torch.tensor([[0, 1, 3, 255, -1]]), HERE).tolist() == [[VOID, 0, 2, VOID, VOID]]
+    with pytest.raises(ValueError, match=r"has the label 4 .*, wanted classes 1 to 3, or 0, 255 for void"):
+        to_class(torch.tensor([[4]]), HERE)
+    assert datasets.count_classes({"a": {0: 3, 1: 1, 150: 2}}, {}, class_map("folder", reduce_zero_label=True)) == 150
+
+
 def test_number_of_classes() -> None:
     assert [class_map(name, None, 255).classes for name in ("voc", "cityscapes", "ade20k", "camvid")] == [
         21,

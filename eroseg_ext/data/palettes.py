@@ -32,7 +32,9 @@ VOC = (
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 
-_COLOUR = re.compile(r"(?<!\d)(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})(?!\d)")
+_TRIPLE = r"(?<!\d)(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})(?!\d)"
+_COLOUR = (rf"^\s*{_TRIPLE}", rf"{_TRIPLE}\s*$", _TRIPLE)
+"""First and last in a line before anywhere in it: a name may end or begin with a number."""
 _VOID = re.compile("void|ignore|unlabel", re.IGNORECASE)
 
 
@@ -66,8 +68,8 @@ class Palette:
         classes: dict[int, int] = {}
         count = 0
         for line in Path(given).read_text(encoding="utf-8-sig").splitlines():
-            found = None if line.lstrip().startswith("#") else _COLOUR.search(line)
-            if found is None:
+            found = next(filter(None, (re.search(pattern, line) for pattern in _COLOUR)), None)
+            if found is None or line.lstrip().startswith("#"):
                 continue
             red, green, blue = map(int, found.groups())
             colour = red << 16 | green << 8 | blue

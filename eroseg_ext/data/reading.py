@@ -130,7 +130,7 @@ def _tensor(value: Any, wanted: str) -> Tensor:
         return value.detach().as_subclass(Tensor)
     if not isinstance(value, np.ndarray):
         raise ValueError(f"it is a {type(value).__name__}, wanted a PIL image, or a tensor or array, {wanted}")
-    return torch.from_numpy(np.ascontiguousarray(value))
+    return torch.from_numpy(np.require(value, requirements=("C", "W")))
 
 
 def _channels_first(pixels: Tensor) -> Tensor:

@@ -259,7 +259,7 @@ def test_whatever_a_decoder_raises_names_the_file(
 def test_an_image_too_large_for_pillow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair(tmp_path, "a.png", "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"images/a\.png cannot be read as an image: Image size \(768 pixels\)"):
+    with pytest.raises(ValueError, match=r"/a\.png cannot be read as .*: Image size \(768 pixels\)"):
         SegmentationFolder(tmp_path, (8, 8))[0]
 
 

@@ -10,11 +10,11 @@ import torch
 from folders import write_blank, write_labels
 from PIL import Image
 
-from eroseg_ext.data import datasets
 from eroseg_ext.data.datasets import class_map
 from eroseg_ext.data.layouts import find
 from eroseg_ext.data.palettes import VOID
 from eroseg_ext.data.sources import NamedDataset, SegmentationFolder
+from eroseg_ext.training import labels
 
 HERE = "label.png"
 
@@ -57,7 +57,7 @@ def test_reduced_zero_label() -> None:
     assert to_class(torch.tensor([[0, 1, 3, 255, -1]]), HERE).tolist() == [[VOID, 0, 2, VOID, VOID]]
     with pytest.raises(ValueError, match=r"has the label 4 .*, wanted classes 1 to 3, or 0, 255 for void"):
         to_class(torch.tensor([[4]]), HERE)
-    assert datasets.count_classes({"a": {0: 3, 1: 1, 150: 2}}, {}, class_map("folder", reduce_zero_label=True)) == 150
+    assert labels.count_classes({"a": {0: 3, 1: 1, 150: 2}}, {}, class_map("folder", reduce_zero_label=True)) == 150
 
 
 def test_number_of_classes() -> None:
@@ -140,9 +140,9 @@ def test_counting_classes_and_median_frequency(tmp_path: Path) -> None:
         Image.fromarray(np.array([row] * 6, np.uint8).repeat(2, 1)).save(tmp_path / "labels" / f"{number}.png")
     counts = SegmentationFolder(tmp_path).label_counts(range(2))
     assert counts[str(tmp_path / "labels" / "1.png")] == {0: 24, 9: 24}
-    assert datasets.count_classes(counts, {}, class_map("folder", None, 9)) == 4
+    assert labels.count_classes(counts, {}, class_map("folder", None, 9)) == 4
     # Class 0: 60 of 72 valid pixels, class 3: 12 of the 48 of its image.
-    weights = datasets.median_frequency_weights(counts, class_map("folder", 4, 9))
+    weights = labels.median_frequency_weights(counts, class_map("folder", 4, 9))
     median = (60 / 72 + 12 / 48) / 2
     assert weights.tolist() == pytest.approx([median / (60 / 72), 1, 1, median / (12 / 48)])
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomS
 
 from eroseg_ext import attack, evaluate, train
 from eroseg_ext.data.palettes import Palette
-from eroseg_ext.data.sources import Items, Reading
+from eroseg_ext.data.sources import Reading, Source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,7 +56,7 @@ FORMS: dict[str, Form] = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_items_of_every_form(form: str) -> None:
-    data = Items([FORMS[form](*pair) for pair in zip(PIXELS, LABELS, strict=True)])
+    data = Source([FORMS[form](*pair) for pair in zip(PIXELS, LABELS, strict=True)])
     for index in range(3):
         image, labels = data.read(index)
         wanted = PIXELS[index] if image.dtype == torch.uint8 else PIXELS[index] / 255
@@ -66,7 +66,7 @@ def test_items_of_every_form(form: str) -> None:
 
 def test_masks_of_bool() -> None:
     for mask in (LABELS[0] > 1, (LABELS[0] > 1).numpy(), Image.fromarray((LABELS[0] > 1).numpy())):
-        assert torch.equal(Items([(PIXELS[0], mask)]).read(0)[1], (LABELS[0] > 1).long())
+        assert torch.equal(Source([(PIXELS[0], mask)]).read(0)[1], (LABELS[0] > 1).long())
 
 
 class Shuffled(Dataset[Any]):
@@ -101,9 +101,18 @@ def test_every_kind_of_data_set_gives_the_same_scores(pixelwise: nn.Module, data
 
 
 def test_of_a_loader_the_samplers_images_are_read() -> None:
-    data = Items(DataLoader(Shuffled(), sampler=SubsetRandomSampler([2, 1])))
+    data = Source(DataLoader(Shuffled(), sampler=SubsetRandomSampler([2, 1])))
     assert len(data) == 2
     assert torch.equal(data.read(0)[0], PIXELS[1])
+
+
+def test_pairs_of_files(tmp_path: Path) -> None:
+    picture(PIXELS[0]).save(tmp_path / "x.png")
+    grey(LABELS[0]).save(tmp_path / "y.png")
+    data = Source([(tmp_path / "x.png", tmp_path / "y.png")])
+    assert data.name(0) == "x.png"
+    assert torch.equal(data.read(0)[0], PIXELS[0])
+    assert torch.equal(data.read(0)[1], LABELS[0])
 
 
 class Stream(IterableDataset[Any]):
@@ -159,7 +168,7 @@ def test_colours_of_items() -> None:
     for held in (coloured, coloured.permute(2, 0, 1), coloured.numpy(), Image.fromarray(coloured.numpy())):
         assert torch.equal(reading.source([(PIXELS[0], held)], "val").read(0)[1], wanted)
     with pytest.raises(ValueError, match=r"it has 3 colours, which must be turned into class indices: palette says"):
-        Items([(PIXELS[0], coloured)]).read(0)
+        Source([(PIXELS[0], coloured)]).read(0)
     assert len(Palette.of("camvid")) == 11
 
 

@@ -32,13 +32,12 @@ def named(name: object, what: str) -> Iterator[None]:
         raise ValueError(f"{name} cannot be read as {what}: {str(error) or type(error).__name__}") from error
 
 
-def opened(path: Path, what: str) -> Image.Image:
-    """A file, decoded; the first of several frames. ValueError names it if it cannot be read as ``what``."""
-    with named(path, what):
-        if not path.is_file():
-            raise ValueError("it is no regular file")
-        with Image.open(path) as image:
-            image.load()
+def opened(path: Path) -> Image.Image:
+    """A file, decoded; the first of several frames."""
+    if not path.is_file():
+        raise ValueError("it is no regular file")
+    with Image.open(path) as image:
+        image.load()
     return image
 
 
@@ -50,9 +49,10 @@ def image_of(value: Any, size: torch.Size | None = None) -> Tensor:
     as it is stored has the label map's size, it is taken as that.
 
     Args:
-        value: a PIL image; a tensor or array [K, H, W], [H, W, K] or [H, W].
+        value: a file's path; a PIL image; a tensor or array [K, H, W], [H, W, K] or [H, W].
         size: [H, W] of the label map.
     """
+    value = opened(value) if isinstance(value, Path) else value
     if isinstance(value, Image.Image):
         shown = _shown(value)
         stored_fits = shown.size != value.size and size is not None and value.size == (size[1], size[0])
@@ -74,9 +74,11 @@ def labels_of(value: Any, palette: Palette | None = None) -> Tensor:
     that holds nothing but grey, the grey. With a ``palette``, the classes of the colours.
 
     Args:
-        value: a PIL image; a tensor or array [H, W], with or without a side of 1, or [H, W, 3] or [3, H, W] of colours.
+        value: a file's path; a PIL image; a tensor or array [H, W], with or without a side of 1, or of colours
+            [H, W, 3] or [3, H, W].
         palette: the colours of the classes.
     """
+    value = opened(value) if isinstance(value, Path) else value
     if isinstance(value, Image.Image):
         stored = torch.from_numpy(_stored(value, palette))
         planes = stored.permute(2, 0, 1) if stored.dim() == 3 else stored[None]

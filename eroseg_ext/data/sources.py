@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from eroseg_ext.data import layouts
 from eroseg_ext.data.datasets import CITYSCAPES, DATASETS, FOLDER, ClassMap, class_map, listed
 from eroseg_ext.data.palettes import Palette
-from eroseg_ext.data.reading import evenly_spaced, image_of, labels_of, named, opened, resized
+from eroseg_ext.data.reading import evenly_spaced, image_of, labels_of, named, resized
 from eroseg_ext.utils.validate import check_choice, check_integer, check_size, require
 
 IMAGE_KEYS = ("image", "img", "images", "pixel_values")
@@ -43,44 +43,72 @@ class Source:
     """Images with label maps, one way to read them all.
 
     Args:
+        data: anything with ``len`` whose items are tuples that begin with image and labels, or dicts with one of
+            ``IMAGE_KEYS`` and one of ``LABEL_KEYS``; a list of pairs of paths; a DataLoader, whose data set is read one
+            by one; or arrays ``(images [N, K, H, W], labels [N, H, W])``.
         size: (height, width) that everything is resized to: images with antialiased bilinear interpolation, labels with
             nearest neighbour. None leaves every image at its own size.
-        palette: of label maps that hold colours.
+        palette: of label maps that hold colours: a name or a file, see :meth:`Palette.of`.
+        to_class: of the label maps' values, where the data themselves tell it.
+
+    Raises:
+        TypeError: data is nothing of that kind.
     """
 
-    to_class: ClassMap | None = None
-    """of the label maps' values, where the data themselves tell it"""
     own_label_size = False
     """label maps need not have their image's size, and keep their own"""
 
-    def __init__(self, size: tuple[int, int] | None, palette: Palette | None) -> None:
+    def __init__(
+        self,
+        data: Any,
+        size: tuple[int, int] | None = None,
+        palette: str | Path | None = None,
+        to_class: ClassMap | None = None,
+    ) -> None:
         if size is not None:
             check_size("size", size)
         self.size = size
-        self.palette = palette
+        self.palette = None if palette is None else Palette.of(palette)
+        self.to_class = to_class
+        if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+            with torch.random.fork_rng(devices=[]):  # a sampler that shuffles draws
+                data = Subset(data.dataset, sorted(data.sampler))
+        if isinstance(data, (tuple, list)) and len(data) == 2 and [getattr(x, "ndim", 0) for x in data] == [4, 3]:
+            data = list(zip(*data, strict=True))
+        kind = f"data is a {type(data).__name__}"
+        if isinstance(data, Mapping):
+            raise TypeError(f"{kind} with {', '.join(map(repr, data))}, wanted one split of it, such as data['train']")
+        if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+            raise TypeError(f"{kind}, wanted a folder, or a data set that has a len and that data[i] gives items of")
+        self._data = data
+        in_files = isinstance(data, list) and all(isinstance(x, tuple) and isinstance(x[0], Path) for x in data[:1])
+        self._paths: list[layouts.Pair] = data if in_files else []
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return len(self._data)
 
     def name(self, index: int) -> str:
         """What results call an image."""
-        raise NotImplementedError
+        return self._paths[index][0].name if self._paths else f"image {index}"
 
     def stem(self, index: int) -> str | int:
         """What files made of an image are called: the name of its file, or its number."""
-        return index
+        return self._paths[index][0].stem if self._paths else index
 
     def where(self, index: int) -> tuple[str, str]:
         """What messages call an image and its label map."""
-        raise NotImplementedError
+        if not self._paths:
+            return f"data[{index}]", f"the label map of data[{index}]"
+        image, label = self._paths[index]
+        return str(image), str(label)
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """An image, uint8 or float32 [K, H, W], and the values of its label map, int64 [H, W].
 
         Raises:
-            ValueError: one of them cannot be read as what it should be, or the sizes differ; names it.
+            ValueError, TypeError: one of them cannot be read as what it should be, or the sizes differ; names it.
         """
-        held, held_labels = self._item(index)
+        held, held_labels = self._held(index)
         image_name, label_name = self.where(index)
         with named(label_name, "a label map"):
             values = labels_of(held_labels, self.palette)
@@ -91,34 +119,48 @@ class Source:
             raise ValueError(f"{label_name} is {width}x{height} pixels but its image {image_name} is {w}x{h}")
         return (image, values) if self.size is None else resized(image, values, self.size, not self.own_label_size)
 
-    def digest(self, index: int) -> str:
-        """A hash of what is read."""
-        digest = hashlib.sha256()
-        for part in self.read(index):
-            digest.update(f"{part.dtype} {list(part.shape)}".encode())
-            digest.update(part.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
     def values(self, index: int) -> Tensor:
         """The values of a label map alone, at its own size."""
-        label = self._label(index)
         with named(self.where(index)[1], "a label map"):
-            return labels_of(label, self.palette)
+            return labels_of(self._held(index)[1], self.palette)
+
+    def digest(self, index: int) -> str:
+        """A hash of what is read; of files as they are, since decoding takes longer."""
+        digest = hashlib.sha256(f"{self.size} {self.own_label_size} {self.palette}".encode())
+        for path in self._paths[index] if self._paths else ():
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        for part in () if self._paths else self.read(index):
+            digest.update(f"{part.dtype} {list(part.shape)}".encode() + part.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def label_counts(self, indices: Iterable[int]) -> dict[str, dict[int, int]]:
         """Pixels of each value in these label maps, by what messages call them."""
-        return {self.where(index)[1]: self._counted(index) for index in indices}
+        with ThreadPoolExecutor() as pool:  # for files: whether a data set can be read by threads, it alone knows
+            return dict((pool.map if self._paths else map)(self._counted, indices))
 
-    def _counted(self, index: int) -> dict[int, int]:
+    def _counted(self, index: int) -> tuple[str, dict[int, int]]:
         values, counts = np.unique(self.values(index).numpy(), return_counts=True)
-        return dict(zip(values.tolist(), counts.tolist(), strict=True))
+        return self.where(index)[1], dict(zip(values.tolist(), counts.tolist(), strict=True))
 
-    def _item(self, index: int) -> tuple[Any, Any]:
+    def _held(self, index: int) -> tuple[Any, Any]:
         """What holds an image, and what holds its labels."""
-        raise NotImplementedError
+        item = self._data[index]
+        if isinstance(item, Mapping):
+            found = [next((item[key] for key in keys if _is_map(item.get(key))), None) for keys in _KEYS]
+            held = f" with {', '.join(f'{key}: {type(value).__name__}' for key, value in item.items())}"
+        else:
+            found = [*item[:2]] if isinstance(item, (tuple, list)) else []
+            held = f" of {', '.join(type(part).__name__ for part in item)}" if found else ""
+        if len(found) < 2 or not all(map(_is_map, found)):
+            raise TypeError(
+                f"data[{index}] is a {type(item).__name__}{held}, wanted an image and its labels, each a PIL image, a "
+                "tensor or an array: first in a tuple, or in a dict under 'image' and 'label'"
+            )
+        return found[0], found[1]
 
-    def _label(self, index: int) -> Any:
-        return self._item(index)[1]
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, (Image.Image, Path)) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim >= 2)
 
 
 class SegmentationFolder(Source):
@@ -134,13 +176,14 @@ class SegmentationFolder(Source):
         split: ``train``, ``val`` or another one, where the folder holds several.
         palette: for label maps that hold colours: ``camvid``, ``voc`` or a text file, see
             :meth:`eroseg_ext.data.palettes.Palette.of`. Labels are then classes, and -1 for void.
+        dataset: ``camvid``, ``voc``, ``cityscapes`` or ``ade20k``: labels are then classes, and -1 for void.
 
     Indexing gives ``(image, labels)``: float32 [3, H, W] in [0, 1] and int64 [H, W], decoded anew each time.
 
     Raises:
         FileNotFoundError: root, its images or a label map is missing.
         ValueError: size is not two positive numbers, or two images have one label map; on indexing, a file that cannot
-            be used.
+            be used, or a value that the data set's label maps do not have.
     """
 
     def __init__(
@@ -150,15 +193,16 @@ class SegmentationFolder(Source):
         *,
         split: str = "val",
         palette: str | Path | None = None,
+        dataset: str = FOLDER,
     ) -> None:
-        super().__init__(size, None if palette is None else Palette.of(palette))
+        check_choice("dataset", dataset, DATASETS)
         self.root = Path(root)
         pairs = layouts.find(self.root, split)
+        super().__init__(pairs, size, palette, None if dataset == FOLDER else class_map(dataset))
         self.images = [image for image, _ in pairs]
         self.labels = [label for _, label in pairs]
-
-    def __len__(self) -> int:
-        return len(self.images)
+        if dataset == "cityscapes":
+            self._refuse_train_ids()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return (self[index] for index in range(len(self)))
@@ -181,65 +225,6 @@ class SegmentationFolder(Source):
             raise ValueError(f"{self.root} holds images of {len(shapes)} sizes; a size to resize them to is needed")
         return torch.stack([image for image, _ in pairs]), torch.stack([labels for _, labels in pairs])
 
-    def name(self, index: int) -> str:
-        return self.images[index].name
-
-    def stem(self, index: int) -> str:
-        return self.images[index].stem
-
-    def where(self, index: int) -> tuple[str, str]:
-        return str(self.images[index]), str(self.labels[index])
-
-    def digest(self, index: int) -> str:
-        """Of the files as they are, since decoding takes longer."""
-        digest = hashlib.sha256(f"{self.size} {self.own_label_size} {self.palette}".encode())
-        for path in (self.images[index], self.labels[index]):
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        return digest.hexdigest()[:16]
-
-    def label_counts(self, indices: Iterable[int]) -> dict[str, dict[int, int]]:
-        indices = list(indices)
-        with ThreadPoolExecutor() as pool:
-            names = (self.where(index)[1] for index in indices)
-            return dict(zip(names, pool.map(self._counted, indices), strict=True))
-
-    def _item(self, index: int) -> tuple[Image.Image, Image.Image]:
-        return opened(self.images[index], "an image"), self._label(index)
-
-    def _label(self, index: int) -> Image.Image:
-        return opened(self.labels[index], "a label map")
-
-
-class NamedDataset(SegmentationFolder):
-    """A data set known by name, as :class:`SegmentationFolder` gives a folder, but with classes and VOID for labels.
-
-    Args:
-        dataset: ``camvid``, ``voc``, ``cityscapes`` or ``ade20k``.
-        root: the folder that the publisher's archive unpacks to, or one in another layout that
-            :class:`SegmentationFolder` reads.
-        split: as there.
-        size: as there.
-        palette: as there.
-
-    Raises:
-        ValueError, FileNotFoundError: as :class:`SegmentationFolder`; and on indexing, a value that the data set's
-            label maps do not have.
-    """
-
-    def __init__(
-        self,
-        dataset: str,
-        root: str | Path,
-        split: str = "val",
-        size: tuple[int, int] | None = None,
-        palette: str | Path | None = None,
-    ) -> None:
-        check_choice("dataset", dataset, DATASETS[1:])
-        super().__init__(root, size, split=split, palette=palette)
-        self.to_class = class_map(dataset)
-        if dataset == "cityscapes":
-            self._refuse_train_ids()
-
     def _refuse_train_ids(self) -> None:
         """Told by the files' names; or by values up to 18 alone, with 255, or of which most are void as label ids."""
         pixels: Counter[int] = Counter()
@@ -255,59 +240,14 @@ class NamedDataset(SegmentationFolder):
             )
 
 
-class Items(Source):
-    """The items of any data set: an image and its labels, as PIL images, arrays or tensors.
+class NamedDataset(SegmentationFolder):
+    """A :class:`SegmentationFolder` with classes and VOID for labels, of the data set that is named first."""
 
-    Args:
-        data: anything with ``len`` whose items are tuples that begin with image and labels, or dicts with one of
-            ``IMAGE_KEYS`` and one of ``LABEL_KEYS``; a DataLoader, whose data set is read one by one; or arrays
-            ``(images [N, K, H, W], labels [N, H, W])``.
-
-    Raises:
-        TypeError: data is nothing of that kind.
-    """
-
-    def __init__(self, data: Any, size: tuple[int, int] | None = None, palette: Palette | None = None) -> None:
-        super().__init__(size, palette)
-        if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
-            with torch.random.fork_rng(devices=[]):  # a sampler that shuffles draws
-                data = Subset(data.dataset, sorted(data.sampler))
-        if isinstance(data, (tuple, list)) and len(data) == 2 and [getattr(x, "ndim", 0) for x in data] == [4, 3]:
-            data = list(zip(*data, strict=True))
-        kind = f"data is a {type(data).__name__}"
-        if isinstance(data, Mapping):
-            raise TypeError(f"{kind} with {', '.join(map(repr, data))}, wanted one split of it, such as data['train']")
-        if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-            raise TypeError(f"{kind}, wanted a folder, or a data set that has a len and that data[i] gives items of")
-        self._data = data
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def name(self, index: int) -> str:
-        return f"image {index}"
-
-    def where(self, index: int) -> tuple[str, str]:
-        return f"data[{index}]", f"the label map of data[{index}]"
-
-    def _item(self, index: int) -> tuple[Any, Any]:
-        item = self._data[index]
-        if isinstance(item, Mapping):
-            found = [next((item[key] for key in keys if _is_map(item.get(key))), None) for keys in _KEYS]
-            held = f" with {', '.join(f'{key}: {type(value).__name__}' for key, value in item.items())}"
-        else:
-            found = [*item[:2]] if isinstance(item, (tuple, list)) else []
-            held = f" of {', '.join(type(part).__name__ for part in item)}" if found else ""
-        if len(found) < 2 or not all(map(_is_map, found)):
-            raise TypeError(
-                f"data[{index}] is a {type(item).__name__}{held}, wanted an image and its labels, each a PIL image, a "
-                "tensor or an array: first in a tuple, or in a dict under 'image' and 'label'"
-            )
-        return found[0], found[1]
-
-
-def _is_map(value: Any) -> bool:
-    return isinstance(value, Image.Image) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim >= 2)
+    def __init__(
+        self, dataset: str, root: str | Path, split: str = "val", size: tuple[int, int] | None = None, **options: Any
+    ) -> None:
+        check_choice("dataset", dataset, DATASETS[1:])
+        super().__init__(root, size, split=split, dataset=dataset, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,10 +281,8 @@ class Reading:
         if isinstance(data, Source):
             return data
         if not isinstance(data, (str, Path)):
-            return Items(data, self.size, None if self.palette is None else Palette.of(self.palette))
-        if self.dataset == FOLDER:
-            return SegmentationFolder(data, self.size, split=split, palette=self.palette)
-        return NamedDataset(self.dataset, data, split, self.size, self.palette)
+            return Source(data, self.size, self.palette)
+        return SegmentationFolder(data, self.size, split=split, palette=self.palette, dataset=self.dataset)
 
     def class_map(self, classes: int | None = None) -> ClassMap:
         """Of the label maps' values; with a palette and no number of classes, those of the palette."""

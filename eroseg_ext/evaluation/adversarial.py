@@ -18,7 +18,7 @@ from eroseg_ext import __version__
 from eroseg_ext.attacks.ball import quantized
 from eroseg_ext.attacks.inputs import check_8_bits
 from eroseg_ext.attacks.settings import AttackSettings
-from eroseg_ext.data.reading import opened
+from eroseg_ext.data.reading import named, opened
 from eroseg_ext.evaluation.settings import plain
 from eroseg_ext.utils.atomic_files import replacing, write_json
 
@@ -111,7 +111,8 @@ class SavedImages:
     def image(self, name: str | int, clean: Tensor, clip: tuple[float, float]) -> Tensor:
         """The adversarial image of that name in the range of ``clip``; ValueError if it is not in the ball."""
         path = self._path(name)
-        pixels = torch.from_numpy(np.atleast_3d(np.array(opened(path, "an image")))).permute(2, 0, 1)
+        with named(path, "an image"):
+            pixels = torch.from_numpy(np.atleast_3d(np.array(opened(path)))).permute(2, 0, 1)
         if pixels.shape != clean.shape:
             raise ValueError(
                 f"{path} is an image {list(pixels.shape)}, wanted {list(clean.shape)}, as its clean image is: size "

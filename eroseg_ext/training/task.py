@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eroseg_ext.data import datasets
-from eroseg_ext.data.datasets import FOLDER, ClassMap, LabelCounts
+from eroseg_ext.data.datasets import FOLDER, ClassMap
 from eroseg_ext.data.palettes import VOID
 from eroseg_ext.data.reading import evenly_spaced
 from eroseg_ext.data.sources import Source
+from eroseg_ext.training import labels
+from eroseg_ext.training.labels import LabelCounts
 from eroseg_ext.training.settings import TrainSettings
 
 Say = Callable[[str], None]
@@ -59,11 +60,11 @@ def load_task(settings: TrainSettings, say: Say) -> Task:
     counts, val_counts = source.label_counts(read), {} if val is None else val.label_counts(val_read)
     to_class = source.to_class or settings.class_map(settings.classes)
     if counting:
-        to_class = settings.class_map(datasets.count_classes(counts, val_counts, to_class))
+        to_class = settings.class_map(labels.count_classes(counts, val_counts, to_class))
     _check_labels(source, read, counts, to_class)
     if val is not None:
         _check_labels(val, val_read, val_counts, to_class)
-    for line in datasets.suspicions(counts, val_counts, to_class, every):
+    for line in labels.suspicions(counts, val_counts, to_class, every):
         say(line)
     weights: Tensor | None = None
     if isinstance(settings.class_weights, tuple):
@@ -73,7 +74,7 @@ def load_task(settings: TrainSettings, say: Say) -> Task:
             )
         weights = torch.tensor(settings.class_weights, dtype=torch.float32)
     elif settings.class_weights == "median-frequency":
-        weights = torch.from_numpy(datasets.median_frequency_weights(counts, to_class))
+        weights = torch.from_numpy(labels.median_frequency_weights(counts, to_class))
     crop = settings.crop or settings.size
     if crop is None:
         image, _ = source.read(0)

@@ -85,7 +85,9 @@ def command(attacked: Attacked, network: Network, reading: Reading) -> None:
     with locked(attacked.out), tqdm(total=len(indices), unit="image", disable=not sys.stderr.isatty()) as bar:
         for start in range(0, len(indices), size):
             read = [source.read(index) for index in indices[start : start + size]]
-            labels = [to_class(values, source.where(indices[start + n])[1]) for n, (_, values) in enumerate(read)]
+            labels = [
+                to_class(values, source.where(indices[start + n])[1]).long() for n, (_, values) in enumerate(read)
+            ]
             images = torch.stack([image for image, _ in read]).to(device) / 255
             part = slice(start, start + size)
             loop = pgd.Loop(

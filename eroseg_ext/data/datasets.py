@@ -24,7 +24,7 @@ CITYSCAPES = dict(_TRAINED)
 MOST_CLASSES = 2**15 - 1
 
 _VALUES = 2**16
-"""Label maps have up to 16 bits."""
+"""Of label maps of up to 16 bits; the table has one entry more for all values beyond, and one for -1."""
 _WRONG = -2
 
 
@@ -33,7 +33,8 @@ class ClassMap:
     """Which class each value of a label map is.
 
     ``classes`` counts the classes; ``table[value]`` is the class of a value, ``VOID``, or -2 for a value that must not
-    occur; ``ignore_index`` and -1 are void too; ``names`` are the classes' names, where there are few.
+    occur, as are those beyond the table; its last entry, that of -1, is ``VOID``. ``ignore_index`` is void too;
+    ``names`` are the classes' names, where there are few.
     """
 
     classes: int
@@ -42,17 +43,14 @@ class ClassMap:
     names: tuple[str, ...] = ()
 
     def __call__(self, values: Tensor, name: str) -> Tensor:
-        """Classes and VOID, int64, of the values of a label map.
+        """Classes and VOID, int16, of the values of a label map.
 
         Raises:
             ValueError: a value must not occur; names the label map as ``name``.
         """
-        inside = (values >= 0) & (values < _VALUES)
-        labels = self.table[values.where(inside, 0)].where(inside, _WRONG).long()
-        labels = labels.where((values != self.ignore_index) & (values != VOID), VOID)
-        wrong = labels == _WRONG
-        if wrong.any():
-            row, column = wrong.nonzero()[0].tolist()
+        labels = self._of(values)
+        if labels.numel() > 0 and int(labels.amin()) == _WRONG:
+            row, column = (labels == _WRONG).nonzero()[0].tolist()
             allowed = (self.table >= 0).nonzero()
             raise ValueError(
                 f"{name} has the label {int(values[row, column])} at row {row}, column {column}, wanted classes "
@@ -60,21 +58,24 @@ class ClassMap:
             )
         return labels
 
+    def of_value(self, value: int) -> int:
+        """The class of one value."""
+        return int(self._of(torch.tensor(value)))
+
     @property
     def void(self) -> set[int]:
         """The values that are void, but for -1."""
-        found: set[int] = set((self.table == VOID).nonzero()[:, 0].tolist())
+        found: set[int] = set((self.table[:_VALUES] == VOID).nonzero()[:, 0].tolist())
         return found if self.ignore_index == VOID else found | {self.ignore_index}
 
     def digest(self) -> str:
         """A hash of which class each value is."""
         return hashlib.sha256(f"{self.ignore_index}".encode() + self.table.numpy().tobytes()).hexdigest()[:16]
 
-    def of_value(self, value: int) -> int:
-        """The class of one value."""
-        if value in (VOID, self.ignore_index):
-            return VOID
-        return int(self.table[value]) if 0 <= value < _VALUES else _WRONG
+    def _of(self, values: Tensor) -> Tensor:
+        if not VOID <= self.ignore_index < _VALUES:
+            values = values.where(values != self.ignore_index, VOID)
+        return self.table[values.clamp(max=_VALUES).where(values >= VOID, _VALUES)]
 
 
 def class_map(
@@ -91,7 +92,8 @@ def class_map(
         ignore_index: value of void pixels.
         reduce_zero_label: 0 is void, and the classes' values are from 1.
     """
-    table = torch.full((_VALUES,), _WRONG, dtype=torch.int16)
+    table = torch.full((_VALUES + 2,), _WRONG, dtype=torch.int16)
+    table[-1] = VOID
     names: tuple[str, ...] = ()
     first = 0
     if dataset == "cityscapes":
@@ -109,6 +111,8 @@ def class_map(
     count = classes or MOST_CLASSES
     table[:first] = VOID
     table[first : first + count] = torch.arange(count, dtype=torch.int16)
+    if 0 <= ignore_index < _VALUES:
+        table[ignore_index] = VOID
     return ClassMap(count, table, ignore_index, names)
 
 

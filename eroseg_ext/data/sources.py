@@ -209,9 +209,8 @@ class SegmentationFolder(Source):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, values = self.read(index)
-        return image.contiguous() / 255, values if self.to_class is None else self.to_class(
-            values, self.where(index)[1]
-        )
+        labels = values if self.to_class is None else self.to_class(values, self.where(index)[1]).long()
+        return image.contiguous() / 255, labels
 
     def load(self, indices: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """Decodes many at once: images [N, 3, H, W] and labels [N, H, W] of the given indices (default: all).

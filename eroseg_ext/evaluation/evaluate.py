@@ -271,7 +271,7 @@ class _Evaluator:
         if image.dtype == torch.uint8:
             low, high = self._config.clip
             image = low + (high - low) * (image / 255)
-        return image, self._to_class(values, self._data.where(index)[1])
+        return image, self._to_class(values, self._data.where(index)[1]).long()
 
     def _answer(self, pixels: Tensor, number: int, labels: Tensor) -> Tensor:
         """The model's logits, at the labels' size, of images of one size, of which ``number`` is the first."""

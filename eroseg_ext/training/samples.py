@@ -62,7 +62,7 @@ class Reader:
             if not 0 <= low <= high <= 1:
                 raise ValueError(f"{name} has values from {low:.4g} to {high:.4g}, wanted [0, 1], or uint8")
             image = (image * 255).round().to(torch.uint8)
-        read = image, self._to_class(values, label_name).to(torch.int16)
+        read = image, self._to_class(values, label_name)
         if self._kept is not None:
             self._kept[index] = read
         return read

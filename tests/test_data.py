@@ -347,6 +347,8 @@ def label_map(mode: str) -> Image.Image:
         return grey_map
     if mode == "16 bits":
         return Image.fromarray(VALUES.astype(np.uint16))
+    if mode == "16 bits, big-endian":
+        return Image.fromarray(VALUES.astype(">u2"))
     if mode == "float":
         return Image.fromarray(VALUES.astype(np.float32))
     return grey_map.convert(mode)
@@ -356,7 +358,7 @@ def label_map(mode: str) -> Image.Image:
     ("name", "mode"),
     [
         *(("a.png", mode) for mode in ("L", "LA", "RGB", "RGBA", "palette", "16 bits")),
-        *(("a.tif", mode) for mode in ("L", "I", "float", "RGB", "palette", "16 bits")),
+        *(("a.tif", mode) for mode in ("L", "I", "float", "RGB", "palette", "16 bits", "16 bits, big-endian")),
         *(("a.bmp", mode) for mode in ("L", "RGB", "palette")),
         *(("a.gif", "L"), ("a.PNG", "L"), ("a_manual1.gif", "L"), ("a_labelIds.TIFF", "16 bits")),
     ],
@@ -367,6 +369,16 @@ def test_label_maps_of_every_kind_keep_their_values(tmp_path: Path, name: str, m
     label_map(mode).save(tmp_path / "labels" / name)
     data = SegmentationFolder(tmp_path)
     assert torch.equal(data[0][1], torch.from_numpy(VALUES))
+
+
+def test_a_gif_of_colours_is_none(tmp_path: Path) -> None:
+    pair(tmp_path, "a.jpg", "a.png")
+    (tmp_path / "labels" / "a.png").unlink()
+    red = np.zeros((24, 32, 3), np.uint8)
+    red[:, :9, 0] = 255
+    Image.fromarray(red).save(tmp_path / "labels" / "a.gif")
+    with pytest.raises(ValueError, match="it has 2 colours, which must be turned into class indices"):
+        SegmentationFolder(tmp_path)[0]
 
 
 def test_a_gif_of_black_and_white_is_a_mask(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def labels_of(value: Any, palette: Palette | None = None) -> Tensor:
         stored = torch.from_numpy(_stored(value, palette))
         planes = stored.permute(2, 0, 1) if stored.dim() == 3 else stored[None]
     else:
-        planes = _channels_first(_tensor(value, "labels [H, W]"))
+        planes = _channels_first(_tensor(value, "labels [H, W]").cpu())
     if planes.dim() == 3 and planes.dtype == torch.uint8 and len(planes) in (3, 4):
         return _of_colours(planes[:3].long(), palette)
     if planes.dim() != 3 or len(planes) != 1:
@@ -166,13 +166,19 @@ def _rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
 def _stored(image: Image.Image, palette: Palette | None) -> npt.NDArray[Any]:
     """The numbers or colours of a label map's pixels, turned as viewers show it."""
     image = _shown(image)
-    if image.format == "GIF" and palette is None:
-        # Programs that write a GIF renumber its colours: only what they look like is kept.
-        values = np.array(image.convert("RGB"))
-        return (values[..., 0] > 0) if set(np.unique(values).tolist()) <= {0, 255} else values
-    if palette is not None or image.mode not in ("1", "L", "P", "F", "LA", "I", "I;16"):
-        return np.array(image.convert("RGB"))
-    return np.array(image)[..., 0] if image.mode == "LA" else np.array(image)
+    is_gif = image.format == "GIF"
+    if palette is None and not is_gif:
+        if image.mode[0] == "I":
+            return np.asarray(image).astype(np.int32)
+        if image.mode in ("1", "L", "P", "F"):
+            return np.array(image)
+        if image.mode == "LA":
+            return np.array(image)[..., 0]
+    colours = np.array(image.convert("RGB"))
+    # Programs that write a GIF renumber its colours: only what they look like is kept.
+    if is_gif and palette is None and (colours == colours[..., :1]).all() and not (colours % 255).any():
+        return colours[..., 0] > 0
+    return colours
 
 
 def _of_colours(colours: Tensor, palette: Palette | None) -> Tensor:

@@ -63,9 +63,9 @@ def evaluate(
     Args:
         model: nn.Module or any differentiable callable, as :func:`eroseg_ext.attack` takes it; run in eval mode and
             left as it was.
-        data: folder with ``images/`` and ``labels/``, or anything with ``len`` whose items are an image ``[K, H, W]``,
-            pixel values within ``clip``, and its labels ``[H, W]``: classes, or ``ignore_index`` for void; such as
-            :class:`eroseg_ext.data.NamedDataset`, with ``ignore_index=eroseg_ext.data.VOID``.
+        data: folder with ``images/`` and ``labels/``, or anything with ``len`` whose items begin with an image and its
+            labels, or are dicts that hold both, as PIL images, arrays or tensors: images of 8 bits, or floats within
+            ``clip``, and labels that are classes, or ``ignore_index`` or -1 for void; such as torchvision's data sets.
         out: folder for ``results.jsonl`` and ``evaluation.json``, made if missing; None keeps nothing.
         **settings: the fields of :class:`EvaluationSettings`.
 
@@ -206,7 +206,9 @@ class _Evaluator:
         names = (*OF_THE_ATTACKS, *OF_THE_DATA_AND_MODEL, *OF_THE_LABELS, *others)
         values = {name: plain(getattr(config, name)) for name in names}
         rows = {name: {key: plain(value) for key, value in row.items()} for name, row in config.rows.items()}
-        return {"attacks": rows, "eps": list(config.budgets), "size": plain(self._data.size), **values}
+        adversarial = None if config.adversarial is None else str(config.adversarial)
+        about = {"attacks": rows, "eps": list(config.budgets), "size": plain(self._data.size)}
+        return about | {"adversarial": adversarial, **values}
 
     def _unit(self, name: str, eps: float, batch: list[int]) -> list[dict[str, Any]]:
         """Counts of a batch's images under one attack: from the cache, or made now and put there.

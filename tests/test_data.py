@@ -429,6 +429,8 @@ def test_void_in_a_palette_file_is_no_class(tmp_path: Path) -> None:
 
 
 def test_the_palettes_that_are_known() -> None:
+    with pytest.raises(ValueError, match="palette is 'kitti', wanted camvid, voc, or a text file"):
+        Palette.of("kitti")
     camvid, voc = Palette.of("camvid"), Palette.of("voc")
     assert (len(camvid), len(camvid.classes), len(voc), len(voc.classes)) == (11, 32, 21, 22)
     published = {

@@ -55,8 +55,7 @@ class Palette:
         is void.
 
         Raises:
-            ValueError: the file has no colour, or one twice.
-            OSError: it cannot be read.
+            ValueError: there is no such file, or it has no colour, or one twice.
         """
         if given == "camvid":
             merged = enumerate(colours.split() for colours in CAMVID.values())
@@ -65,6 +64,10 @@ class Palette:
             )
         if given == "voc":
             return cls("voc", {_voc_colour(index): index for index in range(len(VOC))} | {_voc_colour(255): VOID})
+        if not Path(given).is_file():
+            raise ValueError(
+                f"palette is {str(given)!r}, wanted camvid, voc, or a text file with a line R G B per class"
+            )
         classes: dict[int, int] = {}
         count = 0
         for line in Path(given).read_text(encoding="utf-8-sig").splitlines():

@@ -44,7 +44,7 @@ def opened(path: Path) -> Image.Image:
 def image_of(value: Any, size: torch.Size | None = None) -> Tensor:
     """An image as uint8 or float32 [K, H, W]; of a PIL image in RGB.
 
-    16-bit images are scaled by 65535, a PIL image's floats must lie in [0, 1], and its alpha is dropped: colours are
+    Images of 16 bits are scaled to 8, a PIL image's floats must lie in [0, 1], and its alpha is dropped: colours are
     taken as they are stored. A PIL image with an EXIF orientation is turned as viewers show it; where only the picture
     as it is stored has the label map's size, it is taken as that.
 
@@ -61,7 +61,7 @@ def image_of(value: Any, size: torch.Size | None = None) -> Tensor:
     if image.dim() != 3:
         raise ValueError(f"its shape is {list(image.shape)}, wanted one image [K, H, W]")
     if image.dtype == torch.uint16:
-        return image.float() / 65535
+        return (image.float() / 257).round().to(torch.uint8)  # as those of files
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise ValueError(f"it is {image.dtype}, wanted uint8, or floats in the range of clip")
     return image if image.dtype == torch.uint8 else image.float()

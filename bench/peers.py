@@ -133,4 +133,5 @@ class OnlyLogits(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return Logits(self.model)(images, (images.shape[-2], images.shape[-1]))
+        size = (images.shape[-2], images.shape[-1])
+        return Logits(self.model, see_through=False)(images, size).at(size)

@@ -105,7 +105,7 @@ struct Checks {
   }
 
   // The first tensor as logits, and their labels.
-  Input input(const Tensor& labels_of_logits, int64_t ignore_index) const {
+  Input input(const Tensor& labels_of_logits, int64_t ignore_index, bool align_corners) const {
     const ScalarType type = first.scalar_type();
     STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, op,
                     ": logits are ", torch::headeronly::toString(type), ", wanted float32, float16 or bfloat16");
@@ -113,18 +113,25 @@ struct Checks {
                             : type == ScalarType::Half ? FloatType::kFloat16
                                                        : FloatType::kBFloat16;
     dimensions(first, 4, "logits");
-    const Shape shape{first.size(0), first.size(1), first.size(2), first.size(3)};
+    dimensions(labels_of_logits, 3, "labels");
+    const Shape shape{first.size(0), first.size(1), labels_of_logits.size(1), labels_of_logits.size(2)};
     STD_TORCH_CHECK(shape.channels > 0 && shape.channels <= kMaxClasses, op, ": logits have ", shape.channels,
                     " channels, wanted 1 to ", kMaxClasses);
     STD_TORCH_CHECK(is_nchw(first) || is_nhwc(first), op, ": logits are neither contiguous nor channels_last");
-    return {shape, {first.const_data_ptr(), known, !is_nchw(first)}, labels(labels_of_logits, shape, ignore_index)};
+    const Planes logits{first.const_data_ptr(), known, !is_nchw(first), first.size(2), first.size(3)};
+    STD_TORCH_CHECK(logits.pixels() > 0 || shape.pixels() == 0, op,
+                    ": logits have no pixel, wanted at least one for labels that have");
+    const Input input{shape, logits, labels(labels_of_logits, shape, ignore_index), align_corners};
+    STD_TORCH_CHECK(!first.is_cuda() || !input.interpolates(), op,
+                    ": logits differ from the labels in size, wanted the same on a CUDA device");
+    return input;
   }
 
   void* gradient(const Tensor& grad, const Input& input) const {
-    const Shape& shape = input.shape;
+    const Planes& logits = input.logits;
     STD_TORCH_CHECK(grad.scalar_type() == first.scalar_type() &&
-                        has_shape(grad, {shape.batch, shape.channels, shape.height, shape.width}) &&
-                        (input.logits.channels_last ? is_nhwc(grad) : is_nchw(grad)),
+                        has_shape(grad, {input.shape.batch, input.shape.channels, logits.height, logits.width}) &&
+                        (logits.channels_last ? is_nhwc(grad) : is_nchw(grad)),
                     op, ": grad differs from logits in dtype, shape or memory layout");
     device(grad, "grad");
     return grad.mutable_data_ptr();

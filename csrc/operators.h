@@ -18,10 +18,11 @@ template <class Backend>
 std::tuple<Tensor, Tensor> erosion_grad(const Tensor& logits, const Tensor& labels, const Tensor& tau,
                                         const MaybeTensor& previous, const MaybeTensor& class_weight,
                                         const Tensor& grad, int64_t ignore_index, int64_t confidence, int64_t front,
-                                        int64_t direction, int64_t radius, double slope, bool targeted) {
+                                        int64_t direction, int64_t radius, double slope, bool targeted,
+                                        bool align_corners) {
   const Checks checks{"erosion_grad", logits};
   ErosionGrad job{};
-  job.input = checks.input(labels, ignore_index);
+  job.input = checks.input(labels, ignore_index, align_corners);
   const Shape& shape = job.input.shape;
   job.tau = checks.data<float>(tau, "tau", {shape.batch});
   job.previous = checks.data<float>(previous, "previous", {shape.batch, shape.height, shape.width});
@@ -42,10 +43,10 @@ std::tuple<Tensor, Tensor> erosion_grad(const Tensor& logits, const Tensor& labe
 
 template <class Backend>
 Tensor pixel_grad(const Tensor& logits, const Tensor& labels, const MaybeTensor& class_weight, const Tensor& grad,
-                  int64_t method, double progress, int64_t ignore_index, bool targeted, double q) {
+                  int64_t method, double progress, int64_t ignore_index, bool targeted, double q, bool align_corners) {
   const Checks checks{"pixel_grad", logits};
   PixelGrad job{};
-  job.input = checks.input(labels, ignore_index);
+  job.input = checks.input(labels, ignore_index, align_corners);
   job.class_weight =
       checks.data<float>(class_weight, "class_weight", {job.input.shape.batch, job.input.shape.classes()});
   job.method = {checks.choice<Method>(method, 6, "method"), targeted,
@@ -57,10 +58,10 @@ Tensor pixel_grad(const Tensor& logits, const Tensor& labels, const MaybeTensor&
 }
 
 template <class Backend>
-Tensor confidence(const Tensor& logits, const Tensor& labels, int64_t ignore_index, int64_t kind) {
+Tensor confidence(const Tensor& logits, const Tensor& labels, int64_t ignore_index, int64_t kind, bool align_corners) {
   const Checks checks{"confidence", logits};
   ConfidenceMap job{};
-  job.input = checks.input(labels, ignore_index);
+  job.input = checks.input(labels, ignore_index, align_corners);
   job.confidence = checks.choice<Confidence>(kind, 2, "confidence");
   const Backend backend(logits);
   const Shape& shape = job.input.shape;
@@ -137,13 +138,14 @@ void linf_step_(const Tensor& x_adv, const Tensor& x, const Tensor& grad, double
 }
 
 template <class Backend>
-Tensor confusion(const Tensor& prediction, const Tensor& labels, int64_t classes, int64_t ignore_index) {
+Tensor confusion(const Tensor& prediction, const Tensor& labels, int64_t classes, int64_t ignore_index,
+                 bool align_corners) {
   const Checks checks{"confusion", prediction};
   Confusion job{};
   job.classes = classes;
   STD_TORCH_CHECK(classes > 1, "confusion: classes is ", classes, ", wanted at least 2");
   if (prediction.dim() == 4) {
-    job.input = checks.input(labels, ignore_index);
+    job.input = checks.input(labels, ignore_index, align_corners);
     STD_TORCH_CHECK(job.input.shape.classes() == classes, "confusion: logits have ", job.input.shape.classes(),
                     " classes, wanted classes = ", classes);
   } else {

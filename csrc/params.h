@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "interpolation.h"
 #include "pixel_math.h"
 #include "tau.h"
 
@@ -11,14 +12,16 @@ namespace eroseg {
 enum class FloatType { kFloat32, kFloat16, kBFloat16 };
 enum class LabelType { kInt64, kInt32, kUInt8 };
 
-// [B, C, H, W] logits or their gradient, dense, either NCHW or channels_last.
+// [B, C, height, width] logits, dense, either NCHW or channels_last; their gradient lies in the same way.
 struct Planes {
   const void* data;
   FloatType type;
   bool channels_last;
+  int64_t height, width;
+  EROSEG_INLINE int64_t pixels() const { return height * width; }
 };
 
-// The image batch that an operation runs over.
+// The image batch that an operation runs over, at the labels' resolution.
 struct Shape {
   int64_t batch, channels, height, width;
   // One-logit binary segmentation has a class 0 whose logit is the constant 0.
@@ -37,11 +40,15 @@ struct Labels {
   int64_t ignore_index;
 };
 
-// What every operation on logits reads.
+// What every operation on logits reads. Logits of another size stand for their bilinear interpolation.
 struct Input {
   Shape shape;
   Planes logits;
   Labels labels;
+  bool align_corners;
+  EROSEG_INLINE bool interpolates() const { return logits.height != shape.height || logits.width != shape.width; }
+  EROSEG_INLINE Axis rows() const { return {logits.height, shape.height, align_corners}; }
+  EROSEG_INLINE Axis columns() const { return {logits.width, shape.width, align_corners}; }
 };
 
 struct ErosionGrad {

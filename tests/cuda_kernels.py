@@ -139,7 +139,9 @@ def start() -> ModuleType:
     return module
 
 
-def _input(module: ModuleType, logits: Guarded, labels: Guarded, ignore_index: int) -> object:
+def _input(
+    module: ModuleType, logits: Guarded, labels: Guarded, ignore_index: int, align_corners: bool = False
+) -> object:
     assert logits.tensor is not None
     assert labels.tensor is not None
     return module.Input(
@@ -147,9 +149,11 @@ def _input(module: ModuleType, logits: Guarded, labels: Guarded, ignore_index: i
         logits.address,
         FLOAT_TYPES.index(logits.tensor.dtype),
         not logits.tensor.is_contiguous(),
+        list(labels.tensor.shape),
         labels.address,
         LABEL_TYPES.index(labels.tensor.dtype),
         ignore_index,
+        align_corners,
     )
 
 

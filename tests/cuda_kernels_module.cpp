@@ -20,11 +20,13 @@ void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error("the launcher returned error " + std::to_string(error));
 }
 
-Input input_of(const std::vector<int64_t>& shape, uintptr_t logits, int type, bool channels_last, uintptr_t labels,
-               int label_type, int64_t ignore_index) {
-  return {{shape.at(0), shape.at(1), shape.at(2), shape.at(3)},
-          {at<void>(logits), static_cast<FloatType>(type), channels_last},
-          {at<void>(labels), static_cast<LabelType>(label_type), ignore_index}};
+Input input_of(const std::vector<int64_t>& logits_shape, uintptr_t logits, int type, bool channels_last,
+               const std::vector<int64_t>& labels_shape, uintptr_t labels, int label_type, int64_t ignore_index,
+               bool align_corners) {
+  return {{logits_shape[0], logits_shape[1], labels_shape[1], labels_shape[2]},
+          {at<void>(logits), static_cast<FloatType>(type), channels_last, logits_shape[2], logits_shape[3]},
+          {at<void>(labels), static_cast<LabelType>(label_type), ignore_index},
+          align_corners};
 }
 
 // The retirement counter is kept between calls, as the operators keep theirs: every launch has to leave it at 0.

@@ -465,7 +465,7 @@ def test_probabilities_are_converted_exactly(
     found: list[tuple[Tensor, Tensor]] = []
     for model, settings in ((Formed(net, bare), {}), (Formed(net, form), {"output": output})):
         leaf = batch[0].clone().requires_grad_()
-        logits = Logits(model, **settings)(leaf, SIZE)
+        logits = Logits(model, **settings)(leaf, SIZE).at(SIZE)
         generator = torch.Generator().manual_seed(0)
         weight = torch.rand(logits.shape, generator=generator).to(logits.device)
         found.append((logits.detach(), torch.autograd.grad(logits, leaf, weight)[0]))
@@ -490,7 +490,7 @@ def test_conversion_at_0_and_1_is_finite(dtype: torch.dtype, output: str) -> Non
     p = z.softmax(1) if output == "probabilities" else z.sigmoid()
     assert (p == 0).any()
     assert (p == 1).any()
-    logits = Logits(lambda x: p, output=output)(torch.zeros(1, 3, 12, 12), (12, 12))
+    logits = Logits(lambda x: p, output=output)(torch.zeros(1, 3, 12, 12), (12, 12)).at((12, 12))
     (grad,) = torch.autograd.grad(logits[:, 0].sum(), z)
     assert logits.isfinite().all()
     assert grad.isfinite().all()

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import cuda_kernels
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import DEVICES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -276,24 +275,6 @@ def test_the_package_of_the_operations_has_them_by_name() -> None:
         _ = package.dilate
 
 
-def test_logits_of_another_resolution_are_taken() -> None:
-    logits = torch.randn(2, 5, 6, 7, generator=torch.Generator().manual_seed(0))
-    labels = torch.randint(0, 5, (2, 24, 28), generator=torch.Generator().manual_seed(1))
-    for align_corners in (False, True):
-        options = {"align_corners": align_corners}
-        full = F.interpolate(logits, (24, 28), mode="bilinear", **options)
-        got = ops.erosion_grad(logits, labels, torch.ones(2), **options)
-        expected = reference.erosion_grad(logits, labels, torch.ones(2), **options)
-        for one, other in zip(got, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-        got, expected = (kind.pixel_grad(logits, labels, "js", **options) for kind in (ops, reference))
-        torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(
-            ops.confidence(logits, labels, **options), reference.confidence(full, labels), rtol=1e-5, atol=1e-5
-        )
-        assert torch.equal(ops.confusion(logits, labels, 5, **options), reference.confusion(full, labels, 5))
-
-
 def test_confusion_leaves_out_predictions_that_are_no_class(fused: Any) -> None:
     """Void in a prediction is common; what lies outside [0, classes) must not reach memory outside the matrix."""
     labels = torch.randint(0, 5, (2, 9, 37), generator=torch.Generator().manual_seed(0))
@@ -524,9 +505,9 @@ x, labels = torch.rand(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)
 import eroseg_ext.ops.fused
 for call in (
     lambda: attack(lambda images: images, x, labels),
-    lambda: torch.ops.eroseg.confidence(x, labels, 255, 0),
+    lambda: torch.ops.eroseg.confidence(x, labels, 255, 0, False),
     lambda: torch.ops.eroseg.linf_step_(x, x.clone(), x.clone(), 0.1, 0.1, 0.0, 1.0, None),
-    lambda: torch.ops.eroseg.confusion(x, labels, 3, 255),
+    lambda: torch.ops.eroseg.confusion(x, labels, 3, 255, False),
 ):
     try:
         call()
@@ -560,13 +541,28 @@ def op_arguments() -> dict[str, tuple[Any, ...]]:
     stats = torch.ones(2, 4, dtype=torch.float64)
     mask = torch.ones(2, 1, 5, 6, dtype=torch.bool)
     return {
-        "erosion_grad": (logits, labels, rows, maps, weight, torch.empty_like(logits), 255, 0, 0, 0, 1, 1.0, False),
-        "pixel_grad": (logits, labels, weight, torch.empty_like(logits), 2, 0.5, 255, False, 2.0),
-        "confidence": (logits, labels, 255, 0),
+        "erosion_grad": (
+            logits,
+            labels,
+            rows,
+            maps,
+            weight,
+            torch.empty_like(logits),
+            255,
+            0,
+            0,
+            0,
+            1,
+            1.0,
+            False,
+            False,
+        ),
+        "pixel_grad": (logits, labels, weight, torch.empty_like(logits), 2, 0.5, 255, False, 2.0, False),
+        "confidence": (logits, labels, 255, 0, False),
         "kth_value": (maps.flatten(1), torch.ones(2, 2, dtype=torch.long), None),
         "next_tau": (maps, stats, 3, 1.0, 0.03, 0.4),
         "linf_step_": (x.clone(), x, torch.randn_like(x), 0.1, 0.1, 0.0, 1.0, mask),
-        "confusion": (logits, labels, 3, 255),
+        "confusion": (logits, labels, 3, 255, False),
     }
 
 
@@ -604,7 +600,11 @@ def test_choices_are_numbered_as_in_the_kernels(fused: Any) -> None:
         (lambda z, y: ops.erosion_grad(z, y.repeat(2, 1, 1), torch.ones(1)), "labels has another shape"),
         (lambda z, y: ops.erosion_grad(z, y, torch.ones(2)), "tau has another shape"),
         (lambda z, y: ops.erosion_grad(z, y, torch.ones(1), radius=2), "radius is 2, wanted 0 to 1"),
-        (lambda z, y: torch.ops.eroseg.confidence(torch.randn(1, 257, 4, 4), y, 255, 0), "logits have 257 channels"),
+        (
+            lambda z, y: torch.ops.eroseg.confidence(z.new_ones(1, 257, 4, 4), y, 255, 0, False),
+            "logits have 257 channels",
+        ),
+        (lambda z, y: ops.confidence(z[..., :0], y), "logits have no pixel, wanted at least one"),
         (lambda z, y: ops.confusion(z, y, 7), "logits have 3 classes, wanted classes = 7"),
         (lambda z, y: ops.linf_step_(z, z[..., 1:], z, 0.1, 0.1), "differ in shape"),
     ],

@@ -6,16 +6,16 @@ namespace {
 void confusion(const Confusion& job, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch,
                int64_t* counts) {
   const Shape& shape = job.input.shape;
-  const Workspace workspace(shape, 1, 0, scratch);
+  Workspace workspace(job.input, image, 1, 0, scratch);
   const Row row = workspace.row(0);
   int32_t no_label[kBlock];  // the arg max is over all classes
   for (int32_t& label : no_label) label = -1;
   for (int64_t y = row_begin; y < row_end; ++y) {
     read_labels(job.input, image, y, workspace.stride(), row.label);
     const int64_t first = (image * shape.height + y) * shape.width;
+    if (job.prediction == nullptr) workspace.logits().enter(y);
     for (int64_t x = 0; job.prediction == nullptr && x < shape.width; x += kBlock) {
-      Maxima maxima;
-      stage_block(job.input, image, y, x, no_label, row.e, maxima);
+      const Maxima maxima = workspace.logits().stage(x, no_label, row.e);
       for (int u = 0; u < kUnroll; ++u) store(row.predicted + x + u * kLanes, maxima.top[u]);
     }
     for (int64_t x = 0; x < shape.width; ++x) {

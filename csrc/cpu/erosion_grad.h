@@ -1,11 +1,11 @@
 // erosion_grad on the CPU. Part of kernels_impl.h.
 //
-// The kernel goes down the rows of a tile of one image. For each row y, from `radius` rows above the tile to `radius`
-// rows below it:
+// The kernel goes down the rows of pixels of a tile, some rows of one image's logits. For each row y, from `radius`
+// rows above the tile to `radius` rows below it:
 //   1. It reduces row y: reads its logits once, in blocks of kBlock pixels, and keeps exp(z_c - m) and the terms of its
 //      pixels in scratch memory (reduce_row). The confidences of the last three rows are kept beside them.
 //   2. It erodes the confidences of row y - radius, whose neighbours are known now.
-//   3. It writes the gradient of row y - radius from scratch memory (write_block).
+//   3. It writes the gradient of row y - radius from scratch memory (GradRows).
 // So the logits are read once, but for the rows around a tile, and the gradient is written once; radius + 1 rows of
 // exponentials stay in the cache between 1 and 3.
 
@@ -24,8 +24,8 @@ void erode_row(const float* const (&rows)[3], float rise, int64_t stride, float*
 }
 
 // `before` is the row's log-odds of the step before, or its present ones; q is the eroded confidence.
-void write_erosion_row(const ErosionGrad& job, int64_t image, int64_t y, const Row& row, const float* q,
-                       const float* before, RowStats* rows) {
+RowStats write_erosion_row(const ErosionGrad& job, int64_t image, const Row& row, const float* q, const float* before,
+                           GradRows& grad) {
   const float tau = job.tau[image];
   const float* class_weight =
       job.class_weight == nullptr ? nullptr : job.class_weight + image * job.input.shape.classes();
@@ -42,29 +42,32 @@ void write_erosion_row(const ErosionGrad& job, int64_t image, int64_t y, const R
       const I in_front = at.valid & (absolute(at.confidence) <= tau);
       counter.add(at, in_front, in_front ? (job.targeted ? at.confidence - was : was - at.confidence) : F{});
     }
-    write_block(job.input, image, y, x, row, weight, job.grad);
+    grad.write(x, row, weight);
   }
-  rows[image * job.input.shape.height + y] = counter.total();
+  return counter.total();
 }
 
-void erosion_grad(const ErosionGrad& job, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch,
-                  RowStats* rows) {
-  const Shape& shape = job.input.shape;
+void erosion_grad(const ErosionGrad& job, int64_t image, int64_t begin, int64_t end, Scratch& scratch,
+                  RowStats* stats) {
+  const Input& input = job.input;
+  const Shape& shape = input.shape;
   const int64_t width = shape.width, radius = job.radius, slots = radius + 1;
   constexpr int64_t kMargin = 16;
-  const int64_t stride = workspace_stride(width), pitch = stride + 2 * kMargin;
-  const Workspace workspace(shape, slots, 2 * stride + 3 * pitch, scratch);
+  const int64_t stride = rounded_up(width, kBlock), pitch = stride + 2 * kMargin;
+  Workspace workspace(input, image, slots, 2 * stride + 3 * pitch + GradRows::floats(input), scratch);
   float* const eroded = workspace.beside();
   float* const before = eroded + stride;
   float* const ring = before + stride;
+  GradRows grad(input, job.grad, image, begin, end, workspace.logits().columns(), ring + 3 * pitch);
   for (int64_t i = 0; i < 3 * pitch; ++i) ring[i] = kInf;
   const auto scores = [&](int64_t y) { return ring + (y + 3) % 3 * pitch + kMargin; };
 
-  for (int64_t y = row_begin - radius; y < row_end + radius; ++y) {
+  const PixelRows tile(input, begin, end);
+  for (int64_t y = tile.first - radius; y < tile.end + radius; ++y) {
     float* const score = scores(y);
     if (y >= 0 && y < shape.height) {
       const Row row = workspace.row(y % slots);
-      reduce_row(job.input, image, y, reduction_of(job.confidence), stride, row);
+      reduce_row(input, image, y, reduction_of(job.confidence), workspace, row);
       for (int64_t x = 0; x < stride; x += kLanes) {
         // Void pixels, and those beyond the image, have +inf; pixels that are not finite lend nothing either.
         const F confidence = absolute(load<F>(row.signed_confidence + x));
@@ -74,7 +77,7 @@ void erosion_grad(const ErosionGrad& job, int64_t image, int64_t row_begin, int6
       for (int64_t x = 0; x < stride; ++x) score[x] = kInf;
     }
     const int64_t done = y - radius;
-    if (done < row_begin) continue;
+    if (done < tile.first) continue;
     const float* q = score;
     if (radius > 0) {
       erode_row({scores(done - 1), scores(done), scores(done + 1)}, job.slope * job.tau[image], stride, eroded);
@@ -88,10 +91,13 @@ void erosion_grad(const ErosionGrad& job, int64_t image, int64_t row_begin, int6
       for (int64_t x = width; x < stride; ++x) before[x] = kInf;
       was = before;
     }
-    write_erosion_row(job, image, done, row, q, was, rows);
+    grad.enter(done);
+    const RowStats found = write_erosion_row(job, image, row, q, was, grad);
+    if (done < tile.own) continue;
+    stats[image * shape.height + done] = found;
     std::memcpy(job.log_odds + first, row.signed_confidence, width * sizeof(float));
   }
-  finish_streams();
+  grad.finish();
 }
 
 }  // namespace

@@ -33,11 +33,12 @@ class Scratch {
 // Row ranges are half open.
 struct Kernels {
   const char* level;
-  // rows[B * H] receives the counts of these rows.
-  void (*erosion_grad)(const ErosionGrad&, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch,
-                       RowStats* rows);
-  void (*pixel_grad)(const PixelGrad&, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch,
-                     RowStats* rows);
+  // The gradient of rows [begin, end) of the logits. stats[B * H] receives the counts of the rows of pixels that begin
+  // between them.
+  void (*erosion_grad)(const ErosionGrad&, int64_t image, int64_t begin, int64_t end, Scratch& scratch,
+                       RowStats* stats);
+  void (*pixel_grad)(const PixelGrad&, int64_t image, int64_t begin, int64_t end, Scratch& scratch, RowStats* stats);
+  // These two go over rows of pixels.
   void (*confidence)(const ConfidenceMap&, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch);
   // counts[classes * classes] += the matrix of these rows.
   void (*confusion)(const Confusion&, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch,

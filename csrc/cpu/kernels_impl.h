@@ -6,10 +6,15 @@
 //
 // vectors.h comes first: the others are written in its types.
 #include "vectors.h"
-// The pixels' reductions and gradients.
+// Blocks of logits in memory,
+#include "memory.h"
+// read as rows of pixels,
+#include "logits.h"
+// which are reduced over the classes,
 #include "rows.h"
-// Counts of them.
+// and their gradients and counts.
 #include "counts.h"
+#include "grad.h"
 // The operations.
 #include "confidence.h"
 #include "confusion.h"

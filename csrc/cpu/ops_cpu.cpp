@@ -9,23 +9,23 @@ namespace {
 // An exception loses its text in a parallel loop: a wrong EROSEG_CPU_LEVEL has to be reported before.
 void check_level() { kernels(); }
 
-// Calls f(image, row_begin, row_end, scratch) for tiles of rows of all images. A tile is a task; there are a few per
-// thread, for balance, but none with fewer rows than min_rows unless an image has fewer. What is computed of a row does
-// not depend on its tile, so no result depends on the number of threads.
+// Calls f(image, begin, end, scratch) for tiles of an image's `height` rows, of all images. A tile is a task; there are
+// a few per thread, for balance, but none with fewer rows than min_rows unless an image has fewer. What is computed of
+// a row does not depend on its tile, so no result depends on the number of threads.
 template <class F>
-void for_each_tile(const Shape& shape, int64_t min_rows, const F& f) {
+void for_each_tile(const Shape& shape, int64_t height, int64_t min_rows, const F& f) {
   if (shape.batch * shape.pixels() == 0) return;
   check_level();
   constexpr int64_t kTasksPerThread = 4;
   const int64_t tasks = kTasksPerThread * torch::stable::get_num_threads();
   const int64_t tiles_wanted = (tasks + shape.batch - 1) / shape.batch;
-  const int64_t rows = std::max((shape.height + tiles_wanted - 1) / tiles_wanted, min_rows);
-  const int64_t tiles = (shape.height + rows - 1) / rows;
+  const int64_t rows = std::max((height + tiles_wanted - 1) / tiles_wanted, min_rows);
+  const int64_t tiles = (height + rows - 1) / rows;
   torch::stable::parallel_for(0, shape.batch * tiles, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task % tiles * rows;
-      f(task / tiles, row, std::min(row + rows, shape.height), scratch);
+      f(task / tiles, row, std::min(row + rows, height), scratch);
     }
   });
 }
@@ -58,7 +58,7 @@ class Backend {
     const Shape& shape = job.input.shape;
     std::vector<RowStats> rows(shape.batch * shape.height);
     // A task also reduces the rows above and below its tile: those should be a small part of its work.
-    for_each_tile(shape, 16, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
+    for_each_tile(shape, job.input.logits.height, 16, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
       kernels().erosion_grad(job, image, begin, end, scratch, rows.data());
     });
     return summed(rows, shape, first_);
@@ -67,16 +67,17 @@ class Backend {
   Tensor pixel_grad(const PixelGrad& job) const {
     const Shape& shape = job.input.shape;
     std::vector<RowStats> rows(shape.batch * shape.height);
-    for_each_tile(shape, 8, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
+    for_each_tile(shape, job.input.logits.height, 8, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
       kernels().pixel_grad(job, image, begin, end, scratch, rows.data());
     });
     return summed(rows, shape, first_);
   }
 
   void confidence(const ConfidenceMap& job) const {
-    for_each_tile(job.input.shape, 8, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
-      kernels().confidence(job, image, begin, end, scratch);
-    });
+    for_each_tile(job.input.shape, job.input.shape.height, 8,
+                  [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
+                    kernels().confidence(job, image, begin, end, scratch);
+                  });
   }
 
   void kth_value(const KthValue& job) const {
@@ -111,13 +112,14 @@ class Backend {
   // A tile has a matrix of its own. They are integers, so the order in which they are added does not matter.
   void confusion(const Confusion& job) const {
     const int64_t cells = job.classes * job.classes;
-    for_each_tile(job.input.shape, 8, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
-      std::vector<int64_t> own(cells, 0);
-      kernels().confusion(job, image, begin, end, scratch, own.data());
-      for (int64_t i = 0; i < cells; ++i) {
-        if (own[i] != 0) __atomic_fetch_add(job.counts + i, own[i], __ATOMIC_RELAXED);
-      }
-    });
+    for_each_tile(job.input.shape, job.input.shape.height, 8,
+                  [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
+                    std::vector<int64_t> own(cells, 0);
+                    kernels().confusion(job, image, begin, end, scratch, own.data());
+                    for (int64_t i = 0; i < cells; ++i) {
+                      if (own[i] != 0) __atomic_fetch_add(job.counts + i, own[i], __ATOMIC_RELAXED);
+                    }
+                  });
   }
 
  private:

@@ -3,16 +3,19 @@
 namespace eroseg::cpu::EROSEG_LEVEL {
 namespace {
 
-void pixel_grad(const PixelGrad& job, int64_t image, int64_t row_begin, int64_t row_end, Scratch& scratch,
-                RowStats* rows) {
-  const Shape& shape = job.input.shape;
-  const Workspace workspace(shape, 1, 0, scratch);
+void pixel_grad(const PixelGrad& job, int64_t image, int64_t begin, int64_t end, Scratch& scratch, RowStats* stats) {
+  const Input& input = job.input;
+  const Shape& shape = input.shape;
+  Workspace workspace(input, image, 1, GradRows::floats(input), scratch);
+  GradRows grad(input, job.grad, image, begin, end, workspace.logits().columns(), workspace.beside());
   const Row row = workspace.row(0);
   const PixelReduction reduction =
       job.method.method == Method::kCosPgd ? PixelReduction::kSquares : PixelReduction::kNone;
   const float* class_weight = job.class_weight == nullptr ? nullptr : job.class_weight + image * shape.classes();
-  for (int64_t y = row_begin; y < row_end; ++y) {
-    reduce_row(job.input, image, y, reduction, workspace.stride(), row);
+  const PixelRows tile(input, begin, end);
+  for (int64_t y = tile.first; y < tile.end; ++y) {
+    reduce_row(input, image, y, reduction, workspace, row);
+    grad.enter(y);
     RowCounter counter;
     for (int64_t x = 0; x < shape.width; x += kBlock) {
       F weight[kUnroll];
@@ -24,11 +27,11 @@ void pixel_grad(const PixelGrad& job, int64_t image, int64_t row_begin, int64_t 
         weight[u] = final_weight(w, at, class_weight, job.method.targeted);
         counter.add(at, at.valid, F{});
       }
-      write_block(job.input, image, y, x, row, weight, job.grad);
+      grad.write(x, row, weight);
     }
-    rows[image * shape.height + y] = counter.total();
+    if (y >= tile.own) stats[image * shape.height + y] = counter.total();
   }
-  finish_streams();
+  grad.finish();
 }
 
 }  // namespace

@@ -95,6 +95,17 @@ EROSEG_INLINE F gather(const float* table, I index, I mask) {
 #endif
 }
 
+// Lane i of the result is lane numbers[i] of v.
+EROSEG_INLINE F permute(F v, I numbers) {
+#if defined(__clang__)
+  F result;
+  for (int lane = 0; lane < kLanes; ++lane) result[lane] = v[numbers[lane]];
+  return result;
+#else
+  return __builtin_shuffle(v, numbers);
+#endif
+}
+
 // Picks lanes by their numbers; those of b start at kLanes.
 EROSEG_INLINE F shuffle(F a, F b, I numbers) {
 #if defined(__clang__)
@@ -176,6 +187,14 @@ struct Float16 {
     return __builtin_convertvector((bits < 0x38800000 ? subnormal : normal) | sign, H);
   }
 };
+
+// Calls f with the one of these that stands for `type`.
+template <class Call>
+EROSEG_INLINE auto with_type(FloatType type, const Call& f) {
+  if (type == FloatType::kFloat32) return f(Float32{});
+  if (type == FloatType::kFloat16) return f(Float16{});
+  return f(BFloat16{});
+}
 
 }  // namespace
 }  // namespace eroseg::cpu::EROSEG_LEVEL

@@ -16,6 +16,7 @@ from eroseg_ext.attacks.graphs import GraphedPass, Graphs
 from eroseg_ext.attacks.result import AttackInfo, BestIterates, NotFiniteError
 from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.models.adapter import Logits, Model, Pass, frozen, unwrapped
+from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops import backend
 
 
@@ -43,7 +44,8 @@ class Part:
 class Evaluated(NamedTuple):
     """What one forward and backward pass found of a part's images."""
 
-    logits: Tensor
+    logits: LogitMap | None
+    """where they are asked for; else they do not last through the backward pass"""
     stats: Tensor
     tau: Tensor | None
     grad: Tensor
@@ -77,9 +79,10 @@ class Engine:
         self.ops = backend.select(images.device, config.backend, gradients.reference_option(config))
         self.model = unwrapped(self.model)
         self.steps = config.steps if config.eps > 0 and images.numel() > 0 else 0
-        logits = Logits.under(self.model, config, dtype=images.dtype)
-        sized = images if self.labels is None else self.labels
-        size = sized.shape[-2], sized.shape[-1]
+        self.size = size = (images.shape[-2], images.shape[-1])
+        # What the model upsamples to the images' size is interpolated from there to labels of another.
+        see_through = config.see_through and not config.own_label_size
+        logits = Logits.under(self.model, config, dtype=images.dtype, see_through=see_through)
         # Not a method: graphs keep it beyond this call, whose tensors they must not keep.
         self._forward = lambda pixels: logits(pixels, size)
         self._eager = Pass(self._forward)
@@ -126,13 +129,23 @@ class Engine:
         tau = self._tau if config.method == "eroseg" else None
         return found, AttackInfo(self._stats[:, :-1], tau, self.best.correct, self._valid, self._without_gradient)
 
-    def evaluate(self, part: Part, images: Tensor, restart: int, step: int, active: Tensor | None = None) -> Evaluated:
+    def evaluate(
+        self,
+        part: Part,
+        images: Tensor,
+        restart: int,
+        step: int,
+        active: Tensor | None = None,
+        keep_logits: bool = False,
+    ) -> Evaluated:
         """One forward and backward pass over a part's images, recorded; of those that are not ``active``, as zeros."""
         logits = part.passes.logits(shown(images, part.clean, self.images.dtype, self.config))
         if not self._logits_checked:
-            inputs.check_first_logits(logits, self._largest_label, self.config)
+            inputs.check_first_logits(logits.values, self._largest_label, self.config)
             self._logits_checked = True
         grad_logits, stats = part.method.gradient(logits, step)
+        kept = logits if keep_logits else None
+        del logits
         tau = part.method.tau
         if active is not None:
             stats = stats.where(active.view(-1, 1), 0.0)
@@ -145,7 +158,7 @@ class Engine:
         self._nan_gradients[restart, step, part.at] = is_nan if active is None else is_nan & active
         if step == 0:
             self._without_gradient[part.at] |= is_zero & self.unfinished(stats)
-        return Evaluated(logits, stats, tau, grad)
+        return Evaluated(kept, stats, tau, grad)
 
     def unfinished(self, stats: Tensor) -> Tensor:
         """``[b]`` bool: which images have pixels left to attack."""
@@ -157,7 +170,7 @@ class Engine:
     def _predicted(self) -> Tensor:
         """The model's own prediction on the clean images, ``[B, H, W]`` int64."""
         with torch.no_grad():
-            logits = (self._forward(self.clean[rows]) for rows in self._slices)
+            logits = (self._forward(self.clean[rows]).at(self.size) for rows in self._slices)
             return torch.cat([(z[:, 0] > 0).long() if z.shape[1] == 1 else z.argmax(1) for z in logits])
 
     def _prepare(self, judge: bool) -> None:
@@ -207,7 +220,12 @@ class Engine:
         with torch.no_grad():
             logits = self._forward(shown(images, self.clean[rows], self.images.dtype, self.config))
             _, stats = self.ops.pixel_grad(
-                logits, self._labels[rows], "pgd", ignore_index=self._ignore_index, out=self._buffer.like(logits)
+                logits.values,
+                self._labels[rows],
+                "pgd",
+                ignore_index=self._ignore_index,
+                align_corners=logits.align_corners,
+                out=self._buffer.like(logits.values),
             )
         self._stats[restart, -1, rows] = stats
         best.offer(rows, images, stats[:, 1])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.attacks.settings import AttackSettings
+from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops.protocol import Operations
 
 
@@ -88,19 +89,20 @@ class MethodGradient:
         """``[B]``, the width of the front in the last step; None without a front."""
         return None
 
-    def gradient(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def gradient(self, logits: LogitMap, step: int) -> tuple[Tensor, Tensor]:
         """G in the logits' shape, and stats ``[B, 4]``."""
         settings, op = self._settings, self._method.op
         return self._ops.pixel_grad(
-            logits,
+            logits.values,
             self._labels,
             "cospgd_sigmoid" if op == "cospgd" and settings.variant == "sigmoid" else op,
             step / settings.steps,
             ignore_index=self._ignore_index,
             targeted=settings.targeted,
             q=settings.q,
-            class_weight=self._weight_by_class(logits, 1.0 if self._method.balanced else 0.0),
-            out=self._buffer.like(logits),
+            class_weight=self._weight_by_class(logits.values, 1.0 if self._method.balanced else 0.0),
+            align_corners=logits.align_corners,
+            out=self._buffer.like(logits.values),
         )
 
     def select(self, rows: Tensor) -> None:
@@ -139,16 +141,16 @@ class ErosionFront(MethodGradient):
     def tau(self) -> Tensor | None:
         return None if self._last is None else self._last.tau
 
-    def gradient(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def gradient(self, logits: LogitMap, step: int) -> tuple[Tensor, Tensor]:
         settings, last = self._settings, self._last
-        class_weight = self._weight_by_class(logits, settings.balance)
+        class_weight = self._weight_by_class(logits.values, settings.balance)
         self._side.join()
         if last is None or settings.threshold == "exact":
             tau = self._tau_from_own_scores(logits, step)
         else:
             tau = last.next_tau
         grad, log_odds, stats = self._ops.erosion_grad(
-            logits,
+            logits.values,
             self._labels,
             tau,
             None if last is None else last.log_odds,
@@ -161,7 +163,8 @@ class ErosionFront(MethodGradient):
             within=settings.within,
             targeted=settings.targeted,
             class_weight=class_weight,
-            out=self._buffer.like(logits),
+            align_corners=logits.align_corners,
+            out=self._buffer.like(logits.values),
         )
         self._last = LastStep(log_odds, stats, tau, self._ahead(log_odds, stats, tau, step + 1))
         return grad, stats
@@ -181,15 +184,19 @@ class ErosionFront(MethodGradient):
             return self._side.run(lambda: self._next_tau(*_not_reached(log_odds, stats), step))
         return self._side.run(lambda: self._next_tau(log_odds, stats, step))
 
-    def _tau_from_own_scores(self, logits: Tensor, step: int) -> Tensor:
+    def _tau_from_own_scores(self, logits: LogitMap, step: int) -> Tensor:
         """At the price of reading the logits twice: the confidence first, then the gradient."""
         scores = self._ops.confidence(
-            logits, self._labels, ignore_index=self._ignore_index, confidence=self._settings.confidence
+            logits.values,
+            self._labels,
+            ignore_index=self._ignore_index,
+            confidence=self._settings.confidence,
+            align_corners=logits.align_corners,
         )
         if self._last is not None:
             stats = self._last.stats
         else:
-            stats = torch.zeros(logits.shape[0], 4, dtype=torch.float64, device=logits.device)
+            stats = torch.zeros(len(scores), 4, dtype=torch.float64, device=scores.device)
             stats[:, 0] = (scores < float("inf")).sum((1, 2))
         return self._next_tau(scores, stats, step)
 

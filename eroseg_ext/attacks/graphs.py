@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from eroseg_ext.models.adapter import Model, Pass
+from eroseg_ext.models.see_through import LogitMap
 
+Result = TypeVar("Result")
 KEPT = 2
 """How many graphs are kept, as each holds the model's memory: those of full batches and of a last, smaller one."""
 _failed: list[torch.cuda.CUDAGraph] = []
@@ -27,7 +30,7 @@ class GraphedPass:
     Raises RuntimeError, naming the reason, for a model that cannot be captured; the device is fit for use then.
     """
 
-    def __init__(self, forward: Callable[[Tensor], Tensor], images: Tensor) -> None:
+    def __init__(self, forward: Callable[[Tensor], LogitMap], images: Tensor) -> None:
         self._captured = forward  # kept, as the graphs read what it holds
         self._leaf = images.detach().clone().requires_grad_()
         kind = images.device.type
@@ -41,15 +44,16 @@ class GraphedPass:
             with torch.cuda.stream(stream):
                 warm_up = Pass(forward)
                 for _ in range(2):
-                    warm_up.gradient(torch.zeros_like(warm_up.logits(images)))
+                    warm_up.gradient(torch.zeros_like(warm_up.logits(images).values))
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # the graphs have memory of their own, which cannot come from what is cached
             pool = torch.cuda.graph_pool_handle()
             try:
                 self._forward, self._logits = _capture(lambda: forward(self._leaf), stream, pool)
-                self.grad_logits = torch.zeros_like(self._logits)
+                values = self._logits.values
+                self.grad_logits = torch.zeros_like(values)
                 self._backward, self._grad = _capture(
-                    lambda: torch.autograd.grad(self._logits, self._leaf, self.grad_logits)[0], stream, pool
+                    lambda: torch.autograd.grad(values, self._leaf, self.grad_logits)[0], stream, pool
                 )
             except RuntimeError as error:
                 with suppress(RuntimeError):
@@ -60,12 +64,12 @@ class GraphedPass:
                     f"graph is True, but the model cannot be captured in a CUDA graph: {reason}"
                 ) from error
 
-    def logits(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor) -> LogitMap:
         """As :meth:`Pass.logits`, for images of the shape that was captured."""
         with torch.no_grad():
             self._leaf.copy_(images)
         self._forward.replay()
-        return self._logits.detach()
+        return self._logits._replace(values=self._logits.values.detach())
 
     def gradient(self, grad_logits: Tensor) -> Tensor:
         """As :meth:`Pass.gradient`; ``grad_logits`` best is the attribute of that name itself."""
@@ -76,9 +80,9 @@ class GraphedPass:
 
 
 def _capture(
-    work: Callable[[], Tensor], stream: torch.cuda.Stream, pool: torch.cuda._POOL_HANDLE
-) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A graph of the work, with its memory from the pool, and the tensor that a replay writes.
+    work: Callable[[], Result], stream: torch.cuda.Stream, pool: torch.cuda._POOL_HANDLE
+) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """A graph of the work, with its memory from the pool, and the result, which a replay writes.
 
     torch.cuda.graph does the same, but leaves the thread on the capture's stream, and the pool open, where the capture
     fails, and its error then hides the one that made it fail.
@@ -122,7 +126,7 @@ class Graphs:
             self._kept.clear()
         self._state = state
 
-    def of(self, forward: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtype) -> GraphedPass:
+    def of(self, forward: Callable[[Tensor], LogitMap], images: Tensor, dtype: torch.dtype) -> GraphedPass:
         """The passes over images of this form, which the model is given as ``dtype``; captured if they are new."""
         kind = images.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -40,6 +40,7 @@ class Options(TypedDict, total=False):
     output_key: int | str | None
     logits: Function[[Any], Tensor] | None
     align_corners: bool
+    see_through: bool
     own_label_size: bool
     backend: str
     model_mode: str

@@ -153,7 +153,8 @@ class Loop(Engine):
         stays_whole = self.is_sharded or _host_waits(x_adv.device)
         leavers = _Leavers(len(images), x_adv.device) if config.early_stop and stays_whole else None
         for step in range(self.steps):
-            found = self.evaluate(part, x_adv, restart, step, leavers.going if leavers else None)
+            active = leavers.going if leavers else None
+            found = self.evaluate(part, x_adv, restart, step, active, keep_logits=self.callback is not None)
             if config.keep == "best" and self.best is not None:
                 self.best.offer(part.at, x_adv, found.stats[:, 1])
             if config.early_stop:
@@ -164,9 +165,11 @@ class Loop(Engine):
             if leavers is not None:
                 leavers.update(going)
                 x_adv.copy_(x_adv.where(leavers.going.view(-1, 1, 1, 1), images))
-            if self.callback is not None:
-                self.callback(StepInfo(restart, step, part.rows, found.stats, found.tau, found.logits, x_adv))
-            del found  # or its logits would live on beside those of the next forward pass
+            if self.callback is not None and found.logits is not None:
+                logits = found.logits.at(self.size)
+                self.callback(StepInfo(restart, step, part.rows, found.stats, found.tau, logits, x_adv))
+                del logits  # or they would live on beside those of the next forward pass
+            del found
             bar.update()
             if leavers is not None:
                 # Every pass of a sharded model waits for the other processes, whose images may still take steps.

@@ -85,6 +85,8 @@ class AttackSettings:
         output_key: which entry of the model's output are the logits, where it returns several: a number or a name.
         logits: instead of ``output_key``: a callable from the model's output to the logits.
         align_corners: of the bilinear upsampling of logits that are smaller than the labels.
+        see_through: where the model's last operation upsamples its logits to the images' size, do without it, and take
+            the logits before; see ``docs/models.md``.
         own_label_size: labels may have another size than images, to which the logits are then interpolated.
         micro_batch: attack so many images at a time; results are those of the whole batch for models that treat images
             alone.
@@ -134,6 +136,7 @@ class AttackSettings:
     output_key: int | str | None = None
     logits: Callable[[Any], Tensor] | None = None
     align_corners: bool = False
+    see_through: bool = True
     own_label_size: bool = False
     micro_batch: int | None = None
     backend: str = "auto"
@@ -171,18 +174,10 @@ class AttackSettings:
         check_choice("threshold", self.threshold, ("lagged", "exact"))
         check_choice("schedule", self.schedule, ("movement", "geometric", "linear"))
         check_choice("variant", self.variant, ("softmax", "sigmoid"))
-        for name in (
-            "targeted",
-            "random_start",
-            "early_stop",
-            "graph",
-            "progress",
-            "align_corners",
-            "own_label_size",
-            "quantize",
-        ):
+        for name in ("targeted", "random_start", "early_stop", "graph", "progress", "align_corners", "see_through"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
-        require(not (self.graph and self.own_label_size), "own_label_size", True, "False beside graph")
+        for name in ("own_label_size", "quantize"):
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         check_number("eps", self.eps, 0, math.inf)
         if self.step_size is not None:
             check_number("step_size", self.step_size, 0, math.inf)

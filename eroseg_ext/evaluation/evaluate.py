@@ -6,7 +6,6 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from eroseg_ext.evaluation.settings import (
     plain,
 )
 from eroseg_ext.models.adapter import Logits, Model, frozen, unwrapped
+from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops import backend, reference
 from eroseg_ext.utils.atomic_files import locked, write_json
 
@@ -114,8 +114,10 @@ class _Evaluator:
         self._saved = saved
         self._given = given
         self._to_class = data.to_class or given.class_map()
-        # From here on void is one label, whatever the data have for it.
-        self._config = config = replace(given, ignore_index=VOID)
+        # From here on void is one label, whatever the data have for it. What the model upsamples to the images' size
+        # is interpolated from there to labels of another.
+        see_through = given.see_through and not given.own_label_size
+        self._config = config = replace(given, ignore_index=VOID, see_through=see_through)
         self._model = model
         self._data = data
         self._cache = cache
@@ -275,12 +277,12 @@ class _Evaluator:
             image = low + (high - low) * (image / 255)
         return image, self._to_class(values, self._data.where(index)[1]).long()
 
-    def _answer(self, pixels: Tensor, number: int, labels: Tensor) -> Tensor:
-        """The model's logits, at the labels' size, of images of one size, of which ``number`` is the first."""
+    def _answer(self, pixels: Tensor, number: int) -> LogitMap:
+        """The model's logits of images of one size, of which ``number`` is the first."""
         height, width = pixels.shape[-2:]
         try:
             with torch.no_grad():
-                return self._logits(pixels, (labels.shape[-2], labels.shape[-1]))
+                return self._logits(pixels, (height, width))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AssertionError) as error:
@@ -291,7 +293,7 @@ class _Evaluator:
 
     def _count(self, pixels: Tensor, labels: Tensor, numbers: list[int]) -> list[Tensor]:
         """Counts ``[C, 3]`` of each image, on the device."""
-        logits = self._answer(pixels, numbers[0], labels)
+        logits, align_corners = self._answer(pixels, numbers[0])
         broken = ~logits.isfinite().flatten(1).all(1)
         if broken.any():
             name = self._data.name(numbers[int(broken.int().argmax())])
@@ -304,8 +306,9 @@ class _Evaluator:
                 f"{self._data.name(numbers[image])} has the label {int(labels[image, row, column])} at row {row}, "
                 f"column {column}, wanted classes from 0 to {classes - 1} or ignore_index={self._given.ignore_index}"
             )
+        reading = {"ignore_index": VOID, "align_corners": align_corners}
         rows = [slice(i, i + 1) for i in range(len(labels))]
-        return [counts_of(self._ops.confusion(logits[i], labels[i], classes, ignore_index=VOID)) for i in rows]
+        return [counts_of(self._ops.confusion(logits[i], labels[i], classes, **reading)) for i in rows]
 
     def _fingerprint(self) -> str:
         """What tells the model from others."""
@@ -319,10 +322,8 @@ class _Evaluator:
         }
         if isinstance(model, nn.Module):
             about["weights"] = digest_of_weights(model)
-        image, labels = self._load(first)
-        image = image.to(self._device)
-        answer = partial(self._answer, number=first, labels=labels)
-        logits = projected_logits(answer, image, labels.numel(), config.clip, config.seed)
+        image = self._load(first)[0].to(self._device)
+        logits = projected_logits(lambda pixels: self._answer(pixels, first).values, image, config.clip, config.seed)
         return fingerprint(about, logits, self._cache)
 
     def _sanity(self) -> list[sanity.Check]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable
 from itertools import count
@@ -53,39 +54,35 @@ def digest_of_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def projected_logits(
-    answer: Callable[[Tensor], Tensor], image: Tensor, pixels: int, clip: tuple[float, float], seed: int
-) -> Floats:
+def projected_logits(answer: Callable[[Tensor], Tensor], image: Tensor, clip: tuple[float, float], seed: int) -> Floats:
     """Clean logits of three images in few numbers: sums with random signs over the pixels ``[3, C, _PROJECTIONS]``.
 
     Such a sum changes if the logits change anywhere. The images are the first one, its mirror image, and noise, each
     alone and by one thread, so that only the machine can change a bit.
 
     Args:
-        answer: the model, from ``[1, K, H, W]`` to logits ``[1, C, H, W]``.
+        answer: the model, from ``[1, K, H, W]`` to logits ``[1, C, h, w]``.
         image: ``[K, H, W]``.
-        pixels: of the logits of an image.
         clip: range of pixel values, of the noise.
         seed: torch's, for models that draw random numbers.
     """
     generator = torch.Generator().manual_seed(0)
-    shape = (pixels, _PROJECTIONS)
-    signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.float32) * 2 - 1
     low, high = clip
     noise = low + (high - low) * torch.rand(image.shape, generator=generator, dtype=torch.float32)
     found = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for shown in (image, image.flip(-1), noise):
+        for pixels in (image, image.flip(-1), noise):
             torch.manual_seed(seed)
-            logits = answer(shown[None])[0]
+            logits = answer(pixels[None])[0]
             # Values that are not finite are reported when the images are evaluated.
-            flat = logits.float().cpu().flatten(1).nan_to_num(posinf=1.0, neginf=-1.0)
-            found.append(flat @ signs / max(len(signs), 1) ** 0.5)
+            found.append(logits.float().cpu().flatten(1).nan_to_num(posinf=1.0, neginf=-1.0))
     finally:
         torch.set_num_threads(threads)
-    return torch.stack(found).double().numpy()
+    shape = (found[0].shape[1], _PROJECTIONS)
+    signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.float32) * 2 - 1
+    return torch.stack([flat @ signs / math.sqrt(max(len(signs), 1)) for flat in found]).double().numpy()
 
 
 def bytes_of(value: Tensor) -> bytes:

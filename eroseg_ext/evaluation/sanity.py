@@ -19,6 +19,7 @@ from torch import Tensor
 from eroseg_ext.attacks.apgd import noise_seed, strong_attack
 from eroseg_ext.models.adapter import SETTINGS as OF_THE_MODEL
 from eroseg_ext.models.adapter import Logits, Model, Pass, frozen, unwrapped
+from eroseg_ext.models.see_through import LogitMap
 
 STEPS = 10
 """Steps of the attacks along the ladder of budgets."""
@@ -150,10 +151,10 @@ class _Checker:
 
         Unlike cross-entropy's it does not vanish where a model is sure.
         """
-        model = Pass(self._predict)
+        model = Pass(lambda images: LogitMap(self._predict(images), False))
         with torch.enable_grad():
             try:
-                logits = model.logits(self._images).requires_grad_()
+                logits = model.logits(self._images).values.requires_grad_()
             except ValueError as error:
                 return False, f"{error}: no gradient reaches the attack"
             if logits.shape[1] == 1:
@@ -208,7 +209,9 @@ class _Checker:
         return False, f"{words}: the gradient is no better than chance"
 
     def _predict(self, images: Tensor) -> Tensor:
-        return self._logits(images, (self._labels.shape[-2], self._labels.shape[-1])).float()
+        size = (images.shape[-2], images.shape[-1])
+        labels = (self._labels.shape[-2], self._labels.shape[-1])
+        return self._logits(images, size).at(labels).float()
 
     def _accuracy(self, images: Tensor) -> float:
         with torch.no_grad():

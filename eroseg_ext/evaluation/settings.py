@@ -74,6 +74,8 @@ class EvaluationSettings(Reading):
     """instead of ``output_key``: a callable from the model's output to the logits"""
     align_corners: bool = False
     """of the bilinear upsampling of logits that are smaller than the labels"""
+    see_through: bool = True
+    """do without a model's last upsampling of its logits, and take those before it"""
     own_label_size: bool = False
     """labels keep their own size where images are resized, by ``size`` or by the data set itself, and the prediction is
     interpolated to it, as transformers and mmsegmentation evaluate"""

@@ -12,15 +12,17 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 
 from eroseg_ext.models.modules import depends_on_parameters, modules_behind
 from eroseg_ext.models.outputs import DTYPES, Reader
+from eroseg_ext.models.see_through import LogitMap, SeeThrough, can_see_through
 from eroseg_ext.utils.validate import warn
 
 Model = Callable[[Tensor], Any]
 NO_GRADIENT = "the model's logits do not depend on images by autograd, wanted a differentiable model"
-SETTINGS = ("mean", "std", "autocast", "output", "output_key", "logits", "align_corners")
+SETTINGS = ("mean", "std", "autocast", "output", "output_key", "logits", "align_corners", "see_through")
 """What :class:`Logits` takes, under the names that the settings of attack, training and evaluation have for it."""
 
 
@@ -158,12 +160,15 @@ class Logits:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         autocast: torch.dtype | None = None,
+        see_through: bool = True,
         dtype: torch.dtype | None = None,
         **reading: Any,
     ) -> None:
         self._model = model
         self._read = Reader(**reading)
         self._modules = modules_behind(model)
+        # What shares a model over processes hangs its work onto the backward pass of what the model returned.
+        self._sees_through = see_through and not self.is_sharded and can_see_through(self._modules)
         self._dtype = dtype
         self._warned = isinstance(model, nn.Module)
         self._mean = mean
@@ -172,13 +177,13 @@ class Logits:
         self._autocast = autocast
 
     @classmethod
-    def under(cls, model: Model, settings: Any, dtype: torch.dtype | None = None) -> Logits:
+    def under(cls, model: Model, settings: Any, **others: Any) -> Logits:
         """As the settings of an attack, a training or an evaluation say; what they do not have keeps its default."""
         named = {name: getattr(settings, name) for name in SETTINGS if hasattr(settings, name)}
-        return cls(model, **named, dtype=dtype)
+        return cls(model, **(named | others))
 
-    def __call__(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """``images[B, K, H, W]`` -> logits ``[B, C, *size]``; TypeError or ValueError for an output of another form."""
+    def __call__(self, images: Tensor, size: tuple[int, int]) -> LogitMap:
+        """The logits of ``images[B, K, H, W]`` of ``size``; TypeError or ValueError for an output of another form."""
         if self._mean is not None:
             if self._constants is None:
                 # Kept: an upload makes the host wait for the device, which no step may.
@@ -187,15 +192,16 @@ class Logits:
             images = (images - mean) / std
         # Never the tensor given, a leaf of autograd or the caller's own: the model may write to what it gets.
         images = images.to(self._model_dtype() or images.dtype, copy=self._mean is None)
-        if self._autocast is None:
+        with ExitStack() as contexts:
+            if self._sees_through:
+                contexts.enter_context(SeeThrough(size))
+            if self._autocast is not None:
+                contexts.enter_context(torch.autocast(images.device.type, self._autocast))
             output = self._model(images)
-        else:
-            with torch.autocast(images.device.type, self._autocast):
-                output = self._model(images)
-        logits = self._read(output, images.shape, size)
-        if logits.requires_grad and not self._warned:
+        logits = self._read(output, images.shape[0], size)
+        if logits.values.requires_grad and not self._warned:
             self._warned = True
-            if depends_on_parameters(logits):
+            if depends_on_parameters(logits.values):
                 warn(
                     "the model is a function and the nn.Module of its parameters was not found: its mode, BatchNorm "
                     "statistics and requires_grad stay as they are during the attack, pass an nn.Module instead"
@@ -216,25 +222,26 @@ class Logits:
 class Pass:
     """The model's forward and backward pass with respect to the images, step after step."""
 
-    def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, forward: Callable[[Tensor], LogitMap]) -> None:
         self._forward = forward
-        self._under_way: tuple[Tensor, Tensor] | None = None
+        self._under_way: tuple[Tensor, GradientEdge] | None = None
         self._has_checkpoints = False
 
-    def logits(self, images: Tensor) -> Tensor:
-        """``images[B, K, H, W]`` -> logits, detached; ValueError for logits that are cut off from the images."""
+    def logits(self, images: Tensor) -> LogitMap:
+        """Of ``images[B, K, H, W]``, detached; ValueError for logits that are cut off from the images."""
         leaf = images.detach().requires_grad_()
         logits = self._forward(leaf)
-        if not logits.requires_grad:
+        if not logits.values.requires_grad:
             raise ValueError(NO_GRADIENT)
-        self._under_way = leaf, logits
-        return logits.detach()
+        # Not the logits themselves, which need not last through the backward pass.
+        self._under_way = leaf, get_gradient_edge(logits.values)
+        return logits._replace(values=logits.values.detach())
 
     def gradient(self, grad_logits: Tensor) -> Tensor:
         """The gradient with respect to the images of the last ``logits``, whose graph is freed."""
         assert self._under_way is not None
         leaf, logits = self._under_way
-        self._under_way = None  # or the logits would live on beside those of the next forward pass
+        self._under_way = None
         if not self._has_checkpoints:
             try:
                 # Of a callable's parameters, which nobody froze, the logits may depend where they do not of the images.
@@ -247,7 +254,7 @@ class Pass:
                     raise
                 # Checkpoints with use_reentrant=True ask for backward(). What came after the last of them is freed.
                 self._has_checkpoints = True
-                logits = self._forward(leaf)
+                logits = get_gradient_edge(self._forward(leaf).values)
         torch.autograd.backward(logits, grad_logits)
         if leaf.grad is None:
             raise ValueError(NO_GRADIENT)

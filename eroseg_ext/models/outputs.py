@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from eroseg_ext.models.see_through import LogitMap, source_of
 from eroseg_ext.utils.validate import warn
 
 OUTPUTS = ("logits", "probabilities", "sigmoid")
@@ -19,7 +19,7 @@ _SMALLEST = {torch.float32: 2.0**-100, torch.bfloat16: 2.0**-100, torch.float16:
 
 
 class Reader:
-    """A model's output -> logits ``[B, C, *size]``; the settings are those of the same names of ``AttackSettings``.
+    """A model's output -> logits; the settings are those of the same names of ``AttackSettings``.
 
     What an output says about itself is looked at once for each of its shapes, its range of values with the first only:
     a look makes the host wait for the device.
@@ -38,9 +38,8 @@ class Reader:
         self._align_corners = align_corners
         self._seen: tuple[object, ...] | None = None
 
-    def __call__(self, output: Any, images: Sequence[int], size: tuple[int, int]) -> Tensor:
-        """Logits at ``size``, differentiable, of images of the shape ``images``; TypeError or ValueError if none."""
-        batch = images[0]
+    def __call__(self, output: Any, batch: int, size: tuple[int, int]) -> LogitMap:
+        """The logits of ``batch`` images of ``size``, differentiable; TypeError or ValueError if they are none."""
         if self._logits is not None:
             found = self._logits(output)
             if not isinstance(found, Tensor):
@@ -51,19 +50,17 @@ class Reader:
             raise ValueError(f"the model's logits have shape {list(found.shape)}, wanted [B, C, H, W] with B = {batch}")
         if found.dtype not in DTYPES:
             raise TypeError(f"the model's logits are {found.dtype}, wanted float32, float16, bfloat16 or float64")
-        if found.dtype == torch.float64:
-            found = found.float()
-        shape = found.shape, images, size
+        shape = found.shape, size
         if shape != self._seen:
             if self._output != "logits" and self._seen is None:
                 _check_probabilities(found, self._output)
-            _check_size(found, (images[-2], images[-1]))
+            _check_size(found, size)
             self._seen = shape
-        # Before the upsampling: the result is that of the model without its last layer, to rounding.
-        found = _converted(found, self._output)
-        if found.shape[-2:] != size:
-            found = F.interpolate(found, size=size, mode="bilinear", align_corners=self._align_corners)
-        return found
+        if self._output != "logits":
+            # At their own size: the result is that of the model without its last layer, to rounding.
+            return LogitMap(_converted(found, self._output), self._align_corners)
+        logits = source_of(found, self._align_corners)
+        return logits._replace(values=logits.values.float()) if found.dtype == torch.float64 else logits
 
 
 def logits_of(output: Any, batch: int) -> Tensor:
@@ -124,8 +121,6 @@ def _entry(output: Any, key: int | str) -> Any:
 
 
 def _converted(found: Tensor, output: str) -> Tensor:
-    if output == "logits":
-        return found
     p = found.float().clamp(min=_SMALLEST[found.dtype])
     if output == "probabilities" and found.shape[1] > 1:
         return p.log()

@@ -2,8 +2,8 @@
 
 This module brings tensors to the memory layouts that the kernels read (NCHW or channels_last logits need no copy) and
 names to the integers that cross the operator schemas (``csrc/ops.cpp``). What is not worth a kernel is the reference's:
-``class_balance``, ``erode``, ``l2_step_``, and every operation on more than ``MAX_CLASSES`` classes. Logits of another
-resolution than the labels are the reference's, too.
+``class_balance``, ``erode``, ``l2_step_``, every operation on more than ``MAX_CLASSES`` classes, and on CUDA every
+operation on logits of another resolution than the labels.
 """
 
 from __future__ import annotations
@@ -78,15 +78,15 @@ def _delivered(grad: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _of_reference_elsewhere(operation: Operation) -> Operation:
-    """The operation; the reference's for logits of more classes than the kernels take, or of another resolution."""
+    """The operation; the reference's for logits that the kernels of their device do not take."""
     of_reference = getattr(reference, operation.__name__)
 
     @functools.wraps(operation)
-    def chosen(logits: Tensor, labels: Tensor, *arguments: Any, align_corners: bool = False, **options: Any) -> Any:
+    def chosen(logits: Tensor, labels: Tensor, *arguments: Any, **options: Any) -> Any:
         batches = logits.dim() == 4 and labels.dim() == 3 and len(logits) == len(labels)
-        if batches and (logits.shape[1] > MAX_CLASSES or logits.shape[-2:] != labels.shape[-2:]):
-            return of_reference(logits, labels, *arguments, align_corners=align_corners, **options)
-        return operation(logits, labels, *arguments, **options)
+        interpolates = logits.is_cuda and logits.shape[-2:] != labels.shape[-2:]
+        elsewhere = batches and (logits.shape[1] > MAX_CLASSES or interpolates)
+        return (of_reference if elsewhere else operation)(logits, labels, *arguments, **options)
 
     return chosen  # type: ignore[return-value]
 
@@ -107,6 +107,7 @@ def erosion_grad(
     within: str = "any",
     targeted: bool = False,
     class_weight: Tensor | None = None,
+    align_corners: bool = False,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`eroseg_ext.ops.reference.erosion_grad`; ``radius`` is 0 or 1, and ``within`` is ``any``."""
@@ -127,6 +128,7 @@ def erosion_grad(
         radius,
         slope,
         targeted,
+        align_corners,
     )
     return _delivered(grad, out), log_odds, stats
 
@@ -142,6 +144,7 @@ def pixel_grad(
     targeted: bool = False,
     q: float = 2.0,
     class_weight: Tensor | None = None,
+    align_corners: bool = False,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`eroseg_ext.ops.reference.pixel_grad`; ``method`` is one of ``FUSED_METHODS``."""
@@ -150,15 +153,32 @@ def pixel_grad(
     grad = _gradient_for(logits, out)
     weight = None if class_weight is None else class_weight.contiguous()
     stats = _eroseg.pixel_grad(
-        logits, labels.contiguous(), weight, grad, FUSED_METHODS.index(method), progress, ignore_index, targeted, q
+        logits,
+        labels.contiguous(),
+        weight,
+        grad,
+        FUSED_METHODS.index(method),
+        progress,
+        ignore_index,
+        targeted,
+        q,
+        align_corners,
     )
     return _delivered(grad, out), stats
 
 
 @_of_reference_elsewhere
-def confidence(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, confidence: str = "label") -> Tensor:
+def confidence(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = 255,
+    confidence: str = "label",
+    align_corners: bool = False,
+) -> Tensor:
     """See :func:`eroseg_ext.ops.reference.confidence`."""
-    return _eroseg.confidence(_dense(logits), labels.contiguous(), ignore_index, CONFIDENCES.index(confidence))
+    kind = CONFIDENCES.index(confidence)
+    return _eroseg.confidence(_dense(logits), labels.contiguous(), ignore_index, kind, align_corners)
 
 
 def kth_value(scores: Tensor, k: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -197,10 +217,12 @@ def linf_step_(
 
 
 @_of_reference_elsewhere
-def confusion(prediction: Tensor, labels: Tensor, classes: int, *, ignore_index: int = 255) -> Tensor:
+def confusion(
+    prediction: Tensor, labels: Tensor, classes: int, *, ignore_index: int = 255, align_corners: bool = False
+) -> Tensor:
     """See :func:`eroseg_ext.ops.reference.confusion`."""
     prediction = _dense(prediction) if prediction.dim() == 4 else prediction.contiguous()
-    return _eroseg.confusion(prediction, labels.contiguous(), classes, ignore_index)
+    return _eroseg.confusion(prediction, labels.contiguous(), classes, ignore_index, align_corners)
 
 
 # What an operator writes raises its version counter, so that autograd notices, and may not require grad itself.
@@ -238,11 +260,10 @@ def _check_devices(*arguments: object) -> None:
 
 
 @torch.library.register_fake("eroseg::erosion_grad")
-def _(logits: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
-    _check_devices(logits, *arguments)
-    batch, _, height, width = logits.shape
-    log_odds = logits.new_empty(batch, height, width, dtype=torch.float32)
-    return log_odds, logits.new_empty(batch, 4, dtype=torch.float64)
+def _(logits: Tensor, labels: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    _check_devices(logits, labels, *arguments)
+    log_odds = logits.new_empty(labels.shape, dtype=torch.float32)
+    return log_odds, logits.new_empty(logits.shape[0], 4, dtype=torch.float64)
 
 
 @torch.library.register_fake("eroseg::pixel_grad")
@@ -252,10 +273,9 @@ def _(logits: Tensor, labels: Tensor, class_weight: Tensor | None, grad: Tensor,
 
 
 @torch.library.register_fake("eroseg::confidence")
-def _(logits: Tensor, labels: Tensor, ignore_index: int, confidence: int) -> Tensor:
+def _(logits: Tensor, labels: Tensor, *settings: object) -> Tensor:
     _check_devices(logits, labels)
-    batch, _, height, width = logits.shape
-    return logits.new_empty(batch, height, width, dtype=torch.float32)
+    return logits.new_empty(labels.shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("eroseg::kth_value")
@@ -276,6 +296,6 @@ def _(x_adv: Tensor, x: Tensor, grad: Tensor, *settings: object) -> None:
 
 
 @torch.library.register_fake("eroseg::confusion")
-def _(prediction: Tensor, labels: Tensor, classes: int, ignore_index: int) -> Tensor:
+def _(prediction: Tensor, labels: Tensor, classes: int, *settings: object) -> Tensor:
     _check_devices(prediction, labels)
     return prediction.new_empty(classes, classes, dtype=torch.int64)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from eroseg_ext.models.adapter import Logits
+from eroseg_ext.models.see_through import source_of
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training.clock import Clock
 from eroseg_ext.training.settings import TrainSettings
@@ -15,7 +16,8 @@ class Network(nn.Module):
     """``images [B, 3, H, W] in [0, 1] -> logits [B, C, H, W]``: normalises, runs the model under autocast, upsamples.
 
     The model is called, and its output read, as the settings say; None: as their defaults say.
-    Called while the clock is in an attack, it books its forward and backward as the model's.
+    Called while the clock is in an attack, it books its forward and backward as the model's, and returns the logits as
+    they are, for the attack to upsample; no upsampling that was put off is computed then.
     """
 
     def __init__(
@@ -27,18 +29,19 @@ class Network(nn.Module):
         super().__init__()
         self.model = model
         self._clock = clock
-        self._logits = Logits.under(model, settings)
+        self._logits = Logits.under(model, settings, see_through=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits."""
         size = (images.shape[-2], images.shape[-1])
         if self._clock.phase != phases.ATTACK_KERNELS:
-            return self._logits(images, size)
+            return self._logits(images, size).at(size)
         self._clock.switch(phases.ATTACK_MODEL)
-        logits = self._logits(images, size)
+        logits = self._logits(images, size).values
         self._clock.switch(phases.ATTACK_KERNELS)
         if images.requires_grad:
-            logits.register_hook(lambda _: self._clock.switch(phases.ATTACK_MODEL))
+            taken = source_of(logits, False).values  # what the attack takes, and its gradient comes to
+            taken.register_hook(lambda _: self._clock.switch(phases.ATTACK_MODEL))
             images.register_hook(lambda _: self._clock.switch(phases.ATTACK_KERNELS))
         return logits
 

@@ -172,8 +172,6 @@ def _stored(image: Image.Image, palette: Palette | None) -> npt.NDArray[Any]:
             return np.asarray(image).astype(np.int32)
         if image.mode in ("1", "L", "P", "F"):
             return np.array(image)
-        if image.mode == "LA":
-            return np.array(image)[..., 0]
     colours = np.array(image.convert("RGB"))
     # Programs that write a GIF renumber its colours: only what they look like is kept.
     if is_gif and palette is None and (colours == colours[..., :1]).all() and not (colours % 255).any():

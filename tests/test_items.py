@@ -215,3 +215,26 @@ def test_predictions_are_brought_to_the_labels_own_size(pixelwise: nn.Module) ->
     assert adversarial.shape == PIXELS.shape
     with pytest.raises(ValueError, match=r"labels has shape \[3, 24, 48\], wanted \[3, 12, 16\]"):
         attack(pixelwise, images, labels)
+
+
+class Upsamples(nn.Module):
+    """Ends in an upsampling to the images' size, which attacks do without where the labels have that size too."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.inner(nn.functional.avg_pool2d(images, 4))
+        return nn.functional.interpolate(logits, images.shape[-2:], mode="bilinear")
+
+
+def test_what_a_model_upsamples_to_the_images_size_is_interpolated_from_there(pixelwise: nn.Module) -> None:
+    model = Upsamples(pixelwise)
+    labels = LABELS[:, ::2, ::2].contiguous()
+    found = evaluate(
+        model, [*zip(PIXELS, labels, strict=True)], own_label_size=True, steps=1, attacks=["pgd"], sanity=0
+    )
+    images = (PIXELS / 255).to(next(pixelwise.buffers()).device)
+    wanted = nn.functional.interpolate(model(images), labels.shape[-2:], mode="bilinear").cpu().argmax(1)
+    assert found.clean.aacc == pytest.approx(100 * float((wanted == labels)[labels != VOID].double().mean()))

@@ -231,7 +231,7 @@ class Upsamples(nn.Module):
 
 def test_what_a_model_upsamples_to_the_images_size_is_interpolated_from_there(pixelwise: nn.Module) -> None:
     model = Upsamples(pixelwise)
-    labels = LABELS[:, ::2, ::2].contiguous()
+    labels = LABELS[:, :7, :11].contiguous()
     found = evaluate(
         model, [*zip(PIXELS, labels, strict=True)], own_label_size=True, steps=1, attacks=["pgd"], sanity=0
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import Call, Timing, cold_copies, copy_timing, time_calls, time_limit
+from bench.measure import Call, Samples, cold_copies, time_calls, time_copy, time_limit
 from eroseg_ext import AttackSettings
 from eroseg_ext.ops import backend, reference
 
@@ -22,13 +22,13 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "ADE20K": (1, 150, 128, 128),
         "binary": (4, 1, 256, 256),
     },
-    "default": {
+    "cpu": {
         "PASCAL VOC": (4, 21, 512, 512),
         "Cityscapes": (1, 19, 1024, 2048),
         "ADE20K": (1, 150, 512, 512),
         "binary": (8, 1, 512, 512),
     },
-    "full": {
+    "cuda": {
         "PASCAL VOC": (8, 21, 512, 512),
         "Cityscapes": (2, 19, 1024, 2048),
         "ADE20K": (4, 150, 512, 512),
@@ -37,8 +37,6 @@ SHAPES: dict[str, dict[str, Shape]] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {"progressive": {"confidence": "top", "front": "hard", "direction": "ce"}}
 """Of ``erosion_grad``, which have kernels of their own on a GPU: as ``preset="progressive"`` has it."""
-SECONDS = {"quick": 0.2, "default": 1.0, "full": 2.0}
-"""Time for the samples of one figure."""
 COMPILE_SECONDS = 120.0
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 METHODS = tuple(method for method in reference.PIXEL_METHODS if method != "cospgd_sigmoid")
@@ -93,9 +91,8 @@ class Case:
         }[self.op]
 
 
-def operation_cases(profile: str, device: torch.device) -> list[Case]:
-    """All cases of a profile; the default on CUDA has the shapes of ``full``."""
-    shapes = SHAPES["full" if profile == "default" and device.type == "cuda" else profile]
+def operation_cases(shapes: dict[str, Shape]) -> list[Case]:
+    """All cases, on one of ``SHAPES``."""
     batch, classes, height, width = voc = shapes["PASCAL VOC"]
     half = Case("erosion_grad", "PASCAL VOC", voc, torch.bfloat16)
     return [
@@ -116,12 +113,12 @@ def operation_cases(profile: str, device: torch.device) -> list[Case]:
     ]
 
 
-def is_compiled(case: Case, profile: str) -> bool:
-    """Whether a profile takes the time that torch.compile needs: seconds for each case on a CPU, minutes on a GPU."""
-    usual = case.data in SHAPES[profile] and case.labels == torch.int64 and case.method not in VARIANTS
-    if profile == "quick":
+def is_compiled(case: Case, quick: bool) -> bool:
+    """Whether a run takes the time that torch.compile needs: seconds for each case on a CPU, minutes on a GPU."""
+    usual = case.data in SHAPES["cpu"] and case.labels == torch.int64 and case.method not in VARIANTS
+    if quick:
         return usual and case.data == "PASCAL VOC" and (case.op, case.dtype) == ("step", torch.float32)
-    return profile == "full" or (usual and case.method in (None, "cospgd"))
+    return usual and case.method in (None, "cospgd")
 
 
 @dataclass(frozen=True)
@@ -156,78 +153,52 @@ def scene(case: Case, device: torch.device, seed: int = 0) -> Scene:
 
 def call_of(case: Case, ops: Any, inputs: Scene) -> Call:
     """The call to be timed: one operation of ``ops`` (a module or a namespace) on the inputs, into kept buffers."""
-    logits, labels, previous, x, grad = vars(inputs).values()
-    batch = len(logits)
-    tau = torch.ones(batch, device=logits.device)
-    scores = previous.abs().flatten(1)
-    if case.op == "erosion_grad":
-        out = torch.empty_like(logits)
-        weight = reference.class_balance(labels, max(logits.shape[1], 2)) ** AttackSettings().balance
-        variant = VARIANTS.get(case.method or "", {})
-        return lambda: ops.erosion_grad(logits, labels, tau, previous, class_weight=weight, out=out, **variant)
-    if case.op == "pixel_grad":
-        out = torch.empty_like(logits)
-        return lambda: ops.pixel_grad(logits, labels, case.method, 0.5, out=out)
-    if case.op == "step":
-        return _step(ops, logits, labels, previous, x, grad)
-    if case.op == "next_tau":
-        stats = torch.tensor(
-            [[scores.shape[1], 0.5, 0.3 * scores.shape[1], 0.1 * scores.shape[1]]], dtype=torch.float64
-        )
-        stats = stats.repeat(batch, 1).to(logits.device)
-        return lambda: ops.next_tau(previous, stats, 5)
-    if case.op == "kth_value":
-        k = torch.tensor([kth_ranks(scores.shape[1])] * batch, device=logits.device)
-        return lambda: ops.kth_value(scores, k)
-    if case.op == "linf_step_":
-        x_adv = x.clone()
-        return lambda: ops.linf_step_(x_adv, x, grad, 8 / 255, 2 / 255)
-    if case.op == "confusion":
-        return lambda: ops.confusion(logits, labels, max(logits.shape[1], 2))
-    return lambda: ops.confidence(logits, labels)
+    logits, labels, previous, images, grad = vars(inputs).values()
+    settings, classes = AttackSettings(), max(logits.shape[1], 2)
+    tau, scores = torch.ones(len(logits), device=logits.device), previous.abs().flatten(1)
+    x_adv, out = images.clone(), torch.empty_like(logits)
+    weight = reference.class_balance(labels, classes) ** settings.balance
+    variant = VARIANTS.get(case.method or "", {})
+    pixels = scores.shape[1]
+    stats = torch.tensor([[pixels, 0.5, 0.3 * pixels, 0.1 * pixels]] * len(logits), dtype=torch.float64)
+    stats = stats.to(logits.device)
+    # The two ranks that the loop asks for in every step.
+    ranks = [max(round(rho * pixels), 1) for rho in (settings.front_min, settings.front_max)]
+    k = torch.tensor([ranks] * len(logits), device=logits.device)
 
+    def erosion_grad() -> Any:
+        return ops.erosion_grad(logits, labels, tau, previous, class_weight=weight, out=out, **variant)
 
-def _step(ops: Any, logits: Tensor, labels: Tensor, previous: Tensor, x: Tensor, grad: Tensor) -> Call:
-    """What the loop does besides the model, in a step in its middle."""
-    settings, x_adv, out = AttackSettings(), x.clone(), torch.empty_like(logits)
-    weight = reference.class_balance(labels, max(logits.shape[1], 2)) ** settings.balance
-    tau = torch.ones(len(logits), device=logits.device)
+    def linf_step() -> None:
+        ops.linf_step_(x_adv, images, grad, settings.eps, settings.alpha)
 
-    def run() -> None:
-        _, log_odds, stats = ops.erosion_grad(logits, labels, tau, previous, class_weight=weight, out=out)
+    def step() -> None:
+        """What the loop does besides the model, in a step in its middle."""
+        _, log_odds, stats = erosion_grad()
         ops.next_tau(log_odds, stats, 5)
-        ops.linf_step_(x_adv, x, grad, settings.eps, settings.alpha)
+        linf_step()
 
-    return run
-
-
-def kth_ranks(pixels: int) -> list[int]:
-    """The two ranks that the loop asks for in every step."""
-    settings = AttackSettings()
-    return [max(round(rho * pixels), 1) for rho in (settings.front_min, settings.front_max)]
-
-
-def _kthvalue(scores: Tensor, k: Tensor) -> Tensor:
-    ranks = kth_ranks(scores.shape[1])
-    return torch.stack([torch.kthvalue(scores, rank, 1).values for rank in ranks], 1)
+    return {
+        "erosion_grad": erosion_grad,
+        "pixel_grad": lambda: ops.pixel_grad(logits, labels, case.method, 0.5, out=out),
+        "step": step,
+        "next_tau": lambda: ops.next_tau(previous, stats, 5),
+        "kth_value": lambda: ops.kth_value(scores, k),
+        "linf_step_": linf_step,
+        "confusion": lambda: ops.confusion(logits, labels, classes),
+        "confidence": lambda: ops.confidence(logits, labels),
+    }[case.op]
 
 
-TORCH_SELECTIONS = {"torch.kthvalue": _kthvalue}
-"""``kth_value`` by what torch has."""
-
-
-def implementations(case: Case) -> tuple[str, ...]:
-    """Names of what a case is measured for, ``copy`` being the floor of its traffic."""
-    return ("copy", "reference", "compiled", "fused", *(TORCH_SELECTIONS if case.op == "kth_value" else ()))
+IMPLEMENTATIONS = ("copy", "reference", "compiled", "fused")
+"""What a case is measured for, ``copy`` being the floor of its traffic."""
 
 
 def operations(implementation: str, device: torch.device) -> Any:
-    """The operations as ``reference``, ``compiled`` (the reference under torch.compile), ``fused`` or torch has them.
+    """The operations as ``reference``, ``compiled`` (the reference under torch.compile) or ``fused`` has them.
 
     Raises Unavailable with the reason.
     """
-    if implementation in TORCH_SELECTIONS:
-        return SimpleNamespace(kth_value=TORCH_SELECTIONS[implementation])
     if implementation == "fused":
         if why_not := backend.why_not_fused(device):
             raise Unavailable(why_not)
@@ -244,18 +215,19 @@ def operations(implementation: str, device: torch.device) -> Any:
 
 def timed(
     case: Case, implementation: str, device: torch.device, seconds: float, compile_seconds: float = COMPILE_SECONDS
-) -> Timing:
+) -> Samples:
     """Measures one implementation of a case; raises Unavailable with the reason where it cannot."""
     if implementation == "copy":
-        return copy_timing(device, case.bytes, seconds)
+        return time_copy(device, case.bytes, seconds)
     ops = operations(implementation, device)
-    seeds = range(cold_copies(device, case.bytes))
-    if implementation != "compiled":
-        return time_calls([call_of(case, ops, scene(case, device, seed)) for seed in seeds], device, seconds=seconds)
     try:
-        with time_limit(compile_seconds):
-            call_of(case, ops, scene(case, device))()
+        if implementation == "compiled":
+            with time_limit(compile_seconds):
+                call_of(case, ops, scene(case, device))()
+        seeds = range(cold_copies(device, case.bytes))
         return time_calls([call_of(case, ops, scene(case, device, seed)) for seed in seeds], device, seconds=seconds)
     except Exception as error:  # whatever torch.compile stumbles over is its result
+        if implementation != "compiled":
+            raise
         first_line = next(iter(str(error).splitlines()), "")
         raise Unavailable(f"torch.compile: {type(error).__name__}: {first_line[:120]}") from error

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import cases, report
-from bench.measure import Timing
+from bench.measure import Samples, percentiles
 from bench.results import Run
 
 Record = Callable[..., None]
@@ -21,27 +21,14 @@ DEADLINE = pytest.StashKey[float]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     add = parser.getgroup("eroseg_ext's benchmarks").addoption
     add("--quick", action="store_true", help="small shapes, minutes on 2 cores")
-    add("--full", action="store_true", help="the largest shapes on the CPU too, and more samples")
     add("--device", choices=["cpu", "cuda"], help="default: the CPU, and CUDA where there is one")
     add("--csv", type=Path, metavar="FILE", help="append every figure to this file as soon as it is measured")
-    add("--limit", type=float, metavar="SECONDS", help="begin no measurement later than this")
+    add("--limit", type=float, default=float("inf"), metavar="SECONDS", help="begin no measurement later than this")
     add("--commit", help="what to call the code outside a git checkout")
 
 
-def _devices(config: pytest.Config) -> list[torch.device]:
-    chosen = config.getoption("--device")
-    kinds = [chosen] if chosen else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return [torch.device(kind) for kind in kinds]
-
-
-def _profile(config: pytest.Config) -> str:
-    return "quick" if config.getoption("--quick") else "full" if config.getoption("--full") else "default"
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    path, limit = config.getoption("--csv"), config.getoption("--limit")
-    if config.getoption("--quick") and config.getoption("--full"):
-        raise pytest.UsageError("--quick and --full are both given, wanted one of them")
+    path = config.getoption("--csv")
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device is 'cuda', but torch finds no GPU")
     if getattr(config.option, "numprocesses", None):
@@ -49,21 +36,23 @@ def pytest_configure(config: pytest.Config) -> None:
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise pytest.UsageError(f"--csv is {path}, wanted a file in a folder that exists")
     config.stash[RUN] = Run(path, config.getoption("--commit"))
-    config.stash[DEADLINE] = float("inf") if limit is None else time.monotonic() + limit
+    config.stash[DEADLINE] = time.monotonic() + config.getoption("--limit")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    devices, profile = _devices(metafunc.config), _profile(metafunc.config)
+    chosen = metafunc.config.getoption("--device")
+    kinds = [chosen] if chosen else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    devices, quick = [torch.device(kind) for kind in kinds], metafunc.config.getoption("--quick")
     if "case" in metafunc.fixturenames:
         rows = [
             pytest.param(device, case, name, id=f"{device.type}-{case.name}-{name}")
             for device in devices
-            for case in cases.operation_cases(profile, device)
-            for name in cases.implementations(case)
+            for case in cases.operation_cases(cases.SHAPES["quick" if quick else device.type])
+            for name in cases.IMPLEMENTATIONS
         ]
         metafunc.parametrize(("device", "case", "implementation"), rows)
     elif "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", devices, ids=[device.type for device in devices])
+        metafunc.parametrize("device", devices, ids=kinds)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,15 +66,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def profile(request: pytest.FixtureRequest) -> str:
-    """``quick``, ``default`` or ``full``."""
-    return _profile(request.config)
+def quick(pytestconfig: pytest.Config) -> bool:
+    return bool(pytestconfig.getoption("--quick"))
 
 
 @pytest.fixture
-def seconds(profile: str, device: torch.device) -> float:
+def seconds(quick: bool, device: torch.device) -> float:
     """Time for the samples of one figure; a GPU takes hundreds of them in a fifth of a second."""
-    return cases.SECONDS["quick" if device.type == "cuda" else profile]
+    return 0.2 if quick or device.type == "cuda" else 1.0
 
 
 @pytest.fixture
@@ -96,10 +84,10 @@ def compile_seconds(pytestconfig: pytest.Config) -> float:
 
 @pytest.fixture
 def record(pytestconfig: pytest.Config, device: torch.device) -> Record:
-    """Keeps what was measured: group, case, name, the timing, and further quantities by keyword."""
+    """Keeps what was measured: group, case, name, the times, and further quantities by keyword."""
 
-    def store(group: str, case: str, name: str, timing: Timing | None = None, **more: float) -> None:
-        figures = {} if timing is None else {q: timing.to_json()[q] for q in ("p20", "p50", "p80")}
+    def store(group: str, case: str, name: str, samples: Samples | None = None, **more: float) -> None:
+        figures = {} if samples is None else percentiles(samples)
         more = {quantity.replace("_", " "): value for quantity, value in more.items()}
         pytestconfig.stash[RUN].add(group, case, name, device, figures | more)
 

@@ -1,8 +1,4 @@
-"""Runs every kernel of the package once, for NVIDIA's tools: see gpu_check.py.
-
-python bench/every_kernel.py [cpu]      # on small tensors, for compute-sanitizer
-python bench/every_kernel.py large      # those that matter most, on images of the usual size, for Nsight Compute
-"""
+"""``python bench/every_kernel.py [cpu]`` runs every kernel once on small tensors, for compute-sanitizer."""
 
 import itertools
 import sys
@@ -18,15 +14,9 @@ WIDTHS = (72, 75)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 LABELS = (torch.int64, torch.int32, torch.uint8)
-LARGE = (
-    ((8, 21, 512, 512), torch.bfloat16, torch.contiguous_format),
-    ((8, 21, 512, 512), torch.bfloat16, torch.channels_last),
-    ((8, 21, 512, 512), torch.float32, torch.contiguous_format),
-    ((4, 150, 512, 512), torch.bfloat16, torch.contiguous_format),
-)
 
 
-def small(device: torch.device) -> None:
+def run(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     # All inputs are made on the CPU, so that a copy is what writes them on the device, and no kernel of torch.
     for number, (classes, dtype, layout) in enumerate(itertools.product(CLASSES, DTYPES, LAYOUTS)):
@@ -54,26 +44,11 @@ def small(device: torch.device) -> None:
             fused.linf_step_(x.to(device, copy=True), x.to(device), grad, 0.1, 0.1, mask=mask)
 
 
-def large(device: torch.device) -> None:
-    for (batch, classes, height, width), dtype, layout in LARGE:
-        logits = (torch.randn(batch, classes, height, width, device=device) * 4).to(dtype, memory_format=layout)
-        # Regions of one class, as in real images: neighbouring pixels mostly have the same label.
-        labels = torch.randint(0, classes, (batch, height // 16, width // 16), device=device)
-        labels = labels.repeat_interleave(16, 1).repeat_interleave(16, 2)
-        weight = reference.class_balance(labels, classes)
-        tau, previous = torch.ones(batch, device=device), torch.randn(labels.shape, device=device)
-        _, log_odds, stats = fused.erosion_grad(logits, labels, tau, previous, class_weight=weight)
-        fused.next_tau(log_odds, stats, 5)
-        fused.pixel_grad(logits, labels, "cospgd")
-    x = torch.rand(8, 3, 512, 512, device=device)
-    fused.linf_step_(x.clone(), x, torch.randn_like(x), 0.1, 0.1)
-
-
 if __name__ == "__main__":
     device = torch.device("cpu" if "cpu" in sys.argv else "cuda")
     if why_not := backend.why_not_fused(device):
         raise SystemExit(why_not)
-    (large if "large" in sys.argv else small)(device)
+    run(device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     print(f"every kernel has run on {device}")

@@ -1,7 +1,8 @@
 """Ways to attack: ours, and other people's loops as they ship them or as everyone writes them, behind one signature.
 
 Each is given the same model, images, labels with void pixels, eps, step size and number of steps, and returns
-adversarial images. Their own random start stays theirs; the global generator is seeded before every call.
+adversarial images; ImportError if its package is not installed. Their own random start stays theirs; the global
+generator is seeded before every call.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import eroseg_ext
-from bench.cases import Unavailable
 from eroseg_ext import PGD, EroSeg
 from eroseg_ext.models.adapter import Logits
 
@@ -40,15 +40,8 @@ Attack = Callable[[nn.Module, Tensor, Tensor, Budget], Tensor]
 
 def ours(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget, *, method: str) -> Tensor:
     """``eroseg_ext.attack`` with its defaults."""
-    return eroseg_ext.attack(
-        model,
-        images,
-        labels,
-        method=method,
-        eps=budget.eps,
-        steps=budget.steps,
-        ignore_index=budget.ignore_index,
-    )
+    settings: dict[str, Any] = {"eps": budget.eps, "steps": budget.steps, "ignore_index": budget.ignore_index}
+    return eroseg_ext.attack(model, images, labels, method=method, **settings)
 
 
 def textbook(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
@@ -70,10 +63,8 @@ def cospgd_package(model: nn.Module, images: Tensor, labels: Tensor, budget: Bud
 
     Source: Agnihotri et al., ICML 2024; package cospgd 0.1.3.
     """
-    try:
-        from cospgd import functions
-    except ImportError as error:
-        raise Unavailable("the PyPI package cospgd is not installed") from error
+    from cospgd import functions
+
     x_adv = functions.init_linf(images, budget.eps)
     for step in range(budget.steps):
         x_adv = x_adv.detach().requires_grad_()
@@ -92,10 +83,8 @@ def cospgd_package(model: nn.Module, images: Tensor, labels: Tensor, budget: Bud
 
 def torchattacks_pgd(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """``torchattacks.PGD``, whose loss takes segmentation logits once void pixels bear the index that torch ignores."""
-    try:
-        import torchattacks
-    except ImportError as error:
-        raise Unavailable(f"torchattacks cannot be imported ({error})") from error
+    import torchattacks
+
     attack = torchattacks.PGD(model, eps=budget.eps, alpha=budget.alpha, steps=budget.steps)
     wanted = labels.masked_fill(labels == budget.ignore_index, nn.CrossEntropyLoss().ignore_index)
     result: Tensor = attack(images, wanted)
@@ -103,10 +92,7 @@ def torchattacks_pgd(model: nn.Module, images: Tensor, labels: Tensor, budget: B
 
 
 PEERS: dict[str, Attack] = {
-    "eroseg_ext eroseg": partial(ours, method="eroseg"),
-    "eroseg_ext cospgd": partial(ours, method="cospgd"),
-    "eroseg_ext segpgd": partial(ours, method="segpgd"),
-    "eroseg_ext pgd": partial(ours, method="pgd"),
+    **{f"eroseg_ext {method}": partial(ours, method=method) for method in ("eroseg", "cospgd", "segpgd", "pgd")},
     "cospgd package, CosPGD": partial(cospgd_package, method="cospgd"),
     "cospgd package, SegPGD": partial(cospgd_package, method="segpgd"),
     "torchattacks PGD": torchattacks_pgd,

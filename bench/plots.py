@@ -20,53 +20,29 @@ def time(axes: Axes, group: Group) -> None:
     for row, case in enumerate(group.cases):
         for index, (name, colour) in enumerate(COLOURS.items()):
             p20, p50, p80 = (group.get(case, name, quantity) for quantity in ("p20", "p50", "p80"))
-            if p20 and p50 and p80:
+            if name in group.names(case):
                 y = row + (index - 1) * 0.27
                 axes.barh(y, p50, 0.27, color=colour, label=name)
                 axes.plot([p20, p80], [y, y], color="black", linewidth=1)
-        if copy := group.get(case, "copy"):
-            axes.plot([copy] * 2, [row - 0.45, row + 0.45], color=LIMIT, linewidth=2.5, label="limit: a mere copy")
+        if "copy" in group.names(case):
+            limit = [group.get(case, "copy")] * 2
+            axes.plot(limit, [row - 0.45, row + 0.45], color=LIMIT, linewidth=2.5, label="limit: a mere copy")
     axes.set_yticks(range(len(group.cases)), [case.replace("/", " ") for case in group.cases], fontsize=8)
     axes.set(xscale="log", xlabel="milliseconds, median, with 20 to 80 %", ylim=(len(group.cases) - 0.4, -0.6))
-
-
-def roofline(axes: Axes, group: Group) -> None:
-    """The bandwidth that each operation reaches, counted by its least traffic, under that of a copy."""
-
-    def speeds(name: str) -> list[tuple[float, float]]:
-        found = ((group.get(case, name, "bytes"), group.get(case, name)) for case in group.cases)
-        return sorted((size, size / ms / 1e6) for size, ms in found if size and ms)
-
-    for name, colour in COLOURS.items():
-        axes.scatter(*zip(*speeds(name) or [(1, 1)], strict=True), color=colour, label=name, alpha=0.8)
-    axes.plot(*zip(*speeds("copy") or [(1, 1)], strict=True), color=LIMIT, linewidth=2, label="limit: a mere copy")
-    axes.set(xscale="log", yscale="log", xlabel="least traffic, bytes", ylabel="GB/s, of the least traffic")
-
-
-def scaling(axes: Axes, group: Group) -> None:
-    """Time along each size, relative to its first point."""
-    for axis in ("pixels", "classes", "batch"):
-        cases = [case for case in group.cases if case.startswith(f"{axis}/")]
-        sizes = [float(case.partition("/")[2]) for case in cases]
-        axes.plot(
-            [size / sizes[0] for size in sizes], [group.get(c, group.names(c)[0]) for c in cases], "o-", label=axis
-        )
-    axes.set(xscale="log", yscale="log", xlabel="size, relative to the first point", ylabel="ms")
 
 
 def loss(axes: Axes, group: Group) -> None:
     """The training loss by epoch, of the first seed."""
     epochs = [case for case in group.cases if case.startswith("epoch") and case.endswith("seed 0")]
     for name in group.names():
-        if values := [value for case in epochs if (value := group.get(case, name, "loss")) is not None]:
+        values = [group.get(case, name, "loss") for case in epochs if name in group.names(case)]
+        if values:
             axes.plot(range(1, len(values) + 1), values, label=name, color="black" if name == "none" else None)
     axes.set(xlabel="epoch", ylabel="loss on the images trained on", ylim=(0.2, 0.8))
 
 
 PLOTS = {
     "time": ("operations", time, (10, 14)),
-    "roofline": ("operations", roofline, (8, 5)),
-    "scaling": ("scaling", scaling, (7, 4.5)),
     "training": ("training", loss, (7, 3.5)),
 }
 """Group, function and size of each plot."""

@@ -41,31 +41,28 @@ class Group:
     def names(self, case: str | None = None) -> list[str]:
         return list(dict.fromkeys(row.name for row in self.rows if case in (None, row.case)))
 
-    def get(self, case: str, name: str, quantity: str = "p50") -> float | None:
-        return self._value.get((case, name, quantity))
-
-    def ratio(self, case: str, above: str, below: str) -> str:
-        """How many times as long as ``below`` ``above`` takes."""
-        over, under = self.get(case, above), self.get(case, below)
-        return NOT_MEASURED if over is None or under is None else f"{number(over / under)}x"
+    def get(self, case: str, name: str, quantity: str = "p50") -> float:
+        """A figure; NaN, which tables tell as not measured, if there is none."""
+        return self._value.get((case, name, quantity), math.nan)
 
     def interval(self, case: str, name: str) -> str:
         """The median and, in parentheses, the 20 and 80 % percentiles."""
         p50, p20, p80 = (self.get(case, name, quantity) for quantity in ("p50", "p20", "p80"))
-        return NOT_MEASURED if p50 is None else f"{number(p50)} ({number(p20)}-{number(p80)})"
+        return number(p50) if math.isnan(p50) else f"{number(p50)} ({number(p20)}-{number(p80)})"
 
     def scores(self, case: str, name: str, digits: int, *quantities: str) -> str:
-        values = [self.get(case, name, quantity) for quantity in quantities]
-        return " / ".join(NOT_MEASURED if value is None else f"{value:.{digits}f}" for value in values)
+        return " / ".join(fixed(self.get(case, name, quantity), digits) for quantity in quantities)
 
 
-def number(value: float | None) -> str:
+def fixed(value: float, digits: int, unit: str = "") -> str:
+    """So many digits after the point."""
+    return NOT_MEASURED if math.isnan(value) else f"{value:.{digits}f}{unit}"
+
+
+def number(value: float, unit: str = "") -> str:
     """Three significant digits, without an exponent."""
-    if value is None:
-        return NOT_MEASURED
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    return f"{value:.{max(2 - math.floor(math.log10(abs(value))), 0)}f}"
+    known = value != 0 and math.isfinite(value)
+    return fixed(value, max(2 - math.floor(math.log10(abs(value))), 0) if known else 0, unit)
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -80,16 +77,11 @@ def operations(group: Group) -> list[str]:
     rows = []
     for case in group.cases:
         op, data, logits = case.split("/", 2)
-        copy, fused = group.get(case, "copy"), group.get(case, "fused")
-        share = NOT_MEASURED if copy is None or fused is None else f"{100 * copy / fused:.0f} %"
         name, _, method = op.partition(" ")
-        times = [
-            number(group.get(case, "reference")),
-            number(group.get(case, "compiled")),
-            group.interval(case, "fused"),
-        ]
-        ratios = [group.ratio(case, "reference", "fused"), group.ratio(case, "compiled", "fused"), number(copy), share]
-        rows.append([f"`{name}` {method}".strip(), data, logits, *times, *ratios])
+        reference, compiled, fused, copy = (group.get(case, n) for n in ("reference", "compiled", "fused", "copy"))
+        shown = [number(reference), number(compiled), group.interval(case, "fused")]
+        shown += [number(reference / fused, "x"), number(compiled / fused, "x"), number(copy)]
+        rows.append([f"`{name}` {method}".strip(), data, logits, *shown, fixed(100 * copy / fused, 0, " %")])
     return markdown(head, rows)
 
 
@@ -107,14 +99,11 @@ def attacks(group: Group) -> list[str]:
     for name in group.names():
         times = ["", "", ""]
         if name != "none":
-            times = [group.interval(case, name), group.ratio(case, name, "eroseg_ext eroseg"), mib(group, case, name)]
+            ratio = group.get(case, name) / group.get(case, "eroseg_ext eroseg")
+            memory = number(group.get(case, name, "peak") / 2**20, " MiB")
+            times = [group.interval(case, name), number(ratio, "x"), memory]
         rows.append([name, *times, *(group.scores(case, name, 1, quantity) for quantity in ("miou", "accuracy"))])
     return markdown([f"attack ({case})", *head], rows)
-
-
-def mib(group: Group, case: str, name: str) -> str:
-    peak = group.get(case, name, "peak")
-    return NOT_MEASURED if peak is None else f"{number(peak / 2**20)} MiB"
 
 
 def parts(group: Group) -> list[str]:
@@ -123,44 +112,38 @@ def parts(group: Group) -> list[str]:
     head.append("memory beyond the model's, in logits")
     rows = []
     for case in group.cases:
-        model, images = case.split("/", 1)
         for name in group.names(case):
             whole, *inside = (group.get(case, name, f"{part}p50") for part in ("", "forward ", "backward ", "ours "))
             peak, own, logits = (group.get(case, name, quantity) for quantity in ("peak", "model peak", "logits"))
-            if whole and inside[2] and peak and own and logits:
-                shares = [f"{100 * inside[2] / whole:.1f} %", f"{(peak - own) / logits:.2f}"]
-                rows.append([model, images, name, number(whole), *map(number, inside), *shares])
-            elif whole and not name.startswith("one habit less"):
-                rows.append([model, images, name, number(whole), *[""] * 5])
+            shares = [fixed(100 * inside[2] / whole, 1, " %"), fixed((peak - own) / logits, 2)]
+            cells = [""] * 5 if math.isnan(logits) else [*map(number, inside), *shares]
+            rows.append([*case.split("/", 1), name, number(whole), *cells])
     return markdown(head, rows)
 
 
-def scaling(group: Group) -> list[str]:
-    """Time and memory along every axis."""
+def scores(
+    group: Group, head: str, cases: Sequence[str], names: Sequence[str], digits: int, *quantities: str, bold: str = ""
+) -> list[str]:
+    """A row for each name, a column for each case, the scores divided by slashes."""
     rows = []
-    for case in group.cases:
-        (name,) = group.names(case)
-        rows.append([*case.split("/", 1), group.interval(case, name), mib(group, case, name)])
-    return markdown(["axis", "value", "ms (20-80 %)", "peak memory beyond the kept gradient"], rows)
+    for name in names:
+        label = name if name in ("none", "worst case") else f"`{name}`"
+        row = [label, *(group.scores(case, name, digits, *quantities) for case in cases)]
+        rows.append([f"**{cell}**" for cell in row] if name == bold else row)
+    return markdown([head, *cases], rows)
 
 
 def strength(group: Group) -> list[str]:
     """mIoU / pixel accuracy by method and setting."""
-    settings = [case for case in group.cases if "logits" not in case]
-    rows = []
-    for name in group.names():
-        cells = [group.scores(case, name, 1, "miou", "accuracy") for case in settings]
-        label = name if name == "none" else f"`{name}`"
-        rows.append([f"**{cell}**" for cell in (label, *cells)] if name == "eroseg" else [label, *cells])
-    return markdown(["method", *settings], rows)
+    cases = [case for case in group.cases if "logits" not in case]
+    return scores(group, "method", cases, group.names(), 1, "miou", "accuracy", bold="eroseg")
 
 
 def confident(group: Group) -> list[str]:
     """The same with logits as they are and multiplied."""
     cases = [case for case in group.cases if "logits" in case]
-    names = [name for name in group.names() if cases and group.get(cases[0], name, "miou") is not None]
-    rows = [[f"`{name}`", *(group.scores(case, name, 1, "miou", "accuracy") for case in cases)] for name in names]
-    return markdown(["method", *cases], rows)
+    names = [name for name in group.names() if cases and not math.isnan(group.get(cases[0], name, "miou"))]
+    return scores(group, "method", cases, names, 1, "miou", "accuracy")
 
 
 def training(group: Group) -> list[str]:
@@ -171,7 +154,7 @@ def training(group: Group) -> list[str]:
         cells, found = [], []
         for budget in budgets:
             found = [case for case in group.cases if case.startswith(f"{budget}, ") and name in group.names(case)]
-            means = (sum(group.get(c, name, q) or 0 for c in found) / max(len(found), 1) for q in ("miou", "aacc"))
+            means = (sum(group.get(c, name, q) for c in found) / max(len(found), 1) for q in ("miou", "aacc"))
             cells.append(" / ".join(f"{value:.1f}" for value in means))
         if len(found) > 1:
             rows.append([f"`{name}`", *cells])
@@ -180,13 +163,9 @@ def training(group: Group) -> list[str]:
 
 def evaluation(group: Group) -> list[str]:
     """mIoU / mAcc / aAcc as ``eroseg evaluate`` prints them."""
-    rows = []
-    for name in group.names():
-        cells = [group.scores(case, name, 2, "miou", "macc", "aacc") for case in group.cases]
-        label = name if name in ("none", "worst case") else f"`{name}`"
-        rows.append([f"**{cell}**" for cell in (label, *cells)] if name == "worst case" else [label, *cells])
+    lines = scores(group, "attack", group.cases, group.names(), 2, "miou", "macc", "aacc", bold="worst case")
     bounds = [group.scores(case, "worst case", 2, "miou bound") for case in group.cases]
-    return markdown(["attack", *group.cases], [*rows, ["lower bound of its mIoU", *bounds]])
+    return [*lines, f"| lower bound of its mIoU | {' | '.join(bounds)} |"]
 
 
 def demo(group: Group) -> list[str]:
@@ -194,10 +173,10 @@ def demo(group: Group) -> list[str]:
     (case,) = group.cases
     rows = []
     for name in group.names():
-        scores = [group.scores(case, name, 1, quantity) for quantity in ("miou", "accuracy")]
-        times = [group.get(case, name, f"{part} p50") for part in ("fused", "reference")]
-        shown = ["", ""] if name == "none" else [number(value) + (" ms" if value else "") for value in times]
-        rows.append([name if name == "none" else f"`{name}`", *scores, *shown])
+        times = [number(group.get(case, name, f"{part} p50"), " ms") for part in ("fused", "reference")]
+        shown = ["", ""] if name == "none" else times
+        cells = [group.scores(case, name, 1, quantity) for quantity in ("miou", "accuracy")]
+        rows.append([name if name == "none" else f"`{name}`", *cells, *shown])
     head = ["mIoU", "pixel accuracy", "our part of a step, fused", "in plain PyTorch"]
     return markdown([f"method ({case})", *head], rows)
 
@@ -207,7 +186,6 @@ TABLES: dict[str, tuple[str, Callable[[Group], list[str]]]] = {
     "speed": ("operations", speed),
     "attacks": ("attacks", attacks),
     "parts": ("parts", parts),
-    "scaling": ("scaling", scaling),
     "strength": ("strength", strength),
     "confident": ("strength", confident),
     "training": ("training", training),

@@ -15,15 +15,15 @@ import torch
 from bench import ROOT
 
 RESULTS = ROOT / "bench" / "results" / "results.csv"
-BYTES = ("bytes", "peak", "model peak", "logits")
-"""Quantities in bytes. Times end with their percentile, and everything else but a loss is in percent."""
+UNITS = {"p20": "ms", "p50": "ms", "p80": "ms", "bytes": "bytes", "peak": "bytes", "logits": "bytes", "loss": "nats"}
+"""Of quantities, by their last word; all others are in percent."""
 
 
 class Row(NamedTuple):
     """One figure."""
 
     group: str
-    """``operations``, ``attacks``, ``parts``, ``scaling``, ``strength``, ``training``, ``evaluation`` or ``demo``"""
+    """``operations``, ``attacks``, ``parts``, ``strength``, ``training``, ``evaluation`` or ``demo``"""
     case: str
     """what is measured, on what"""
     name: str
@@ -39,12 +39,7 @@ class Row(NamedTuple):
 
 
 class Run:
-    """Where and when figures are measured; makes rows of them.
-
-    Args:
-        path: CSV file that every row is appended to at once; None keeps them in ``rows`` alone.
-        commit: names the code outside a git checkout.
-    """
+    """Makes rows of figures, and appends each to a file at once if there is a path; ``commit`` names the code."""
 
     def __init__(self, path: Path | None = None, commit: str | None = None) -> None:
         self.rows: list[Row] = []
@@ -54,21 +49,14 @@ class Run:
 
     def add(self, group: str, case: str, name: str, device: torch.device, figures: Mapping[str, float]) -> None:
         """Adds a row for each quantity."""
-        where = describe(device)
+        where = describe(device), self._commit, self._date
         new = [
-            Row(group, case, name, quantity, value, unit(quantity), where, self._commit, self._date)
+            Row(group, case, name, quantity, value, UNITS.get(quantity.split()[-1], "%"), *where)
             for quantity, value in figures.items()
         ]
         self.rows += new
         if self._path is not None:
             write(self._path, new)
-
-
-def unit(quantity: str) -> str:
-    """``ms``, ``bytes``, ``nats`` or ``%``."""
-    if quantity.endswith(("p20", "p50", "p80")):
-        return "ms"
-    return "bytes" if quantity in BYTES else "nats" if quantity == "loss" else "%"
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
@@ -99,17 +87,17 @@ def latest(rows: Sequence[Row], group: str, kind: str = "cpu") -> list[Row]:
     return [row for row in found if row.date == last]
 
 
-def _output_of(*command: str) -> str:
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
 def checkout() -> str:
     """The commit, with a + if the checkout has changes besides results; empty outside a git repository."""
-    changed = _output_of("git", "status", "--porcelain", "--", ".", ":!bench/results")
-    return _output_of("git", "rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+    def git(*arguments: str) -> str:
+        try:
+            return subprocess.check_output(["git", *arguments], cwd=ROOT, text=True, stderr=subprocess.DEVNULL).strip()
+        except (OSError, subprocess.SubprocessError):
+            return ""
+
+    changed = git("status", "--porcelain", "--", ".", ":!bench/results")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
 def describe(device: torch.device) -> str:

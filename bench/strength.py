@@ -29,6 +29,7 @@ from eroseg_ext import attack
 from eroseg_ext.data import VOID, NamedDataset
 from eroseg_ext.data.reading import evenly_spaced
 from eroseg_ext.evaluation.metrics import miou_and_accuracy
+from eroseg_ext.models.adapter import Model
 from eroseg_ext.models.loading import load_network
 from eroseg_ext.ops import backend
 
@@ -84,20 +85,12 @@ def commands(data: Path, work: Path, seed: int) -> list[list[str]]:
     return lines
 
 
-class Scaled(nn.Module):
+def scaled(model: nn.Module, factor: float) -> Model:
     """A network whose logits are multiplied by a constant: the same predictions, other confidences."""
-
-    def __init__(self, model: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.model, self.factor = model, factor
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, C, H, W] of images [B, 3, H, W]."""
-        logits: Tensor = self.model(images)
-        return logits * self.factor
+    return lambda images: factor * model(images)
 
 
-def scores(model: nn.Module, images: Tensor, labels: Tensor, classes: int, **settings: Any) -> dict[str, float]:
+def scores(model: Model, images: Tensor, labels: Tensor, classes: int, **settings: Any) -> dict[str, float]:
     """mIoU and pixel accuracy from one confusion matrix over all images, attacked if there are settings for it."""
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)  # all rows start from the same noise
@@ -117,7 +110,7 @@ def table(data: Path, work: Path, count: int, run: Run) -> None:
     images, labels = folder.load(evenly_spaced(len(folder), count))
     nets = {name: load_network(weights=work / name / "weights.pt") for name in ("clean", "robust")}
     columns = [(f"{net} {eps}, T={steps}", nets[net], eps, steps) for net, eps, steps in SETTINGS]
-    columns += [(f"clean 2, T=5, logits x{factor}", Scaled(nets["clean"], factor).eval(), 2, 5) for factor in (1, 25)]
+    columns += [(f"clean 2, T=5, logits x{factor}", scaled(nets["clean"], factor), 2, 5) for factor in (1, 25)]
     for name in ("none", *ROWS):
         for case, model, eps, steps in columns:
             settings = {} if name == "none" else {**ROWS[name], "eps": eps / 255, "steps": steps}

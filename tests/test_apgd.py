@@ -16,7 +16,7 @@ from eroseg_ext import attack, strong_attack
 from eroseg_ext.attacks.apgd import NOT_OF_APGD, RADII, _checkpoints, noise_seed, phases
 from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.attacks.result import NotFiniteError
-from eroseg_ext.cli.demo import DemoSettings, load_task, train
+from eroseg_ext.cli.demo import DemoSettings, load_data, train
 from eroseg_ext.data.scenes import generated_scenes
 from eroseg_ext.ops import reference
 
@@ -30,7 +30,7 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
     """A network trained for some seconds on drawn scenes, with four scenes that it has not seen."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    task = load_task(DemoSettings(quick=True, size=(48, 64)))
+    task = load_data(DemoSettings(quick=True, size=(48, 64)))
     model = train(task, 200, 0, torch.device("cpu"))
     scenes = generated_scenes(4, (48, 64), seed=99)
     torch.set_num_threads(threads)

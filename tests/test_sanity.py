@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eroseg_ext.cli.demo import DemoSettings, load_task, train
+from eroseg_ext.cli.demo import DemoSettings, load_data, train
 from eroseg_ext.data.scenes import generated_scenes
 from eroseg_ext.evaluation import sanity
 
@@ -21,7 +21,7 @@ def trained() -> Trained:
     """A network trained for some seconds on drawn scenes, with three scenes that it has not seen."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model = train(load_task(DemoSettings(quick=True, size=(32, 48))), 60, 0, torch.device("cpu"))
+    model = train(load_data(DemoSettings(quick=True, size=(32, 48))), 60, 0, torch.device("cpu"))
     scenes = generated_scenes(3, (32, 48), seed=99)
     torch.set_num_threads(threads)
     return model, scenes.images, scenes.labels

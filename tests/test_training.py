@@ -30,7 +30,7 @@ from eroseg_ext.training import clock as phases
 from eroseg_ext.training.clock import Clock
 from eroseg_ext.training.distributed import Processes
 from eroseg_ext.training.network import Network
-from eroseg_ext.training.samples import Batches, Reader
+from eroseg_ext.training.samples import Reader, batches
 from eroseg_ext.training.validate import examples, validate
 
 
@@ -331,7 +331,7 @@ def test_training_reads_the_output_as_the_settings_say(data: Path, tmp_path: Pat
 
 def last_image(data: Path) -> Path:
     """The image that the first epoch reads last."""
-    keys = list(Batches(13, 4, 0, 0, 3))[-1]
+    keys = list(batches(13, 4, 0, 0, 3))[-1]
     return data / "images" / f"{keys[-1].image:02}.png"
 
 

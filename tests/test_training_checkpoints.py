@@ -291,7 +291,7 @@ def test_lines_of_the_log_that_are_no_records_are_left_out(data: Path, out: Path
 
 
 def test_one_run_at_a_time_in_a_folder(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    process = training_process({**settings(data, tmp_path), "epochs": 10**6, "workers": 1})
+    process = training_process({**settings(data, tmp_path), "epochs": 10**6, "workers": 1, "log_every": 1})
     log = tmp_path / "log.jsonl"
     while process.is_alive() and not (log.exists() and log.read_text()):
         time.sleep(0.01)

@@ -13,7 +13,7 @@ from PIL import Image
 from eroseg_ext.data.datasets import class_map
 from eroseg_ext.data.palettes import VOID
 from eroseg_ext.data.sources import SegmentationFolder
-from eroseg_ext.training.samples import Augmentation, Batch, Batches, Key, Reader, Samples
+from eroseg_ext.training.samples import Augmentation, Batch, Key, Reader, Samples, batches
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image(striped: Reader) -> 
 
 
 def test_every_epoch_visits_every_image_once() -> None:
-    batches = list(Batches(images=12, batch_size=4, seed=0, first=0, last=9))
-    epochs = [[key for keys in batches[start : start + 3] for key in keys] for start in (0, 3, 6)]
+    found = list(batches(images=12, batch_size=4, seed=0, first=0, last=9))
+    epochs = [[key for keys in found[start : start + 3] for key in keys] for start in (0, 3, 6)]
     for number, keys in enumerate(epochs):
         assert sorted(key.image for key in keys) == list(range(12))
         assert {key.epoch for key in keys} == {number}
@@ -82,10 +82,10 @@ def test_every_epoch_visits_every_image_once() -> None:
 
 
 def test_processes_share_the_batches_of_one() -> None:
-    whole = list(Batches(11, 4, 5, 0, 7))
-    parts = [list(Batches(11, 4, 5, 0, 7, rank, 2)) for rank in range(2)]
+    whole = list(batches(11, 4, 5, 0, 7))
+    parts = [list(batches(11, 4, 5, 0, 7, rank, 2)) for rank in range(2)]
     assert [first + second for first, second in zip(*parts, strict=True)] == whole
 
 
 def test_a_later_start_continues_the_same_order() -> None:
-    assert list(Batches(11, 4, 5, 3, 7)) == list(Batches(11, 4, 5, 0, 7))[3:]
+    assert list(batches(11, 4, 5, 3, 7)) == list(batches(11, 4, 5, 0, 7))[3:]

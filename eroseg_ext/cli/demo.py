@@ -79,7 +79,7 @@ class DemoSettings:
         AttackSettings(eps=self.eps, steps=self.steps)
 
 
-class Task(NamedTuple):
+class DemoData(NamedTuple):
     """Images float32 [N, 3, H, W] in [0, 1] and labels int64 [N, H, W], to train and to test on."""
 
     train_images: Tensor
@@ -104,26 +104,26 @@ def run(settings: DemoSettings, say: Callable[[str], None] = print) -> dict[str,
     """
     device = usable_device(settings.device)
     settings.out.mkdir(parents=True, exist_ok=True)
-    task = load_task(settings)
-    images, labels = task.test_images.to(device), task.test_labels.to(device)
+    data = load_data(settings)
+    images, labels = data.test_images.to(device), data.test_labels.to(device)
     size = list(images.shape[-2:])
-    count, where = len(task.train_images), settings.data and f"images of {settings.data}"
+    count, where = len(data.train_images), settings.data and f"images of {settings.data}"
     say(
-        f"{count} {where or 'drawn scenes'} to train on, {len(images)} to test on, {len(task.classes)} classes, "
+        f"{count} {where or 'drawn scenes'} to train on, {len(images)} to test on, {len(data.classes)} classes, "
         f"{size[0]}x{size[1]} pixels"
     )
     start, updates = time.perf_counter(), settings.train_steps or (400 if settings.quick else 600)
-    model = train(task, updates, settings.seed, device, settings.progress)
+    model = train(data, updates, settings.seed, device, settings.progress)
     training = {"steps": updates, "seconds": time.perf_counter() - start}
     training["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    unattacked = evaluate(model, images, labels, task)
+    unattacked = evaluate(model, images, labels, data)
     say(
         f"trained {training['parameters']:,} parameters for {updates} updates in {training['seconds']:.0f} s: "
         f"mIoU {unattacked['miou']:.1f} %, pixel accuracy {unattacked['accuracy']:.1f} %"
     )
     results, curves = {}, {}
     for method in ORDER:
-        results[method], curves[method] = _attacked(model, images, labels, task, settings, method)
+        results[method], curves[method] = _attacked(model, images, labels, data, settings, method)
     say(f"\nevery method with eps {settings.eps * 255:.3g}/255, {settings.steps} steps of eps/4, random start")
     for line in table(unattacked, results):
         say(line)
@@ -134,13 +134,13 @@ def run(settings: DemoSettings, say: Callable[[str], None] = print) -> dict[str,
     plots.accuracy_curves(files[0], curves, len(images))
     for index in evenly_spaced(len(images), 1 if settings.quick else 4):
         files.append(settings.out / f"example-{len(files)}.png")
-        plots.attack_panel(files[-1], _story(model, images[index, None], labels[index, None], task, settings))
+        _draw(files[-1], model, images[index, None], labels[index, None], data, settings)
     say(f"\npictures: {', '.join(map(str, files))}")
-    told = {"data": settings.data and str(settings.data), "ignore_index": task.ignore_index, "size": size}
+    told = {"data": settings.data and str(settings.data), "ignore_index": data.ignore_index, "size": size}
     return {
         "settings": told | {name: getattr(settings, name) for name in ("quick", "seed", "eps", "steps")},
         "environment": {**backend.report(), "device": str(device)},
-        "task": {"train": count, "test": len(images), "classes": list(task.classes)},
+        "task": {"train": count, "test": len(images), "classes": list(data.classes)},
         "training": training,
         "unattacked": unattacked,
         "methods": results,
@@ -148,13 +148,15 @@ def run(settings: DemoSettings, say: Callable[[str], None] = print) -> dict[str,
     }
 
 
-def load_task(settings: DemoSettings) -> Task:
+def load_data(settings: DemoSettings) -> DemoData:
     """The images and labels that the settings name, every fifth of a folder (16 at most) held back to test on."""
     size = settings.size or ((72, 96) if settings.quick else (144, 192))
     trained, tested = 96 if settings.quick else 160, 16
     if settings.data is None:
         images, labels, classes, palette = generated_scenes(tested + trained, size, settings.seed)
-        return Task(images[tested:], labels[tested:], images[:tested], labels[:tested], classes, palette, IGNORE_INDEX)
+        return DemoData(
+            images[tested:], labels[tested:], images[:tested], labels[:tested], classes, palette, IGNORE_INDEX
+        )
     folder = SegmentationFolder(settings.data, size)
     if len(folder) < 2:
         raise ValueError(f"{settings.data} holds {len(folder)} image, wanted at least 2: to train on and to test on")
@@ -170,7 +172,7 @@ def load_task(settings: DemoSettings) -> Task:
     if len(names) < count:
         raise ValueError(f"class_names has {len(names)} names, wanted {count}: labels go up to {count - 1}")
     colours = plots.distinct_colours(len(names))
-    return Task(train_images, train_labels, test_images, test_labels, names, colours, settings.ignore_index)
+    return DemoData(train_images, train_labels, test_images, test_labels, names, colours, settings.ignore_index)
 
 
 def _count_classes(settings: DemoSettings, *labels: Tensor) -> int:
@@ -188,24 +190,24 @@ def _count_classes(settings: DemoSettings, *labels: Tensor) -> int:
     return int(values[-1]) + 1
 
 
-def train(task: Task, steps: int, seed: int, device: torch.device, progress: bool = False) -> SmallDeepLab:
+def train(data: DemoData, steps: int, seed: int, device: torch.device, progress: bool = False) -> SmallDeepLab:
     """Trains a small network with :func:`eroseg_ext.train`, on clean images, for about so many updates of 8 images.
 
     The updates are rounded to whole epochs. Returns the network in eval mode, on the device, in channels_last.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = SmallDeepLab(len(task.classes), DEMO_WIDTH)
-    batch = min(BATCH, len(task.train_images))
-    updates = min(steps, len(task.train_images) // batch)
+        model = SmallDeepLab(len(data.classes), DEMO_WIDTH)
+    batch = min(BATCH, len(data.train_images))
+    updates = min(steps, len(data.train_images) // batch)
     void = 2**16 - 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for kind in ("images", "labels"):
             (folder / kind).mkdir()
         for index in range(updates * batch):
-            pixels = (task.train_images[index].permute(1, 2, 0) * 255).round().byte().numpy()
-            labels = task.train_labels[index].where(task.train_labels[index] != task.ignore_index, void).numpy()
+            pixels = (data.train_images[index].permute(1, 2, 0) * 255).round().byte().numpy()
+            labels = data.train_labels[index].where(data.train_labels[index] != data.ignore_index, void).numpy()
             Image.fromarray(pixels).save(folder / "images" / f"{index:05}.png", compress_level=1)
             Image.fromarray(labels.astype(np.uint16)).save(folder / "labels" / f"{index:05}.png", compress_level=1)
         eroseg_ext.train(
@@ -213,7 +215,7 @@ def train(task: Task, steps: int, seed: int, device: torch.device, progress: boo
             say=lambda line: None,
             data=folder,
             out=folder / "run",
-            classes=len(task.classes),
+            classes=len(data.classes),
             ignore_index=void,
             epochs=max(round(steps / updates), 1),
             batch_size=batch,
@@ -230,30 +232,30 @@ def train(task: Task, steps: int, seed: int, device: torch.device, progress: boo
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, task: Task) -> dict[str, float]:
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, data: DemoData) -> dict[str, float]:
     """Scores of the network over images [N, 3, H, W] with labels [N, H, W], as :func:`miou_and_accuracy` gives them."""
     ops = backend.select(images.device)
-    matrix = ops.confusion(model(images), labels, len(task.classes), ignore_index=task.ignore_index)
+    matrix = ops.confusion(model(images), labels, len(data.classes), ignore_index=data.ignore_index)
     return miou_and_accuracy(matrix)
 
 
-def _attack(model: Any, images: Tensor, labels: Tensor, task: Task, settings: DemoSettings, **more: Any) -> Any:
+def _attack(model: Any, images: Tensor, labels: Tensor, data: DemoData, settings: DemoSettings, **more: Any) -> Any:
     generator = torch.Generator().manual_seed(settings.seed)
-    options: dict[str, Any] = {"eps": settings.eps, "steps": settings.steps, "ignore_index": task.ignore_index}
+    options: dict[str, Any] = {"eps": settings.eps, "steps": settings.steps, "ignore_index": data.ignore_index}
     return attack(model, images, labels, **{**options, "generator": generator, **more})
 
 
 def _attacked(
-    model: nn.Module, images: Tensor, labels: Tensor, task: Task, settings: DemoSettings, method: str
+    model: nn.Module, images: Tensor, labels: Tensor, data: DemoData, settings: DemoSettings, method: str
 ) -> tuple[dict[str, float | None], list[float]]:
     """One method's row of the table, and the pixel accuracy in percent before every step and at the end."""
     start = time.perf_counter()
     more = {"method": method, "progress": settings.progress, "return_info": True}
-    adversarial, info = _attack(model, images, labels, task, settings, **more)
+    adversarial, info = _attack(model, images, labels, data, settings, **more)
     row: dict[str, float | None] = {"seconds_per_step": (time.perf_counter() - start) / settings.steps}
     counts = info.stats[0].sum(1)
     curve = [*(100 * counts[:, 1] / counts[:, 0]).tolist(), 100 * info.correct.sum().item() / info.valid.sum().item()]
-    row |= evaluate(model, adversarial, labels, task)
+    row |= evaluate(model, adversarial, labels, data)
     with torch.no_grad():
         known = known_logits(model(adversarial))
 
@@ -262,7 +264,7 @@ def _attacked(
         seconds = []
         for steps in (1, 2, 6):  # the first loads what is needed
             start = time.perf_counter()
-            _attack(known, images, labels, task, settings, method=method, backend=backend, steps=steps)
+            _attack(known, images, labels, data, settings, method=method, backend=backend, steps=steps)
             if images.is_cuda:
                 torch.cuda.synchronize(images.device)
             seconds.append(time.perf_counter() - start)
@@ -292,7 +294,8 @@ def known_logits(logits: Tensor) -> Callable[[Tensor], Tensor]:
 def table(unattacked: dict[str, float], results: dict[str, dict[str, float | None]]) -> list[str]:
     """The lines of the demo's table, aligned for reading."""
     head = ("method", "mIoU %", "pixel acc. %", "s/step", "ours: fused ms", "reference ms", "speed-up")
-    rows = [head, ("none", f"{unattacked['miou']:.1f}", f"{unattacked['accuracy']:.1f}", "", "", "", "")]
+    rows = [head, tuple("-" * len(name) for name in head)]
+    rows.append(("none", f"{unattacked['miou']:.1f}", f"{unattacked['accuracy']:.1f}", "", "", "", ""))
     for method, row in results.items():
         fused, plain = row["fused_ms"], row["reference_ms"]
         assert plain is not None
@@ -300,21 +303,18 @@ def table(unattacked: dict[str, float], results: dict[str, dict[str, float | Non
         if fused is not None:
             timed = (f"{fused:.2f}", f"{plain:.1f}", f"{plain / fused:.0f}x")
         rows.append((method, f"{row['miou']:.1f}", f"{row['accuracy']:.1f}", f"{row['seconds_per_step']:.3f}", *timed))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return lines
+    return ["{:8}{:>8}{:>14}{:>8}{:>16}{:>14}{:>10}".format(*row).rstrip() for row in rows]
 
 
-def _story(model: nn.Module, image: Tensor, labels: Tensor, task: Task, settings: DemoSettings) -> plots.Story:
-    """Attacks one image [1, 3, H, W] with eroseg and keeps what a picture of it needs."""
+def _draw(path: Path, model: nn.Module, image: Tensor, labels: Tensor, data: DemoData, settings: DemoSettings) -> None:
+    """Attacks one image [1, 3, H, W] with eroseg and draws what happens."""
     shown = sorted({round(i * (settings.steps - 1) / 3) for i in range(4)})
-    config = AttackSettings(eps=settings.eps, steps=settings.steps, ignore_index=task.ignore_index)
-    valid = labels != task.ignore_index
+    config = AttackSettings(eps=settings.eps, steps=settings.steps, ignore_index=data.ignore_index)
+    valid = labels != data.ignore_index
     fronts: list[tuple[int, Tensor]] = []
 
     def confidence(logits: Tensor) -> Tensor:
-        return reference.confidence(logits, labels, ignore_index=task.ignore_index)
+        return reference.confidence(logits, labels, ignore_index=data.ignore_index)
 
     def keep_front(info: StepInfo) -> None:
         if info.step in shown and info.tau is not None:
@@ -322,21 +322,19 @@ def _story(model: nn.Module, image: Tensor, labels: Tensor, task: Task, settings
             weight = reference.front_weight(eroded, info.tau, config.front).where(valid, math.nan)
             fronts.append((info.step, weight[0].cpu()))
 
-    adversarial = _attack(model, image, labels, task, settings, callback=keep_front)
+    adversarial = _attack(model, image, labels, data, settings, callback=keep_front)
     with torch.no_grad():
         before, after = model(image), model(adversarial)
-    return plots.Story(
-        image=image[0].cpu(),
-        adversarial=adversarial[0].cpu(),
-        labels=labels[0].where(valid[0], -1).cpu(),
-        before=before.argmax(1)[0].cpu(),
-        after=after.argmax(1)[0].cpu(),
-        confidence=(confidence(before)[0].cpu(), confidence(after)[0].cpu()),
-        fronts=fronts,
+    parts = (image, labels.where(valid, -1), before.argmax(1), adversarial, after.argmax(1))
+    plots.attack_panel(
+        path,
+        plots.Example(*(part[0].cpu() for part in parts)),
+        [confidence(logits)[0].cpu() for logits in (before, after)],
+        fronts,
         eps=settings.eps,
         steps=settings.steps,
-        classes=task.classes,
-        palette=task.palette,
+        classes=data.classes,
+        palette=data.palette,
     )
 
 

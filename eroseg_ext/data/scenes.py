@@ -43,31 +43,25 @@ def generated_scenes(count: int, size: tuple[int, int] = (144, 192), seed: int =
     """Draws street scenes: a road between facades in perspective, with trees, cars, people and signs.
 
     Every scene has its own light, geometry, textures and sensor noise. Pixels that hold more than one class, those on
-    the outline of an object, are void: about 4 % of all.
-
-    Args:
-        count: number of scenes, at least 0.
-        size: (height, width), both at least 16.
-        seed: scene i depends on (seed, i) alone, so that a longer series begins with the shorter one.
-
-    Raises:
-        ValueError: count or size out of range.
+    the outline of an object, are void: about 4 % of all. Scene i depends on (seed, i) alone, so that a longer series
+    begins with the shorter one.
     """
     if count < 0:
         raise ValueError(f"count must be at least 0, got {count}")
     if len(size) != 2 or min(size) < 16:
         raise ValueError(f"size must be (height, width), both at least 16, got {size}")
-    images = torch.empty(count, 3, *size, dtype=torch.float32)
-    labels = torch.empty(count, *size, dtype=torch.int64)
+    scenes = Scenes(torch.empty(count, 3, *size, dtype=torch.float32), torch.empty(count, *size, dtype=torch.int64))
     for index in range(count):
         pixels, classes = _Street(size, np.random.default_rng([seed, index])).render()
-        images[index] = torch.from_numpy(pixels).permute(2, 0, 1)
-        labels[index] = torch.from_numpy(classes)
-    return Scenes(images, labels)
+        scenes.images[index] = torch.from_numpy(pixels).permute(2, 0, 1)
+        scenes.labels[index] = torch.from_numpy(classes)
+    return scenes
 
 
 _Corners = list[tuple[float, float, float]]
 _Floats = npt.NDArray[np.float32]
+_Thing = tuple[float, float, Callable[[float, float], None]]
+"""Depth, place across the street, and what draws it there."""
 
 _SKY, _BUILDING, _ROAD, _PAVEMENT, _TREE, _CAR, _PERSON, _SIGN = range(len(SCENE_CLASSES))
 _SUPERSAMPLING = 3
@@ -214,10 +208,10 @@ class _Street:
             door = floor == 0 and index % 3 == 1
             self._fill(_upright(x, x, 0 if door else sill, sill + tall, start, start + wide), pane)
 
-    def _furniture(self) -> list[tuple[float, float, Callable[[float, float], None]]]:
-        """Trees, signs, cars and people: depth, place across the street, and what draws them there."""
+    def _furniture(self) -> list[_Thing]:
+        """Trees, signs, cars and people."""
         rng, kerb, verge = self.rng, self.kerb, self.verge
-        things: list[tuple[float, float, Callable[[float, float], None]]] = []
+        things: list[_Thing] = []
         for side in (-1, 1):
             avenue = np.arange(rng.uniform(5, 10), rng.choice([0, 55, 55]), rng.uniform(7, 14))
             things += [(z, side * (kerb + rng.uniform(0.6, 1.2)), self._tree) for z in avenue]

@@ -19,8 +19,7 @@ from eroseg_ext.attacks.ball import quantized
 from eroseg_ext.attacks.inputs import check_8_bits
 from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.data.reading import named, opened
-from eroseg_ext.evaluation.settings import plain
-from eroseg_ext.utils.atomic_files import replacing, write_json
+from eroseg_ext.utils.atomic_files import plain, replacing, write_json
 
 SETTINGS = "attack.json"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import groupby
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eroseg_ext.attacks import apgd
+from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.data.palettes import VOID
 from eroseg_ext.data.reading import evenly_spaced, one_class
 from eroseg_ext.data.sources import SegmentationData, Source
@@ -32,12 +34,11 @@ from eroseg_ext.evaluation.settings import (
     OF_THE_DATA_AND_MODEL,
     OF_THE_LABELS,
     EvaluationSettings,
-    plain,
 )
 from eroseg_ext.models.adapter import Logits, Model, frozen, unwrapped
 from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops import backend, reference
-from eroseg_ext.utils.atomic_files import locked, write_json
+from eroseg_ext.utils.atomic_files import locked, plain, write_json
 
 
 def evaluate(
@@ -56,9 +57,7 @@ def evaluate(
     A kept result is used again for the same image, labels and number of the image, the same settings of the attack and
     versions of this package and torch, and the same model: of the same weights, class and ``repr``, with the same
     ``model_description``, and with the same logits, to 1e-4 of their size, of the first image, its mirror image and
-    noise, computed by one thread. So a model that only differs in an attribute or in the order of its classes is told
-    apart, as far as it answers these three otherwise, and the number of threads does not matter. Nor does the batch
-    size: an image's result is taken to depend on its neighbours by the last bits of sums at most.
+    noise. The numbers of threads and of images in a batch do not matter.
 
     Args:
         model: nn.Module or any differentiable callable, as :func:`eroseg_ext.attack` takes it; run in eval mode and
@@ -135,32 +134,34 @@ class _Evaluator:
             "device": self._device.type,
             "fused": self._ops is not reference,
         }
-        chosen = evenly_spaced(len(data), config.images)
-        self._indices = chosen
-        self._batches = [chosen[i : i + config.batch_size] for i in range(0, len(chosen), config.batch_size)]
+        self._indices = evenly_spaced(len(data), config.images)
+        starts = range(0, len(self._indices), config.batch_size)
+        self._batches = [self._indices[start : start + config.batch_size] for start in starts]
         self._attacks = {(row, eps): config.attack(row, eps) for eps in config.budgets for row in config.rows}
-        self._digests = {index: data.digest(index) for index in chosen}
+        self._digests = {index: data.digest(index) for index in self._indices}
         self._model_digest = self._fingerprint()
 
     def run(self) -> Evaluation:
         config = self._config
         plan = [(CLEAN, 0.0), *self._attacks]
         counts: dict[tuple[str, float], Counts] = {}
-        without: dict[tuple[str, float], list[int]] = {key: [] for key in plan}
+        without: dict[tuple[str, float], tuple[str, ...]] = {}
         seconds = dict.fromkeys((CLEAN, *config.rows), 0.0)
+        checks: list[sanity.Check] = []
         with tqdm(total=len(plan) * len(self._indices), unit="image", disable=not config.progress) as bar:
-            checks: list[sanity.Check] = []
             for name, eps in plan:
                 bar.set_description(name if name == CLEAN else f"{name} {budget(eps, config.norm)}")
-                parts = []
+                found = []
                 for batch in self._batches:
-                    for index, found in zip(batch, self._unit(name, eps, batch), strict=True):
-                        seconds[name] += found["seconds"]
-                        parts.append(_dense(found["counts"], found["classes"]))
-                        if found["without_gradient"]:
-                            without[name, eps].append(index)
+                    found += self._unit(name, eps, batch)
                     bar.update(len(batch))
-                counts[name, eps] = np.stack(parts)
+                counts[name, eps] = np.array([result["counts"] for result in found], np.int64)
+                numbers = [
+                    index for index, result in zip(self._indices, found, strict=True) if result["without_gradient"]
+                ]
+                without[name, eps] = tuple(map(self._data.name, numbers))
+                share = 1 if name == CLEAN else len(config.budgets)
+                seconds[name] += sum(result["seconds"] for result in found) / len(found) / share
                 if not counts[name, eps].any():
                     raise ValueError(
                         f"data has no pixel with a label other than ignore_index={self._given.ignore_index}"
@@ -168,27 +169,17 @@ class _Evaluator:
                 if name == CLEAN:
                     self._warn_of_one_class(counts[name, eps])
                     checks = self._sanity()
-        worst = {}
-        for eps in config.budgets:
-            candidates = np.stack([counts[CLEAN, 0.0], *(counts[row, eps] for row in config.rows)])
-            worst[eps] = worst_case(candidates, config.miou_classes)
+        clean, classes = counts[CLEAN, 0.0], config.miou_classes
+        worst = {
+            eps: worst_case(np.stack([clean, *(counts[row, eps] for row in config.rows)]), classes)
+            for eps in config.budgets
+        }
         return Evaluation(
-            clean=scores(counts[CLEAN, 0.0], config.miou_classes),
-            rows=tuple(
-                AttackRow(
-                    name,
-                    eps,
-                    scores(counts[name, eps], config.miou_classes),
-                    tuple(self._data.name(number) for number in without[name, eps]),
-                )
-                for name, eps in plan[1:]
-            ),
+            clean=scores(clean, classes),
+            rows=tuple(AttackRow(*key, scores(counts[key], classes), without[key]) for key in self._attacks),
             worst=worst,
             sanity=tuple(checks),
-            seconds={
-                name: total / len(self._indices) / (1 if name == CLEAN else len(config.budgets))
-                for name, total in seconds.items()
-            },
+            seconds=seconds,
             settings=self._plain_settings(),
             environment={**self._environment, "model": self._model_digest},
             images=tuple(map(self._data.name, self._indices)),
@@ -204,70 +195,74 @@ class _Evaluator:
 
     def _plain_settings(self) -> dict[str, Any]:
         config = self._given
-        others = ("seed", "batch_size", "sanity", "miou_classes", "model_description")
+        others = ("adversarial", "seed", "batch_size", "sanity", "miou_classes", "model_description")
         names = (*OF_THE_ATTACKS, *OF_THE_DATA_AND_MODEL, *OF_THE_LABELS, *others)
-        values = {name: plain(getattr(config, name)) for name in names}
-        rows = {name: {key: plain(value) for key, value in row.items()} for name, row in config.rows.items()}
-        adversarial = None if config.adversarial is None else str(config.adversarial)
-        about = {"attacks": rows, "eps": list(config.budgets), "size": plain(self._data.size)}
-        return about | {"adversarial": adversarial, **values}
+        values = {name: getattr(config, name) for name in names}
+        about = {"attacks": config.rows, "eps": config.budgets, "size": self._data.size}
+        found: dict[str, Any] = plain({**about, **values})
+        return found
 
     def _unit(self, name: str, eps: float, batch: list[int]) -> list[dict[str, Any]]:
-        """Counts of a batch's images under one attack: from the cache, or made now and put there.
+        """Results of a batch's images under one attack: from the cache, or made now and put there.
 
         A batch of which anything is missing is made as a whole, as it would have been without an interruption.
         """
-        config = self._config
-        attack = self._attacks.get((name, eps))
+        config, attack = self._config, self._attacks.get((name, eps))
         # With every default as it is now: another version may have others.
         resolved = {} if attack is None else {**vars(attack[0]), "radii": attack[1]}
-        about = {"attack": {key: plain(value) for key, value in resolved.items()}}
+        abouts: list[dict[str, Any]] = [{"attack": plain(resolved)} for _ in batch]
         if attack is not None and self._saved is not None:
-            keys = [self._key({"saved": self._saved.digest(self._data.stem(index))}, [index]) for index in batch]
-        else:
-            keys = [self._key(about, [index]) for index in batch]
+            abouts = [{"saved": self._saved.digest(self._data.stem(index))} for index in batch]
+        keys = [self._key(about, [index]) for about, index in zip(abouts, batch, strict=True)]
         if not all(key in self._cache for key in keys):
             start = time.perf_counter()
             # For models that draw random numbers: this batch gets the same ones, whatever was computed before it.
             torch.manual_seed(apgd.noise_seed(config.seed, batch[0], 0))
-            images = [self._load(index) for index in batch]
-            counts: list[Tensor] = []
-            without: list[int] = []
-            for part in _same_size_runs(images):
-                pixels = torch.stack([images[i][0] for i in part]).to(self._device)
-                labels = torch.stack([images[i][1] for i in part]).to(self._device)
-                if attack is not None and self._saved is not None:
-                    read = [self._saved.image(self._data.stem(batch[i]), images[i][0], config.clip) for i in part]
-                    pixels = torch.stack(read).to(self._device)
-                elif attack is not None:
-                    numbers, (settings, radii) = [batch[i] for i in part], attack
-                    loop = apgd.Loop(
-                        settings, self._model, pixels, labels, indices=numbers, seed=config.seed, radii=radii
-                    )
-                    pixels, info = loop.run(return_info=True)
-                    assert info is not None
-                    flags = info.without_gradient.tolist()
-                    without += [number for number, flag in zip(numbers, flags, strict=True) if flag]
-                counts += self._count(pixels, labels, [batch[i] for i in part])
-            sparse = [_sparse(part) for part in torch.stack(counts).cpu().numpy()]
+            found = self._attacked_and_counted(batch, attack)
             under = name if name == CLEAN else f"{name}, eps {budget(eps, config.norm)}"
             took = round((time.perf_counter() - start) / len(batch), 4)
-            for key, index, found in zip(keys, batch, sparse, strict=True):
+            for key, index, result in zip(keys, batch, found, strict=True):
                 if key not in self._cache:
-                    value = {"classes": len(counts[0]), "counts": found, "seconds": took}
-                    self._cache.put(key, f"{under}, image {index}", value | {"without_gradient": index in without})
+                    self._cache.put(key, f"{under}, image {index}", {**result, "seconds": took})
         return [self._cache[key] for key in keys]
+
+    def _attacked_and_counted(
+        self, batch: list[int], attack: tuple[AttackSettings, str] | None
+    ) -> list[dict[str, Any]]:
+        """Counts of each image, and whether its attack found no gradient; clean without an attack."""
+        results = []
+        loaded = [(index, *self._load(index)) for index in batch]
+        # Consecutive images of one size can be a batch.
+        for _, run in groupby(loaded, key=lambda item: (item[1].shape, item[2].shape)):
+            numbers, images, maps = zip(*run, strict=True)
+            pixels, labels = (torch.stack(part).to(self._device) for part in (images, maps))
+            without = [False] * len(numbers)
+            if attack is not None and self._saved is not None:
+                named = zip(map(self._data.stem, numbers), images, strict=True)
+                read = [self._saved.image(stem, image, self._config.clip) for stem, image in named]
+                pixels = torch.stack(read).to(self._device)
+            elif attack is not None:
+                settings, radii = attack
+                loop = apgd.Loop(
+                    settings, self._model, pixels, labels, indices=numbers, seed=self._config.seed, radii=radii
+                )
+                pixels, info = loop.run(return_info=True)
+                assert info is not None
+                without = info.without_gradient.tolist()
+            counts = self._count(pixels, labels, numbers)
+            results += [{"counts": c, "without_gradient": w} for c, w in zip(counts, without, strict=True)]
+        return results
 
     def _key(self, what: dict[str, Any], images: list[int]) -> str:
         """Of everything that a result on these images depends on."""
-        shared = {name: plain(getattr(self._config, name)) for name in ("seed", *OF_THE_DATA_AND_MODEL)}
+        shared = plain({name: getattr(self._config, name) for name in ("seed", *OF_THE_DATA_AND_MODEL)})
         about = {
             "model": self._model_digest,
             "classes": self._to_class.digest(),
             "images": [[index, self._digests[index]] for index in images],
             **{name: self._environment[name] for name in ("eroseg_ext", "torch", "device", "fused")},
         }
-        return key_of({**shared, **about, **what})
+        return key_of({**shared, **about, **what, "result": "counts [C, 3]"})
 
     def _load(self, index: int) -> tuple[Tensor, Tensor]:
         """An image float32 in the range of ``clip``, and its classes and VOID."""
@@ -291,8 +286,8 @@ class _Evaluator:
                 f"be wanted (--size): {error}"
             ) from error
 
-    def _count(self, pixels: Tensor, labels: Tensor, numbers: list[int]) -> list[Tensor]:
-        """Counts ``[C, 3]`` of each image, on the device."""
+    def _count(self, pixels: Tensor, labels: Tensor, numbers: Sequence[int]) -> list[list[list[int]]]:
+        """Counts ``[C, 3]`` of each image."""
         logits, align_corners = self._answer(pixels, numbers[0])
         broken = ~logits.isfinite().flatten(1).all(1)
         if broken.any():
@@ -307,15 +302,17 @@ class _Evaluator:
                 f"column {column}, wanted classes from 0 to {classes - 1} or ignore_index={self._given.ignore_index}"
             )
         reading = {"ignore_index": VOID, "align_corners": align_corners}
-        rows = [slice(i, i + 1) for i in range(len(labels))]
-        return [counts_of(self._ops.confusion(logits[i], labels[i], classes, **reading)) for i in rows]
+        pairs = zip(logits.split(1), labels.split(1), strict=True)
+        matrices = torch.stack([self._ops.confusion(*pair, classes, **reading) for pair in pairs])
+        counts: list[list[list[int]]] = counts_of(matrices).tolist()
+        return counts
 
     def _fingerprint(self) -> str:
         """What tells the model from others."""
         config, model = self._config, self._model
         first = self._indices[0]
         about: dict[str, Any] = {
-            **{name: plain(getattr(config, name)) for name in ("seed", "clip", "mean", "std", "autocast")},
+            **plain({name: getattr(config, name) for name in ("seed", "clip", "mean", "std", "autocast")}),
             **self._environment,
             "image": self._digests[first],
             "description": config.model_description,
@@ -343,22 +340,5 @@ class _Evaluator:
         return [sanity.Check(**check) for check in self._cache[key]]
 
 
-def _same_size_runs(images: list[tuple[Tensor, Tensor]]) -> list[list[int]]:
-    """Numbers of consecutive images of one size: what can be a batch."""
-    return [list(run) for _, run in groupby(range(len(images)), key=lambda i: _shapes(images[i]))]
-
-
 def _shapes(pair: tuple[Tensor, Tensor]) -> list[torch.Size]:
     return [part.shape for part in pair]
-
-
-def _sparse(counts: Counts) -> list[list[int]]:
-    """``[class, correct, labels, predicted]`` of the classes that occur."""
-    return [[index, *row] for index, row in enumerate(counts.tolist()) if any(row)]
-
-
-def _dense(sparse: list[list[int]], classes: int) -> Counts:
-    counts = np.zeros((classes, 3), np.int64)
-    for index, *row in sparse:
-        counts[index] = row
-    return counts

@@ -23,23 +23,20 @@ _ALIKE = 1e-4
 
 
 def fingerprint(about: dict[str, Any], logits: Floats, cache: ResultCache) -> str:
-    """A hash of what describes a model and of its logits.
+    """A hash of what describes a model, as plain values, and of its logits as :func:`projected_logits` has them.
 
     The logits' last bits may vary from run to run. So those of each model are kept in the cache, and if the ones found
     now are near enough, those that are kept take their place in the hash.
-
-    Args:
-        about: what describes the model and how it is run, as plain values.
-        logits: from :func:`projected_logits`.
-        cache: where the logits of models are kept.
     """
     for number in count():
         key = key_of({"logits of": about, "number": number})
         if key not in cache:
             cache.put(key, "the model's logits", logits.tolist())
         kept = np.array(cache[key])
-        if _alike(logits, kept):
-            break
+        if logits.shape == kept.shape:
+            size = np.sqrt(np.square(kept).mean((1, 2), keepdims=True))
+            if (np.abs(logits - kept) <= _ALIKE * size).all():
+                break
     return key_of({"model": about, "logits": kept.tolist()})
 
 
@@ -59,12 +56,6 @@ def projected_logits(answer: Callable[[Tensor], Tensor], image: Tensor, clip: tu
 
     Such a sum changes if the logits change anywhere. The images are the first one, its mirror image, and noise, each
     alone and by one thread, so that only the machine can change a bit.
-
-    Args:
-        answer: the model, from ``[1, K, H, W]`` to logits ``[1, C, h, w]``.
-        image: ``[K, H, W]``.
-        clip: range of pixel values, of the noise.
-        seed: torch's, for models that draw random numbers.
     """
     generator = torch.Generator().manual_seed(0)
     low, high = clip
@@ -90,11 +81,3 @@ def bytes_of(value: Tensor) -> bytes:
     if hasattr(value, "full_tensor"):  # a DTensor, of which each process has a part
         value = value.full_tensor()
     return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def _alike(logits: Floats, kept: Floats) -> bool:
-    """Whether projected logits are one model's."""
-    if logits.shape != kept.shape:
-        return False
-    size = np.sqrt(np.square(kept).mean((1, 2), keepdims=True))
-    return bool((np.abs(logits - kept) <= _ALIKE * size).all())

@@ -7,7 +7,6 @@ import json
 import os
 import warnings
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from eroseg_ext.utils.atomic_files import digest
@@ -18,7 +17,7 @@ def key_of(description: Any) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
 
 
-class ResultCache:
+class ResultCache(dict[str, Any]):
     """A file of lines ``{"key": ..., "what": ..., "value": ..., "digest": ...}``, one per finished piece of work.
 
     A line is on the disk when :meth:`put` returns. What a killed process was writing is cut off the next time. Damaged
@@ -27,36 +26,26 @@ class ResultCache:
 
     Args:
         path: the file, made if missing; None keeps everything in memory.
-
-    Raises:
-        OSError: the file cannot be read or written.
     """
 
     def __init__(self, path: Path | None) -> None:
-        self._values: dict[str, Any] = {}
+        super().__init__()
         self._file: int | None = None
         if path is None:
             return
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            self._read(path)
+            self._read(path, self._file)
         except BaseException:
-            self.close()
+            os.close(self._file)
             raise
 
     def __enter__(self) -> ResultCache:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._values
-
-    def __getitem__(self, key: str) -> Any:
-        return self._values[key]
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            os.close(self._file)
 
     def put(self, key: str, what: str, value: Any) -> None:
         """Records a result; ``what`` says in words what it is of."""
@@ -72,16 +61,9 @@ class ResultCache:
             except BaseException:
                 os.ftruncate(self._file, end)
                 raise
-        self._values[key] = entry["value"]
+        self[key] = entry["value"]
 
-    def close(self) -> None:
-        """Closes the file."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
-    def _read(self, path: Path) -> None:
-        assert self._file is not None
+    def _read(self, path: Path, file: int) -> None:
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         damaged = []
@@ -90,7 +72,7 @@ class ResultCache:
                 entry = json.loads(line)
                 if entry.pop("digest") != _digest(entry):
                     raise ValueError("the digest is of another line")
-                self._values[entry["key"]] = entry["value"]
+                self[entry["key"]] = entry["value"]
             # What a damaged line holds may be of any type, and nested deeper than Python goes.
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 damaged.append(number)
@@ -100,7 +82,7 @@ class ResultCache:
                 "was there is made anew where it is needed",
                 stacklevel=3,
             )
-        os.ftruncate(self._file, whole)
+        os.ftruncate(file, whole)
 
 
 def _digest(entry: dict[str, Any]) -> str:

@@ -66,27 +66,26 @@ def check(model: Model, images: Tensor, labels: Tensor, *, eps: float, **setting
         images: ``[B, K, H, W]``, a few are enough.
         labels: ``[B, H, W]``, on the same device.
         eps: largest budget of the evaluation; with 0 a quarter of ``LARGE_EPS`` takes its place.
-        **settings: shared settings of :func:`eroseg_ext.strong_attack`: ``norm``, ``ignore_index``, ``clip``, ``mean``,
-            ``std``, ``autocast``, ``backend``, ``output``, ``output_key``, ``logits``, ``align_corners``.
+        **settings: those of :func:`eroseg_ext.strong_attack` that all attacks of the evaluation share.
 
     Returns:
         The checks in a fixed order. One that could not be run, because the attack itself failed, has not passed.
     """
-    model = unwrapped(model)
-    checker = _Checker(model, images, labels, eps, settings)
-    with frozen(model, "eval"), warnings.catch_warnings():
+    checker = _Checker(unwrapped(model), images, labels, eps, settings)
+    checks = {
+        "deterministic": checker.deterministic,
+        "logits": checker.are_logits,
+        "gradients": checker.gradients,
+        "eps 0": checker.zero_eps,
+        "falls with eps": checker.falls_with_eps,
+        "falls with steps": checker.falls_with_steps,
+        "large eps": checker.large_eps,
+        "beats noise": checker.beats_noise,
+    }
+    with frozen(unwrapped(model), "eval"), warnings.catch_warnings():
         # What the attack would warn of is a check of its own here.
         warnings.simplefilter("ignore", UserWarning)
-        return [
-            _tried("deterministic", checker.deterministic),
-            _tried("logits", checker.are_logits),
-            _tried("gradients", checker.gradients),
-            _tried("eps 0", checker.zero_eps),
-            _tried("falls with eps", checker.falls_with_eps),
-            _tried("falls with steps", checker.falls_with_steps),
-            _tried("large eps", checker.large_eps),
-            _tried("beats noise", checker.beats_noise),
-        ]
+        return [_tried(name, run) for name, run in checks.items()]
 
 
 def _tried(name: str, run: Callable[[], tuple[bool, str]]) -> Check:

@@ -157,14 +157,3 @@ def _row(entry: str) -> dict[str, str]:
     method, colon, radii = entry.partition(":")
     check_choice("attacks", method, tuple(METHODS))
     return {"method": method, "radii": radii} if colon else {"method": method}
-
-
-def plain(value: Any) -> Any:
-    """A setting as JSON has it."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    if callable(value):
-        return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-    return list(value) if isinstance(value, (list, tuple)) else value

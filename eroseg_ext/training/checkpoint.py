@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,7 @@ def write(folder: Path, state: dict[str, Any]) -> None:
 def read(folder: Path) -> dict[str, Any]:
     """The last checkpoint of a run, its entries of the right types.
 
-    Raises:
-        ValueError: it is damaged or no checkpoint; one sentence, which names the one before it if that is good.
+    Raises ValueError if it is damaged or no checkpoint; one sentence, which names the one before it if that is good.
     """
     try:
         return _read(folder / NAME)
@@ -61,22 +60,25 @@ def read(folder: Path) -> dict[str, Any]:
 def check(
     folder: Path, state: dict[str, Any], own: dict[str, Any], optimizer: torch.optim.Optimizer, updates: int
 ) -> None:
-    """Raises ValueError unless a checkpoint that was read fits a run.
-
-    Args:
-        folder: of the run.
-        state: what :func:`read` returned.
-        own: ``model`` and ``ema``, the run's state dicts.
-        optimizer: the run's.
-        updates: how many the run has.
-    """
+    """Raises ValueError unless a checkpoint that was read fits a run of so many updates with this state."""
+    moments, known = state["optimizer"].get("state"), {}
+    for number, parameter in enumerate(value for group in optimizer.param_groups for value in group["params"]):
+        if isinstance(moments, dict) and number in moments:  # only parameters that have had a gradient are
+            like = torch.zeros_like(parameter, device="cpu")
+            known[number] = {name: torch.zeros(()) if name == "step" else like for name in _MOMENTS[type(optimizer)]}
+    found, wanted = (
+        {place: form for name, value in parts.items() for place, form in _forms(value, name)}
+        for parts in (
+            {"model": state["model"], "ema": state["ema"], "the optimizer's state": moments},
+            {"model": own["model"], "ema": own["ema"], "the optimizer's state": known or {0: {}}},
+        )
+    )
     try:
         check_integer("done", state["done"], 1, updates)
-        for entry in ("model", "ema"):
-            if (state[entry] is None) != (own[entry] is None):
-                raise ValueError(f"{entry} is {_form(state[entry])}, wanted {_form(own[entry])}")
-            _check_alike(entry, state[entry] or {}, own[entry] or {})
-        _check_moments(state["optimizer"].get("state"), optimizer)
+        for place in sorted(found.keys() | wanted.keys()):
+            came, fits = found.get(place, "missing"), wanted.get(place, "unknown")
+            if came != fits:
+                raise ValueError(f"{place} is {came}, wanted {fits}" if fits != "unknown" else f"{place} is unknown")
     except ValueError as error:
         raise ValueError(f"{folder / NAME} does not fit this run: {error}") from error
 
@@ -84,13 +86,9 @@ def check(
 def _read(path: Path) -> dict[str, Any]:
     state = atomic_files.read_tensors(path)
     try:
-        if not isinstance(state, dict):
-            raise ValueError(f"it is {_form(state)}, wanted a dict")
         for name, kind in _ENTRIES.items():
-            if name not in state:
-                raise ValueError(f"it has no {name!r}")
-            if not isinstance(state[name], kind):
-                raise ValueError(f"{name} is {_form(state[name])}, wanted {getattr(kind, '__name__', kind)}")
+            if not (isinstance(state, dict) and isinstance(state.get(name, ()), kind)):
+                raise ValueError(f"it has no {name!r}, wanted {getattr(kind, '__name__', kind)}")
         check_integer("done", state["done"], 1)
         for phase in phases.PHASES:
             check_number(f"seconds of {phase!r}", state["seconds"].get(phase), 0, math.inf)
@@ -103,35 +101,12 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def _check_alike(name: str, found: Mapping[Any, Any], own: Mapping[str, Any]) -> None:
-    """Raises ValueError unless both have the same entries, tensors of the same shapes and types."""
-    if odd := found.keys() ^ own.keys():
-        key = min(odd, key=str)
-        raise ValueError(f"{name} has {'an unknown' if key in found else 'no'} {key!r}")
-    for key, value in own.items():
-        if _form(found[key]) != _form(value):
-            raise ValueError(f"{key!r} of {name} is {_form(found[key])}, wanted {_form(value)}")
-
-
-def _check_moments(found: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Of the parameters that have had a gradient: there may be fewer than all."""
-    parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
-    if not isinstance(found, dict) or not found or not found.keys() <= parameters.keys():
-        raise ValueError(f"the optimizer's state is not of {len(parameters)} parameters")
-    for number, moments in found.items():
-        own = torch.zeros_like(parameters[number], device="cpu")
-        wanted = {name: torch.zeros(()) if name == "step" else own for name in _MOMENTS[type(optimizer)]}
-        if not isinstance(moments, dict):
-            raise ValueError(f"the optimizer's state of parameter {number} is {_form(moments)}, wanted a dict")
-        _check_alike(f"the optimizer's state of parameter {number}", moments, wanted)
-
-
-def _form(value: Any) -> str:
-    """What kind of thing it is, in words."""
-    if value is None:
-        return "None"
-    if not isinstance(value, Tensor):
-        return f"of type {type(value).__name__}"
-    usual = value.layout == torch.strided and not value.is_meta
-    kind = str(value.dtype).removeprefix("torch.")
-    return f"a tensor {kind} {list(value.shape)}{'' if usual else f' {value.layout} {value.device}'}"
+def _forms(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    """What kind of thing is at each place of nested dicts, in words."""
+    form = f"a {type(value).__name__}"
+    if isinstance(value, Tensor):
+        form = f"{'' if value.layout == torch.strided else value.layout} {'meta ' if value.is_meta else ''}tensor"
+        form = f"a {form.strip()} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    yield place, form.replace("OrderedDict", "dict")
+    for key, entry in value.items() if isinstance(value, dict) else ():
+        yield from _forms(entry, f"{place}[{key!r}]")

@@ -44,12 +44,7 @@ class Processes:
 def joined(device: str | None, timeout: float) -> Iterator[Processes]:
     """Joins the processes that torchrun started, if it did; leaves them at the end.
 
-    Args:
-        device: name, or None for this process's GPU if there is one, else the CPU.
-        timeout: seconds after which a process gives up waiting for the others.
-
-    Raises:
-        ValueError: the device cannot be used.
+    The device is a name, or None for this process's GPU if there is one, else the CPU; ValueError if it cannot be used.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     place = usable_device(device, gpu=int(os.environ.get("LOCAL_RANK", 0)))
@@ -59,10 +54,8 @@ def joined(device: str | None, timeout: float) -> Iterator[Processes]:
         yield Processes(rank, world, place)
         return
     wait = timedelta(seconds=timeout)
-    if place.type == "cuda":
-        dist.init_process_group("nccl", timeout=wait, device_id=place)
-    else:
-        dist.init_process_group("gloo", timeout=wait)
+    gpu = place.type == "cuda"
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=wait, device_id=place if gpu else None)
     yield Processes(rank, world, place)
     # Not after an exception: leaving in order would wait for processes that wait for this one.
     dist.destroy_process_group()

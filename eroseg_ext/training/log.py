@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,10 @@ Record = dict[str, Any]
 
 
 class Log:
-    """The log of a run, ``log.jsonl``, one record per line, each with its ``update``.
+    """The log of the run in a folder, ``log.jsonl``, one record per line, each with its ``update``.
 
-    Args:
-        folder: of the run.
-        update: the update to continue after; what the log says of later ones, and of a validation after this one, is
-            dropped, since that is done again.
-
-    Raises:
-        OSError: it cannot be written.
+    What it says of updates after the one to continue after, and of a validation after that one, is dropped: that is
+    done again.
     """
 
     def __init__(self, folder: Path, update: int) -> None:
@@ -34,15 +30,19 @@ class Log:
             if record["update"] < update or (record["update"] == update and "loss" in record)
         ]
         with atomic_files.replacing(self._path) as file:
-            file.write("".join(map(_line, self.records)).encode())
-        self._board = _board(folder, update)
+            file.write("".join(json.dumps(record) + "\n" for record in self.records).encode())
+        self._board: Any = None
+        with suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1)
 
     def write(self, record: Record) -> None:
         """Appends a record."""
         self.records.append(record)
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(_line(record))
+                file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise OSError(f"{self._path} could not be written: {error}") from error
         if self._board is not None:
@@ -79,30 +79,13 @@ class Log:
             self._board.close()
 
 
-def _line(record: Record) -> str:
-    return json.dumps(record) + "\n"
-
-
 def _read(path: Path) -> list[Record]:
     """The records of a log; what is no record is left out, such as a last line that is half written."""
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    return [record for line in lines if (record := _record(line)) is not None]
-
-
-def _record(line: bytes) -> Record | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict) or not {"update", "epoch"} <= record.keys():
-        return None
-    plain = all(isinstance(value, (int, float)) for name, value in record.items() if name != "seconds")
-    return record if plain else None
-
-
-def _board(folder: Path, update: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1)
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError, RecursionError, AttributeError):
+            record = json.loads(line)
+            plain = {name: value for name, value in record.items() if name != "seconds"}
+            if {"update", "epoch"} <= plain.keys() and all(isinstance(value, (int, float)) for value in plain.values()):
+                found.append(record)
+    return found

@@ -15,14 +15,9 @@ from eroseg_ext.ops.protocol import Operations
 def summed_loss(
     logits: Tensor, labels: Tensor, class_weights: Tensor | None, front_loss: float, ops: Operations
 ) -> Tensor:
-    """The cross-entropy summed over the valid pixels, a scalar.
+    """The cross-entropy summed over the valid pixels, a scalar; pixels count as :func:`front_factor` says.
 
-    Args:
-        logits: ``[B, C, H, W]`` of the images trained on.
-        labels: ``[B, H, W]`` int64, ``VOID`` on void pixels.
-        class_weights: ``[C]`` float32 or None.
-        front_loss: 0, or how strongly the front counts, see :func:`front_factor`.
-        ops: module of the operations.
+    Logits ``[B, C, H, W]``, labels ``[B, H, W]`` int64 with ``VOID`` on void pixels, class weights ``[C]`` float32.
     """
     logits = logits.float()
     if front_loss == 0:
@@ -36,10 +31,7 @@ def front_factor(logits: Tensor, labels: Tensor, front_loss: float, ops: Operati
 
     w is the weight that EroSeg's attack would give a pixel in its next step from here: 1 where the network is
     undecided, nearly 0 where it is sure, right or wrong. An image counts as much as without it, on any number of
-    processes and in pieces of any size.
-
-    Returns:
-        ``[B, H, W]`` float32, 0 on void pixels.
+    processes and in pieces of any size. ``[B, H, W]`` float32, 0 on void pixels.
     """
     settings = AttackSettings()
     scores = ops.confidence(logits, labels, ignore_index=VOID)

@@ -20,12 +20,7 @@ class Network(nn.Module):
     they are, for the attack to upsample; no upsampling that was put off is computed then.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        clock: Clock,
-        settings: TrainSettings | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, clock: Clock, settings: TrainSettings | None = None) -> None:
         super().__init__()
         self.model = model
         self._clock = clock
@@ -49,13 +44,8 @@ class Network(nn.Module):
 def check_model(network: Network, classes: int, crop: tuple[int, int], device: torch.device) -> list[str]:
     """Tries a model on one grey image, and freezes the parameters that its logits do not depend on.
 
-    Those (of auxiliary heads, say) get no gradient, which DistributedDataParallel would wait for.
-
-    Returns:
-        The names of the frozen parameters.
-
-    Raises:
-        ValueError: the model fails on it, or the logits have another number of classes or depend on no parameter.
+    Those (of auxiliary heads, say) get no gradient, which DistributedDataParallel would wait for. Returns their names.
+    Raises ValueError if the model fails, or its logits have another number of classes or depend on no parameter.
     """
     model = network.model
     training = model.training

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from eroseg_ext.data.datasets import ClassMap
 from eroseg_ext.data.palettes import VOID
@@ -73,10 +73,6 @@ class Samples(Dataset[Batch | Exception]):
 
     A file that cannot be used comes as the exception that tells so: raised in a worker process, it would arrive wrapped
     in a traceback.
-
-    Args:
-        read: the reader.
-        augment: random scale, crop and flip; None gives images whole.
     """
 
     def __init__(self, read: Reader, augment: Augmentation | None) -> None:
@@ -96,115 +92,88 @@ class Samples(Dataset[Batch | Exception]):
         return Batch(image[None], label[None])
 
 
-def joined(samples: Sequence[Batch | Exception]) -> Batch | Exception:
+def _joined(samples: Sequence[Batch | Exception]) -> Batch | Exception:
     """Samples as one batch, or the first exception among them."""
-    batches: list[Batch] = []
     for sample in samples:
         if isinstance(sample, Exception):
             return sample
-        batches.append(sample)
-    return Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    return Batch(*map(torch.cat, zip(*samples, strict=True)))
 
 
-def loader(samples: Samples, keys: Iterable[list[Key]], workers: int, pin_memory: bool = False) -> DataLoader[Any]:
-    """Batches (or exceptions, see :class:`Samples`) of these keys, read by so many processes; 0 reads in this one."""
+def loader(samples: Samples, keys: Iterable[list[Key]], workers: int, pin_memory: bool = False) -> Iterator[Batch]:
+    """Batches of these keys, read by so many processes; 0 reads in this one.
+
+    Raises ValueError or OSError that names a file that cannot be used.
+    """
     # With fork, workers exit when this process dies; forkserver workers would not. They do nothing on a GPU.
     context = "fork" if workers else None
-    return DataLoader(
-        samples,
-        batch_sampler=keys,
-        collate_fn=joined,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        multiprocessing_context=context,
-    )
+    options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory, "multiprocessing_context": context}
+    for batch in DataLoader(samples, batch_sampler=keys, collate_fn=_joined, **options):
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
+@dataclass(frozen=True)
 class Augmentation:
     """Random scale, crop and flip of an image with its labels, by (seed, epoch, index).
 
     The crop has ``crop`` pixels; what it reaches beyond the image is grey, and void.
     """
 
-    def __init__(self, seed: int, crop: tuple[int, int], scale: tuple[float, float], flip: bool) -> None:
-        self._seed = seed
-        self._crop = crop
-        self._scale = scale
-        self._flip = flip
+    seed: int
+    crop: tuple[int, int]
+    scale: tuple[float, float]
+    flip: bool
 
     def __call__(self, pixels: Tensor, labels: Tensor, key: Key) -> tuple[Tensor, Tensor]:
         """The augmented pair, both of the crop's size."""
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         label = Image.fromarray(labels.to(torch.int32).numpy())
-        random = seeds.numpy_generator(self._seed, seeds.AUGMENTATION, key.epoch, key.image)
-        low, high = map(math.log, self._scale)
+        random = seeds.numpy_generator(self.seed, seeds.AUGMENTATION, key.epoch, key.image)
+        low, high = map(math.log, self.scale)
         scale = math.exp(random.uniform(low, high))
-        across = _window(image.width, self._crop[1], scale, random.random())
-        down = _window(image.height, self._crop[0], scale, random.random())
+        left, right, width, x = _window(image.width, self.crop[1], scale, random.random())
+        top, bottom, height, y = _window(image.height, self.crop[0], scale, random.random())
         # One resampling of what is seen, not a scaling of all and a crop of that.
-        box = (across.start, down.start, across.stop, down.stop)
-        seen = (across.pixels, down.pixels)
-        place = (across.offset, down.offset)
-        size = self._crop[::-1]
+        box, seen, size = (left, top, right, bottom), (width, height), self.crop[::-1]
         new_image = Image.new("RGB", size, (_PADDING,) * 3)
-        new_image.paste(image.resize(seen, Image.Resampling.BILINEAR, box), place)
+        new_image.paste(image.resize(seen, Image.Resampling.BILINEAR, box), (x, y))
         new_label = Image.new("I", size, VOID)
-        new_label.paste(label.resize(seen, Image.Resampling.NEAREST, box), place)
-        if self._flip and random.random() < 0.5:
+        new_label.paste(label.resize(seen, Image.Resampling.NEAREST, box), (x, y))
+        if self.flip and random.random() < 0.5:
             mirror = Image.Transpose.FLIP_LEFT_RIGHT
             new_image, new_label = new_image.transpose(mirror), new_label.transpose(mirror)
         shown = torch.from_numpy(np.array(new_image)).permute(2, 0, 1)
         return shown, torch.from_numpy(np.array(new_label).astype(np.int16))
 
 
-class _Window(NamedTuple):
-    """One side of a crop."""
+def _window(source: int, crop: int, scale: float, position: float) -> tuple[float, float, int, int]:
+    """One side of a crop of ``crop`` pixels from ``source`` pixels scaled by ``scale``, at ``position`` in [0, 1].
 
-    start: float
-    stop: float
-    """what it sees of the source"""
-    pixels: int
-    offset: int
-    """where that lies in the crop"""
-
-
-def _window(source: int, crop: int, scale: float, position: float) -> _Window:
-    """The side of a crop of ``crop`` pixels from ``source`` pixels scaled by ``scale``, at ``position`` in [0, 1]."""
+    Returns from where to where it sees the source, in how many pixels, and where these lie in the crop.
+    """
     length = crop / scale
     if length <= source:
         start = (source - length) * position
-        return _Window(start, min(start + length, source), crop, 0)
+        return start, min(start + length, source), crop, 0
     pixels = min(max(round(source * scale), 1), crop)
-    return _Window(0.0, source, pixels, int((crop - pixels + 1) * position))
+    return 0.0, source, pixels, int((crop - pixels + 1) * position)
 
 
-class Batches(Sampler[list[Key]]):
+def batches(
+    images: int, batch_size: int, seed: int, first: int, last: int, rank: int = 0, world: int = 1
+) -> Iterator[list[Key]]:
     """The keys of a process's part of every batch, from update ``first`` to ``last``.
 
     A batch is ``batch_size`` consecutive images of the epoch's random order; process ``rank`` of ``world`` has the
     rank-th of ``world`` equal parts, so that all together see what one process would. (DistributedSampler deals single
     images out in turn and cannot start within an epoch.) An epoch's last, incomplete batch is left out.
     """
-
-    def __init__(
-        self, images: int, batch_size: int, seed: int, first: int, last: int, rank: int = 0, world: int = 1
-    ) -> None:
-        self._images = images
-        self._batch_size = batch_size
-        self._seed = seed
-        self._range = range(first, last)
-        self._rank = rank
-        self._part = batch_size // world
-
-    def __len__(self) -> int:
-        return len(self._range)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        order: npt.NDArray[np.int64] = np.empty(0, np.int64)
-        known = -1
-        for update in self._range:
-            epoch, number = divmod(update, self._images // self._batch_size)
-            if epoch != known:
-                order, known = seeds.numpy_generator(self._seed, seeds.ORDER, epoch).permutation(self._images), epoch
-            start = number * self._batch_size + self._rank * self._part
-            yield [Key(int(index), epoch) for index in order[start : start + self._part]]
+    part, known = batch_size // world, -1
+    for update in range(first, last):
+        epoch, number = divmod(update, images // batch_size)
+        if epoch != known:
+            order, known = seeds.numpy_generator(seed, seeds.ORDER, epoch).permutation(images).tolist(), epoch
+        start = number * batch_size + rank * part
+        yield [Key(index, epoch) for index in order[start : start + part]]

@@ -16,19 +16,12 @@ from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.data.datasets import MOST_CLASSES
 from eroseg_ext.data.palettes import VOID
 from eroseg_ext.data.sources import Reading, SegmentationData
+from eroseg_ext.utils.atomic_files import plain
 from eroseg_ext.utils.validate import check_choice, check_integer, check_number, check_sequence, check_size, require
 
 NO_ATTACK = "none"
-NOT_OF_THE_RESULT = (
-    "data",
-    "out",
-    "val",
-    "init",
-    "device",
-    "threads",
-    "workers",
-    "cache",
-    "val_every",
+NOT_OF_THE_RESULT = frozenset(("data", "out", "val", "init", "device", "threads", "workers", "cache", "val_every"))
+NOT_OF_THE_RESULT |= {
     "val_attack_steps",
     "val_images",
     "checkpoint_every",
@@ -37,8 +30,27 @@ NOT_OF_THE_RESULT = (
     "compare_reference",
     "timeout",
     "progress",
-)
+}
 """Settings that a resumed run may change: they do not say what is computed, only where, and what is told of it."""
+_CHOICES = {
+    "optimizer": ("adamw", "sgd"),
+    "attack": (*METHODS, NO_ATTACK),
+    "amp": ("none", "bf16"),
+}
+_COUNTS = ("batch_size", "accumulate", "val_every", "log_every", "val_images", "checkpoint_every")
+# Beyond these, memory ends or a library fails before anything is told.
+_INTEGERS: dict[str, tuple[int, int | None]] = dict.fromkeys(_COUNTS, (1, None)) | {
+    "epochs": (1, 10**6),
+    "attack_steps": (1, 10**4),
+    "val_attack_steps": (0, 10**4),
+    "compare_reference": (0, 1000),
+    "seed": (0, 2**63 - 1),
+    "threads": (1, 1024),
+    "workers": (0, 256),
+    "classes": (1, MOST_CLASSES),
+}
+_NOT_NEGATIVE = ("learning_rate", "weight_decay", "step_size", "front_loss", "eps", "warmup_epochs", "poly_power")
+_NUMBERS = dict.fromkeys(_NOT_NEGATIVE, (0, math.inf)) | {"adv_fraction": (0, 1), "ema": (0, 1), "timeout": (1, 1e7)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,70 +174,41 @@ class TrainSettings(Reading):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("data", "out", "val", "init"):
-            value = getattr(self, name)
-            if value is None and name in ("val", "init"):
+        for entry in dataclasses.fields(self):
+            name, value = entry.name, getattr(self, entry.name)
+            if value is None and entry.default is None:
                 continue
-            is_path = isinstance(value, (str, Path))
-            require(is_path or (name in ("data", "val") and hasattr(value, "__len__")), name, value, "a path")
-            if is_path:
+            if name in ("data", "val") and not isinstance(value, (str, Path)):
+                require(hasattr(value, "__len__"), name, value, "a path or a data set")
+            elif name in ("data", "out", "val", "init"):
+                require(isinstance(value, (str, Path)), name, value, "a path")
                 object.__setattr__(self, name, Path(value))
-        check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
-        check_choice("attack", self.attack, (*METHODS, NO_ATTACK))
-        check_choice("amp", self.amp, ("none", "bf16"))
-        for name in ("flip", "cache", "resume", "progress"):
-            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
-        for name in ("batch_size", "accumulate", "val_every", "log_every"):
-            check_integer(name, getattr(self, name), 1)
-        # Beyond these, memory ends or a library fails before anything is told.
-        check_integer("epochs", self.epochs, 1, 10**6)
-        check_integer("attack_steps", self.attack_steps, 1, 10**4)
-        check_integer("val_attack_steps", self.val_attack_steps, 0, 10**4)
-        check_integer("compare_reference", self.compare_reference, 0, 1000)
-        check_integer("seed", self.seed, 0, 2**63 - 1)
-        if self.threads is not None:
-            check_integer("threads", self.threads, 1, 1024)
-        for name in ("classes", "val_images", "checkpoint_every"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), 1)
-        if self.classes is not None:
-            check_integer("classes", self.classes, 1, MOST_CLASSES)
-        if self.workers is not None:
-            check_integer("workers", self.workers, 0, 256)
-        for name in ("learning_rate", "weight_decay", "step_size", "front_loss"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), 0, math.inf)
-        for name in ("eps", "warmup_epochs", "poly_power"):
-            check_number(name, getattr(self, name), 0, math.inf)
-        check_number("adv_fraction", self.adv_fraction, 0, 1)
-        check_number("ema", self.ema, 0, 1)
-        check_number("timeout", self.timeout, 1, 1e7)
+            elif name in _CHOICES:
+                check_choice(name, value, _CHOICES[name])
+            elif name in _INTEGERS:
+                check_integer(name, value, *_INTEGERS[name])
+            elif name in _NUMBERS:
+                check_number(name, value, *_NUMBERS[name])
+            elif isinstance(entry.default, bool):
+                require(isinstance(value, bool), name, value, "True or False")
+            elif name == "crop":
+                check_size(name, value)
         require(self.ema < 1, "ema", self.ema, "a decay below 1, such as 0.999")
-        if self.crop is not None:
-            check_size("crop", self.crop)
-        require(
-            len(self.scale) == 2 and 0.01 <= self.scale[0] <= self.scale[1] <= 100,
-            "scale",
-            self.scale,
-            "a pair (low, high) with 0.01 <= low <= high <= 100",
-        )
-        self._check_class_weights()
-        if self.attack == NO_ATTACK:
-            require(
-                self.compare_reference == 0, "compare_reference", self.compare_reference, "0, since attack is 'none'"
-            )
-        self.attack_settings()
-        if self.mean is not None:
-            require(len(self.mean) in (1, 3), "mean", self.mean, "one number, or one for each of red, green and blue")
-
-    def _check_class_weights(self) -> None:
+        low, high = self.scale if len(self.scale) == 2 else (0, 0)
+        wanted = "a pair (low, high) with 0.01 <= low <= high <= 100"
+        require(0.01 <= low <= high <= 100, "scale", self.scale, wanted)
         weights = self.class_weights
         if isinstance(weights, str):
             check_choice("class_weights", weights, ("none", "median-frequency"))
-            return
-        check_sequence("class_weights", weights, one_per="class")
-        require(all(weight >= 0 for weight in weights), "class_weights", weights, "numbers >= 0")
-        require(any(weight > 0 for weight in weights), "class_weights", weights, "at least one number > 0")
+        else:
+            check_sequence("class_weights", weights, one_per="class")
+            require(min(weights) >= 0, "class_weights", weights, "numbers >= 0")
+            require(max(weights) > 0, "class_weights", weights, "at least one number > 0")
+        compared = self.compare_reference
+        require(compared == 0 or self.attack != NO_ATTACK, "compare_reference", compared, "0, since attack is 'none'")
+        self.attack_settings()
+        if self.mean is not None:
+            require(len(self.mean) in (1, 3), "mean", self.mean, "one number, or one for each of red, green and blue")
 
     def attack_settings(self) -> AttackSettings | None:
         """The settings of the attack in training, None without one; raises if ``attack_options`` are not allowed."""
@@ -238,11 +221,8 @@ class TrainSettings(Reading):
             require(name not in self.attack_options, "attack_options", name, "it as a setting of the training")
         for name in ("ignore_index", "progress", "targeted", "clip", "graph", "logits"):
             require(name not in self.attack_options, "attack_options", name, "none of what training fixes")
-        step_size = self.step_size
-        if step_size is None:
-            step_size = self.eps * max(1 / 4, 1.5 / self.attack_steps)
-        preset = self.attack_options.get("preset")
-        options = {name: value for name, value in self.attack_options.items() if name != "preset"}
+        options = dict(self.attack_options)
+        preset = options.pop("preset", None)
         if self.attack == "eroseg" and preset is None:
             options = {"balance": 1.0, **options}
         return AttackSettings.create(
@@ -250,7 +230,7 @@ class TrainSettings(Reading):
             method=self.attack,
             eps=self.eps,
             steps=self.attack_steps,
-            step_size=step_size,
+            step_size=self.eps * max(1 / 4, 1.5 / self.attack_steps) if self.step_size is None else self.step_size,
             ignore_index=VOID,
             backend=self.backend,
             model_mode=self.attack_mode,
@@ -290,16 +270,6 @@ class TrainSettings(Reading):
 
     def plain(self) -> dict[str, Any]:
         """All settings as values that JSON can hold."""
-        values = {}
-        for name in (entry.name for entry in dataclasses.fields(self)):
-            value = getattr(self, name)
-            if isinstance(value, Path):
-                value = str(value)
-            elif name in ("data", "val") and value is not None:
-                value = type(value).__name__
-            elif isinstance(value, tuple):
-                value = list(value)
-            elif isinstance(value, Mapping):
-                value = dict(value)
-            values[name] = value
-        return values
+        others = {name: type(data) for name in ("data", "val") if not isinstance(data := getattr(self, name), Path)}
+        found: dict[str, Any] = plain(vars(self) | {name: kind.__name__ for name, kind in others.items()})
+        return found

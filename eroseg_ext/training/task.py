@@ -25,45 +25,39 @@ class Task(NamedTuple):
     """What the settings' folders hold."""
 
     source: Source
-    val: Source | None
+    val: Source
+    """empty where there is none"""
     to_class: ClassMap
     crop: tuple[int, int]
     class_weights: Tensor | None
     fingerprint: str
     """changes with the images' names, whose order the run depends on"""
+    updates_per_epoch: int
+    """an epoch's last, incomplete batch is left out"""
 
     @property
     def class_names(self) -> list[str]:
         """Of every class; their numbers where the data set names none."""
         return list(self.to_class.names) or [f"class {index}" for index in range(self.to_class.classes)]
 
-    def updates_per_epoch(self, batch_size: int) -> int:
-        """An epoch's last, incomplete batch is left out."""
-        return len(self.source) // batch_size
-
 
 def load_task(settings: TrainSettings, say: Say) -> Task:
-    """Finds the files of a run and reads as many as must be read before training.
-
-    Raises ValueError or OSError, with one sentence, if they are not what the settings say.
-    """
+    """Finds the files of a run and reads as many as must be read; raises if they are not what the settings say."""
     source = settings.source(settings.data, "train")
-    val = None if settings.val is None else settings.source(settings.val, "val")
+    val = Source([]) if settings.val is None else settings.source(settings.val, "val")
     if len(source) < settings.batch_size:
         raise ValueError(f"data holds {len(source)} images, wanted at least batch_size = {settings.batch_size}")
     counting = settings.dataset == FOLDER and (settings.classes, settings.palette, source.to_class) == (None,) * 3
     # With the classes known, some label maps are enough to find what is wrong with all of them.
     every = counting or settings.class_weights == "median-frequency"
-    read = evenly_spaced(len(source), None if every else 64)
-    val_read = [] if val is None else evenly_spaced(len(val), settings.val_images)
+    read, val_read = evenly_spaced(len(source), None if every else 64), evenly_spaced(len(val), settings.val_images)
     say(f"reading {len(read) + len(val_read)} label maps")
-    counts, val_counts = source.label_counts(read), {} if val is None else val.label_counts(val_read)
+    counts, val_counts = source.label_counts(read), val.label_counts(val_read)
     to_class = source.to_class or settings.class_map(settings.classes)
     if counting:
         to_class = settings.class_map(labels.count_classes(counts, val_counts, to_class))
     _check_labels(source, read, counts, to_class)
-    if val is not None:
-        _check_labels(val, val_read, val_counts, to_class)
+    _check_labels(val, val_read, val_counts, to_class)
     for line in labels.suspicions(counts, val_counts, to_class, every):
         say(line)
     weights: Tensor | None = None
@@ -80,7 +74,8 @@ def load_task(settings: TrainSettings, say: Say) -> Task:
         image, _ = source.read(0)
         crop = (image.shape[1], image.shape[2])
     names = "\n".join(map(source.name, range(len(source))))
-    return Task(source, val, to_class, crop, weights, hashlib.sha256(names.encode()).hexdigest())
+    fingerprint = hashlib.sha256(names.encode()).hexdigest()
+    return Task(source, val, to_class, crop, weights, fingerprint, len(source) // settings.batch_size)
 
 
 def _check_labels(source: Source, indices: Sequence[int], counts: LabelCounts, to_class: ClassMap) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -25,35 +24,19 @@ from eroseg_ext.training.loss import summed_loss
 from eroseg_ext.training.network import Network
 from eroseg_ext.training.samples import Batch
 from eroseg_ext.training.settings import TrainSettings
+from eroseg_ext.training.task import Task
 
 
 class Updater:
-    """The model with its optimiser and averages, and the step that moves them.
-
-    Args:
-        settings: of the run.
-        network: with its model on the processes' device.
-        class_weights: ``[C]`` float32 on it, or None.
-        updates: of the whole run, for the schedule.
-        updates_per_epoch: for the warm-up.
-        processes: this one and the others.
-        clock: told what the time goes into.
-    """
+    """The model, which is on the processes' device, with its optimiser and averages, and the step that moves them."""
 
     def __init__(
-        self,
-        settings: TrainSettings,
-        network: Network,
-        class_weights: Tensor | None,
-        updates: int,
-        updates_per_epoch: int,
-        processes: Processes,
-        clock: Clock,
+        self, settings: TrainSettings, network: Network, task: Task, processes: Processes, clock: Clock
     ) -> None:
         self._settings = settings
-        self._class_weights = class_weights
-        self._updates = updates
-        self._warmup = settings.warmup_epochs * updates_per_epoch
+        self._class_weights = None if task.class_weights is None else task.class_weights.to(processes.device)
+        self._updates = settings.epochs * task.updates_per_epoch
+        self._warmup = settings.warmup_epochs * task.updates_per_epoch
         self._processes = processes
         self._clock = clock
         self.network = network
@@ -95,7 +78,7 @@ class Updater:
         """Continues from a state; hyperparameters follow from the settings."""
         self.model.load_state_dict(state["model"])
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": copy.deepcopy(state["optimizer"]["state"]), "param_groups": groups})
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
 
@@ -104,16 +87,11 @@ class Updater:
         return all(bool(value.isfinite().all()) for value in self.model.state_dict().values())
 
     def __call__(self, update: int, batch: Batch, backend: str | None = None) -> Tensor:
-        """Takes one step.
+        """Takes one step with this process's part of a batch.
 
-        Args:
-            update: its number from 0; random numbers and the learning rate follow from it.
-            batch: this process's part.
-            backend: of the attack and the front loss, if not the settings'.
-
-        Returns:
-            The loss over all processes' parts, a scalar on the device. On the CPU, no step is taken if it is not
-            finite.
+        The number of the update, from 0, decides the random numbers and the learning rate. ``backend`` is of the attack
+        and the front loss, if not the settings'. Returns the loss over all
+        processes' parts, a scalar on the device. On the CPU, no step is taken if it is not finite.
         """
         settings, processes, clock = self._settings, self._processes, self._clock
         clock.switch(phases.DATA)
@@ -126,13 +104,13 @@ class Updater:
         # Dropout and its like: known from the update's number, so that nothing has to be carried over a resume.
         torch.manual_seed(seeds.torch_seed(settings.seed, seeds.MODEL, update, processes.rank))
         total = self._total_weight(labels)
-        noise = _Noise(settings.seed, update, processes, images)
         first = processes.rank * len(images)
-        ops = backends.select(processes.device, backend or settings.backend)
+        backend = backend or settings.backend
+        ops = backends.select(processes.device, backend)
         loss = torch.zeros((), dtype=torch.float32, device=processes.device)
         parts = zip(images.chunk(settings.accumulate), labels.chunk(settings.accumulate), strict=True)
         for number, (part, wanted) in enumerate(parts):
-            part = self._attacked(part, wanted, first + number * len(part), noise, backend)
+            part = self._attacked(part, wanted, first + number * len(part), update, backend)
             last = number + 1 == settings.accumulate
             with nullcontext() if last else self._without_sync():
                 logits = self._network(part)
@@ -163,7 +141,7 @@ class Updater:
             total = self._class_weights[labels.where(valid, 0)].where(valid, 0).sum()
         return self._processes.sum_(total).clamp(min=1e-12)
 
-    def _attacked(self, images: Tensor, labels: Tensor, first: int, noise: _Noise, backend: str | None) -> Tensor:
+    def _attacked(self, images: Tensor, labels: Tensor, first: int, update: int, backend: str) -> Tensor:
         """The images from place ``first`` of the whole batch on, ``adv_fraction`` of them, evenly spaced, attacked."""
         if self._attack is None:
             return images
@@ -172,13 +150,28 @@ class Updater:
         if not rows:
             return images
         self._clock.switch(phases.ATTACK_KERNELS)
-        config = self._attack if backend is None else dataclasses.replace(self._attack, backend=backend)
         before = sum(_chosen(place, fraction) for place in range(first))
         index = torch.tensor(rows, device=images.device)
-        loop = pgd.Loop(config, self.network, images[index], labels[index], generator=noise.generator(before))
+        generator = self._noise(update, before, images[0].numel())
+        config = dataclasses.replace(self._attack, backend=backend)
+        loop = pgd.Loop(config, self.network, images[index], labels[index], generator=generator)
         images = images.index_copy(0, index, loop.run()[0])
         self._clock.switch(phases.UPDATE)
         return images
+
+    def _noise(self, update: int, before: int, values: int) -> torch.Generator:
+        """A generator whose next numbers are the random start of the attacked image number ``before`` of the batch.
+
+        On the CPU those of the images before it are drawn and thrown away, so that the noise of an image depends
+        neither on the number of processes nor on gradient accumulation. A GPU's generator cannot be wound on so: there
+        each process and piece has a seed of its own.
+        """
+        seed, cpu = self._settings.seed, self._processes.device.type == "cpu"
+        purpose = (seeds.ATTACK, update) if cpu else (seeds.ATTACK, update, before)
+        generator = torch.Generator(self._processes.device).manual_seed(seeds.torch_seed(seed, *purpose))
+        for _ in range(before if cpu else 0):
+            torch.empty(values, dtype=torch.float32).uniform_(generator=generator)
+        return generator
 
     def _average_buffers(self) -> None:
         """BatchNorm's running statistics become the mean over the processes, each of which has seen its own images.
@@ -191,33 +184,6 @@ class Updater:
         mean = self._processes.sum_(torch.cat([buffer.flatten() for buffer in buffers])).div_(self._processes.world)
         for buffer, values in zip(buffers, mean.split([buffer.numel() for buffer in buffers]), strict=True):
             buffer.copy_(values.view_as(buffer))
-
-
-class _Noise:
-    """Generators for the attack's random starts of one update."""
-
-    def __init__(self, seed: int, update: int, processes: Processes, images: Tensor) -> None:
-        self._seed = seed
-        self._update = update
-        self._processes = processes
-        self._values = images[0].numel()
-
-    def generator(self, before: int) -> torch.Generator:
-        """A generator whose next numbers are those of the attacked image number ``before`` of the whole batch.
-
-        On the CPU the numbers before are drawn and thrown away, so that the noise of an image depends neither on the
-        number of processes nor on gradient accumulation. A GPU's generator cannot be wound on so: there each process
-        and piece has a seed of its own.
-        """
-        device = self._processes.device
-        generator = torch.Generator(device)
-        if device.type != "cpu":
-            return generator.manual_seed(seeds.torch_seed(self._seed, seeds.ATTACK, self._update, before))
-        generator.manual_seed(seeds.torch_seed(self._seed, seeds.ATTACK, self._update))
-        scratch = torch.empty(self._values, dtype=torch.float32)
-        for _ in range(before):
-            scratch.uniform_(generator=generator)
-        return generator
 
 
 def _chosen(place: int, fraction: float) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -22,26 +24,11 @@ from eroseg_ext.utils.plots import Example
 
 def examples(settings: TrainSettings, model: nn.Module, read: Reader, device: torch.device) -> list[Example]:
     """Up to four evenly spaced validation images, attacked as in :func:`validate`."""
-    network, config = Network(model, Clock(device), settings), _attack(settings)
-    training = model.training
-    model.eval()
+    keys = [[Key(index)] for index in evenly_spaced(len(read), 4)]
     shown = []
-    for place, index in enumerate(evenly_spaced(len(read), 4)):
-        batch = Samples(read, None)[Key(index)]
-        if isinstance(batch, Exception):
-            raise batch
-        images = batch.images.to(device).float().div_(255)
-        labels = batch.labels.to(device).long()
-        with torch.no_grad():
-            before = network(images).argmax(1)
-        adversarial = after = None
-        if config is not None:
-            attacked = _attacked(config, settings.seed, network, images, labels, place)
-            with torch.no_grad():
-                after = network(attacked).argmax(1)[0].cpu()
-            adversarial = attacked[0].cpu()
-        shown.append(Example(images[0].cpu(), labels[0].cpu(), before[0].cpu(), adversarial, after))
-    model.train(training)
+    for labels, judged in _judged(settings, model, read, keys, device, 0):
+        (image, before), *attacked = [(images[0].cpu(), prediction[0].cpu()) for images, prediction in judged]
+        shown.append(Example(image, labels[0].cpu(), before, *(attacked[0] if attacked else (None, None))))
     return shown
 
 
@@ -50,38 +37,22 @@ def validate(
 ) -> dict[str, float]:
     """mIoU and pixel accuracy in percent, on clean images and under eroseg's attack of ``settings.val_attack_steps``.
 
-    Every process judges its own images; one confusion matrix over all of them is what the scores are made from.
-
-    Returns:
-        ``miou``, ``accuracy``, and with an attack ``adversarial_miou``, ``adversarial_accuracy``.
+    Every process judges its own images; one confusion matrix over all of them is what the scores are made from:
+    ``miou``, ``accuracy``, and with an attack ``adversarial_miou``, ``adversarial_accuracy``.
     """
     keys = [Key(index) for index in evenly_spaced(len(read), settings.val_images)[processes.rank :: processes.world]]
     # Images at their own sizes do not go into one batch.
     size = 1 if settings.size is None else max(1, settings.batch_size // processes.world // settings.accumulate)
     batches = [keys[start : start + size] for start in range(0, len(keys), size)]
-    network = Network(model, Clock(processes.device), settings)
     ops = backend.select(processes.device, settings.backend)
-    config = _attack(settings)
-    matrices = torch.zeros(1 + (config is not None), classes, classes, dtype=torch.int64, device=processes.device)
-    training = model.training
-    model.eval()
-    for keys_of_batch, batch in zip(batches, loader(Samples(read, None), batches, workers), strict=True):
-        if isinstance(batch, Exception):
-            raise batch
-        images = batch.images.to(processes.device).float().div_(255)
-        labels = batch.labels.to(processes.device).long()
-        for number in range(len(matrices)):
-            if number == 1 and config is not None:
-                images = _attacked(config, settings.seed, network, images, labels, keys_of_batch[0].image)
-            with torch.no_grad():
-                prediction = network(images).argmax(1)
-            matrices[number] += ops.confusion(prediction, labels, classes, ignore_index=VOID)
-    model.train(training)
+    names = ("", "adversarial_")[: 1 if _attack(settings) is None else 2]
+    matrices = torch.zeros(len(names), classes, classes, dtype=torch.int64, device=processes.device)
+    for labels, judged in _judged(settings, model, read, batches, processes.device, workers):
+        for matrix, (_, prediction) in zip(matrices, judged, strict=True):
+            matrix += ops.confusion(prediction, labels, classes, ignore_index=VOID)
     processes.sum_(matrices)
-    result = miou_and_accuracy(matrices[0])
-    if config is not None:
-        result |= {f"adversarial_{name}": value for name, value in miou_and_accuracy(matrices[1]).items()}
-    return result
+    scores = zip(names, map(miou_and_accuracy, matrices), strict=True)
+    return {f"{prefix}{name}": value for prefix, found in scores for name, value in found.items()}
 
 
 def _attack(settings: TrainSettings) -> AttackSettings | None:
@@ -97,10 +68,29 @@ def _attack(settings: TrainSettings) -> AttackSettings | None:
     )
 
 
-def _attacked(
-    config: AttackSettings, seed: int, network: Network, images: Tensor, labels: Tensor, number: int
-) -> Tensor:
-    """The images after the attack, whose random start depends on the run's ``seed`` and on ``number``."""
-    generator = torch.Generator(images.device)
-    generator.manual_seed(seeds.torch_seed(seed, seeds.ATTACK, number))
-    return pgd.Loop(config, network, images, labels, generator=generator).run()[0]
+def _judged(
+    settings: TrainSettings,
+    model: nn.Module,
+    read: Reader,
+    batches: list[list[Key]],
+    device: torch.device,
+    workers: int,
+) -> Iterator[tuple[Tensor, list[tuple[Tensor, Tensor]]]]:
+    """Labels of each batch; the images, and the attacked ones where there is an attack, with the predictions on them.
+
+    A random start depends on the run's seed and on the number of the batch's first image.
+    """
+    network, config = Network(model, Clock(device), settings), _attack(settings)
+    training = model.training
+    model.eval()
+    for keys, batch in zip(batches, loader(Samples(read, None), batches, workers), strict=True):
+        images = [batch.images.to(device).float().div_(255)]
+        labels = batch.labels.to(device).long()
+        if config is not None:
+            seed = seeds.torch_seed(settings.seed, seeds.ATTACK, keys[0].image)
+            generator = torch.Generator(device).manual_seed(seed)
+            images.append(pgd.Loop(config, network, images[0], labels, generator=generator).run()[0])
+        with torch.no_grad():
+            judged = [(pixels, network(pixels).argmax(1)) for pixels in images]
+        yield labels, judged
+    model.train(training)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -14,7 +13,7 @@ import socket
 import stat
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from io import BytesIO
@@ -23,8 +22,8 @@ from typing import Any
 
 import torch
 
-_PART = ".[0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f].part"
-"""End of the names of files that are being written, as a pattern."""
+_PARTS = f"*.{'[0-9a-f]' * 8}.part"
+"""Pattern of the names of files that are being written."""
 _MARK = b"eroseg blake2b "
 """What the comment of a file of tensors begins with; the digest of everything up to here follows."""
 _locks: set[int] = set()
@@ -37,14 +36,9 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BytesIO]:
 
     The content is made in memory, so that an interrupt never reaches torch's writer in C++, which it would abort.
     Of a link, the target is replaced; the file keeps its mode and owner. Devices, pipes and this process's own output
-    are written to, not replaced.
+    are written to, not replaced. ``keep`` names the file, in the same folder, as which what was there before is kept.
 
-    Args:
-        path: the file.
-        keep: name in the same folder under which the file that was there before is kept.
-
-    Raises:
-        OSError: it could not be written, say for want of space; names the file. What was there before is kept.
+    Raises OSError, which names the file, if it could not be written; what was there before is then kept.
     """
     content = BytesIO()
     yield content
@@ -87,12 +81,25 @@ def write_json(path: Path, value: Any) -> None:
         file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
+def plain(value: Any) -> Any:
+    """A value as JSON gives it back: lists for tuples, and names for paths, dtypes and callables."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return dict(value)
+        if isinstance(value, torch.dtype):
+            return str(value).removeprefix("torch.")
+        if callable(value):
+            return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+        return str(value)
+
+    return json.loads(json.dumps(value, default=named))
+
+
 def read_tensors(path: Path) -> Any:
     """What :func:`write_tensors` or torch.save wrote, on the CPU; plain values and tensors only.
 
-    Raises:
-        ValueError: the file is not of that kind, or does not have its digest; names it.
-        OSError: it cannot be read.
+    Raises ValueError, which names the file, if it is not of that kind or does not have its digest.
     """
     content = path.read_bytes()
     if content[:-32].endswith(_MARK) and digest(content[:-32]).encode() != content[-32:]:
@@ -100,9 +107,9 @@ def read_tensors(path: Path) -> Any:
     try:
         return torch.load(BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
-        # What torch says of these is a page about its own options.
-        other = "torch.save did not write it, or it holds more than tensors and plain values"
-        reason = other if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # of which torch says a page about its own options
+            reason = "torch.save did not write it, or it holds more than tensors and plain values"
         raise ValueError(f"{path} is no file of weights or checkpoint: {reason}") from error
 
 
@@ -111,11 +118,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Makes this process the only one that writes into a folder; what a killed one left half written is removed.
 
     The system lets go of the lock when the process ends, however it ends. Where the file system has no locks, a warning
-    says so.
-
-    Raises:
-        ValueError: another process has it; names it.
-        OSError: the folder cannot be written to.
+    says so. Raises ValueError, which names the other process, if one has it.
     """
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     _locks.add(lock)
@@ -134,7 +137,7 @@ def locked(folder: Path) -> Iterator[None]:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
-        for part in folder.glob(f"*{_PART}"):
+        for part in folder.glob(_PARTS):
             part.unlink()
         yield
     finally:
@@ -158,37 +161,27 @@ def _replace(path: Path, content: BytesIO, before: os.stat_result | None, keep: 
     try:
         with open(part, "xb", opener=partial(os.open, mode=mode)) as file:
             if before is not None:
-                _take_over(file.fileno(), before)
+                with suppress(PermissionError):  # as far as the system allows
+                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
+                    os.fchmod(file.fileno(), mode)
             file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         if keep is not None and before is not None:
-            _keep(path, keep)
+            # Under a second name, so that the file is at no time without its first.
+            keep.unlink(missing_ok=True)
+            try:
+                os.link(path, keep)
+            except OSError:  # not every file system has links
+                shutil.copyfile(path, keep)
         os.replace(part, path)
-        _sync_folder(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # makes the renaming itself durable
+        finally:
+            os.close(folder)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _take_over(descriptor: int, before: os.stat_result) -> None:
-    """Owner and mode of the file that is replaced; the owner as far as the system allows."""
-    now = os.fstat(descriptor)
-    if (now.st_uid, now.st_gid) != (before.st_uid, before.st_gid):
-        with suppress(PermissionError):
-            os.fchown(descriptor, before.st_uid, before.st_gid)
-    if os.fstat(descriptor).st_mode != before.st_mode:
-        os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
-
-
-def _keep(path: Path, keep: Path) -> None:
-    """The file under a second name, so that it is at no time without its first."""
-    keep.unlink(missing_ok=True)
-    try:
-        os.link(path, keep)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.ENOSYS, errno.EMLINK):
-            raise
-        shutil.copyfile(path, keep)
 
 
 def _own_output(status: os.stat_result) -> int | None:
@@ -198,17 +191,3 @@ def _own_output(status: os.stat_result) -> int | None:
             if os.path.samestat(status, os.fstat(descriptor)):
                 return descriptor
     return None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the renaming itself durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

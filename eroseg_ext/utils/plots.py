@@ -26,31 +26,8 @@ _WIDTH = 13.0
 _DPI = 110
 
 
-class Story(NamedTuple):
-    """What one panel shows; tensors on the CPU."""
-
-    image: Tensor
-    """float32 [3, H, W] in [0, 1]"""
-    adversarial: Tensor
-    """float32 [3, H, W] in [0, 1]"""
-    labels: Tensor
-    """int64 [H, W], -1 where void"""
-    before: Tensor
-    """int64 [H, W], prediction on the image"""
-    after: Tensor
-    """int64 [H, W], prediction on the adversarial image"""
-    confidence: tuple[Tensor, ...]
-    """float32 [H, W], on the image and on the adversarial image; not finite where void"""
-    fronts: Sequence[tuple[int, Tensor]]
-    """step, counted from 0, and each pixel's weight in it: float32 [H, W], NaN where void"""
-    eps: float
-    steps: int
-    classes: tuple[str, ...]
-    palette: tuple[Colour, ...]
-
-
 class Example(NamedTuple):
-    """What a row of ``examples_panel`` shows; tensors on the CPU."""
+    """One image and what the network says of it, as it is and attacked; tensors on the CPU."""
 
     image: Tensor
     """float32 [3, H, W] in [0, 1]"""
@@ -83,85 +60,85 @@ def colourise(labels: Tensor, palette: Sequence[Colour]) -> npt.NDArray[np.uint8
     return table[np.where((classes >= 0) & (classes < len(palette)), classes, len(palette))]
 
 
-def attack_panel(path: Path, story: Story) -> None:
-    """Draws one image's attack: what the network sees, what it says, how sure it is, and how the front moves."""
-    height, width = story.labels.shape
+def attack_panel(
+    path: Path,
+    example: Example,
+    confidence: Sequence[Tensor],
+    fronts: Sequence[tuple[int, Tensor]],
+    *,
+    eps: float,
+    steps: int,
+    classes: Sequence[str],
+    palette: Sequence[Colour],
+) -> None:
+    """Draws one image's attack: what the network sees, what it says, how sure it is, and how the front moves.
+
+    Args:
+        path: PNG file to write.
+        example: the image, attacked.
+        confidence: float32 [H, W], on the image and on the adversarial image; not finite where void.
+        fronts: step, counted from 0, and each pixel's weight in it: float32 [H, W], NaN where void.
+        eps, steps: of the attack.
+        classes, palette: name and colour of each class.
+    """
+    assert example.adversarial is not None
+    height, width = example.labels.shape
     row = _WIDTH / 4.25 * height / width + 0.32
-    patches = _class_patches(story.classes, story.palette)
+    patches = _class_patches(classes, palette)
     # Inches that a legend entry takes: its letters, its colour and the gap to the next.
     entry = 0.075 * max(len(str(patch.get_label())) for patch in patches) + 0.6
     lines = math.ceil(len(patches) * entry / _WIDTH)
-    columns, legend_height = math.ceil(len(patches) / lines), 0.2 * lines + 0.2
-    figure = Figure(figsize=(_WIDTH, 3 * row + legend_height + 0.3), dpi=_DPI, layout="constrained")
+    legend = 0.2 * lines + 0.2
+    figure = Figure(figsize=(_WIDTH, 3 * row + legend + 0.3), dpi=_DPI, layout="constrained")
     # The fifth column holds the colour bars.
-    grid = figure.add_gridspec(4, 5, width_ratios=[1, 1, 1, 1, 0.035], height_ratios=[row, row, row, legend_height])
+    grid = figure.add_gridspec(4, 5, width_ratios=[1, 1, 1, 1, 0.035], height_ratios=[row, row, row, legend])
     axes = [[figure.add_subplot(grid[y, x]) for x in range(4)] for y in range(3)]
-    amplification = 0.5 / story.eps if story.eps > 0 else 1.0
-    noise = 0.5 + (story.adversarial - story.image) * amplification
 
-    _show(axes[0][0], "image", _pixels(story.image))
-    _show(axes[0][1], "label", colourise(story.labels, story.palette))
-    _show(axes[0][2], f"prediction: {_correct(story.before, story.labels)}", colourise(story.before, story.palette))
-    _show(axes[1][0], f"attacked image, eps {story.eps * 255:.3g}/255", _pixels(story.adversarial))
-    _show(axes[1][1], f"perturbation, amplified {amplification:.0f}x", _pixels(noise))
-    _show(axes[1][2], f"prediction on it: {_correct(story.after, story.labels)}", colourise(story.after, story.palette))
+    amplification = 0.5 / eps if eps > 0 else 1.0
+    noise = _pixels(0.5 + (example.adversarial - example.image) * amplification)
+    shown = _pictures(example, palette, eps)
+    shown.insert(4, (f"perturbation, amplified {amplification:.0f}x", noise))
+    for place, picture in zip((*axes[0][:3], *axes[1][:3]), shown, strict=True):
+        _show(place, *picture)
 
-    maps = [np.ma.masked_invalid(confidence.numpy()) for confidence in story.confidence]
+    maps = [np.ma.masked_invalid(values.numpy()) for values in confidence]
     # One scale for both; the few surest pixels would otherwise leave no colours to the rest.
     top = max(float(np.percentile(maps[0].compressed(), 98)) if maps[0].count() else 1.0, 1e-6)
-    for place, title, values in zip((axes[0][3], axes[1][3]), ("before", "after"), maps, strict=True):
-        shown = _show(place, f"confidence |log-odds| {title}", values, cmap="viridis", vmin=0, vmax=top)
-    figure.colorbar(shown, cax=figure.add_subplot(grid[0:2, 4]), extend="max")
+    for place, when, values in zip((axes[0][3], axes[1][3]), ("before", "after"), maps, strict=True):
+        colours = _show(place, f"confidence |log-odds| {when}", values, cmap="viridis", vmin=0, vmax=top)
+    figure.colorbar(colours, cax=figure.add_subplot(grid[0:2, 4]), extend="max")
 
-    for place in axes[2][len(story.fronts) :]:
+    for place in axes[2][len(fronts) :]:
         place.set_axis_off()
-    for place, (step, weight) in zip(axes[2], story.fronts, strict=False):
+    for place, (step, weight) in zip(axes[2], fronts, strict=False):
         values = np.ma.masked_invalid(weight.numpy())
         share = 100 * float((values >= _WEIGHT_AT_TAU).mean()) if values.count() else 0.0
-        title = f"front, step {step + 1} of {story.steps}: {share:.0f} % of pixels"
-        shown = _show(place, title, values, cmap="inferno", vmin=0, vmax=1)
-    if story.fronts:
-        figure.colorbar(shown, cax=figure.add_subplot(grid[2, 4]))
-
-    legend = figure.add_subplot(grid[3, :])
-    legend.set_axis_off()
-    shown = legend.legend(handles=patches, loc="center", ncols=columns, frameon=False, fontsize=9)
-    # A wide legend would push the pictures together.
-    shown.set_in_layout(False)
+        title = f"front, step {step + 1} of {steps}: {share:.0f} % of pixels"
+        colours = _show(place, title, values, cmap="inferno", vmin=0, vmax=1)
+    if fronts:
+        figure.colorbar(colours, cax=figure.add_subplot(grid[2, 4]))
+    _legend(figure.add_subplot(grid[3, :]), patches, math.ceil(len(patches) / lines))
     figure.savefig(path)
 
 
 def examples_panel(path: Path | BinaryIO, examples: Sequence[Example], classes: Sequence[str], eps: float) -> None:
     """Draws a row for each example: image, label, prediction, and, if it was attacked by ``eps``, the same of that."""
     palette = distinct_colours(len(classes))
-    columns = 5 if examples[0].after is not None else 3
+    rows = [_pictures(example, palette, eps) for example in examples]
+    columns = len(rows[0])
     width = _WIDTH * columns / 5
     heights = [width / columns * example.labels.shape[0] / example.labels.shape[1] + 0.3 for example in examples]
     figure = Figure(figsize=(width, sum(heights) + 0.5), dpi=_DPI, layout="constrained")
     grid = figure.add_gridspec(len(examples) + 1, columns, height_ratios=[*heights, 0.5])
-    for row, example in enumerate(examples):
-        axes = [figure.add_subplot(grid[row, column]) for column in range(columns)]
-        _show(axes[0], "image", _pixels(example.image))
-        _show(axes[1], "label", colourise(example.labels, palette))
-        _show(axes[2], f"prediction: {_correct(example.before, example.labels)}", colourise(example.before, palette))
-        if example.adversarial is not None and example.after is not None:
-            _show(axes[3], f"attacked, eps {eps * 255:.3g}/255", _pixels(example.adversarial))
-            _show(axes[4], f"prediction: {_correct(example.after, example.labels)}", colourise(example.after, palette))
-    legend = figure.add_subplot(grid[-1, :])
-    legend.set_axis_off()
-    patches = _class_patches(classes, palette)
-    legend.legend(handles=patches, loc="center", ncols=12, frameon=False, fontsize=8).set_in_layout(False)
+    for y, pictures in enumerate(rows):
+        for x, picture in enumerate(pictures):
+            _show(figure.add_subplot(grid[y, x]), *picture)
+    _legend(figure.add_subplot(grid[-1, :]), _class_patches(classes, palette), 12)
     figure.savefig(path, format="png")
 
 
 def accuracy_curves(path: Path, curves: Mapping[str, Sequence[float]], images: int) -> None:
-    """Draws the pixel accuracy of every method over its steps.
-
-    Args:
-        path: PNG file to write.
-        curves: by method, pixel accuracy in percent before each step and after the last.
-        images: how many images they are over, for the title.
-    """
+    """Draws the pixel accuracy in percent of every method, before each step and after the last, over so many images."""
     figure = Figure(figsize=(7.5, 4.6), dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
     for (method, values), colour in zip(curves.items(), colormaps["tab10"].colors, strict=False):  # type: ignore[attr-defined]
@@ -187,6 +164,28 @@ def _class_patches(classes: Sequence[str], palette: Sequence[Colour]) -> list[Pa
     ]
 
 
+def _legend(axes: Axes, patches: list[Patch], columns: int) -> None:
+    axes.set_axis_off()
+    legend = axes.legend(handles=patches, loc="center", ncols=columns, frameon=False, fontsize=9)
+    legend.set_in_layout(False)  # a wide one would push the pictures together
+
+
+def _pictures(example: Example, palette: Sequence[Colour], eps: float) -> list[tuple[str, Any]]:
+    """Titles and pictures: image, label, prediction, and the same of the attacked image."""
+
+    def predicted(title: str, prediction: Tensor) -> tuple[str, Any]:
+        valid = example.labels >= 0
+        share = (prediction == example.labels)[valid].double().mean().item() if valid.any() else 0.0
+        return f"{title}: {100 * share:.1f} % correct", colourise(prediction, palette)
+
+    shown = [("image", _pixels(example.image)), ("label", colourise(example.labels, palette))]
+    shown.append(predicted("prediction", example.before))
+    if example.adversarial is not None and example.after is not None:
+        shown.append((f"attacked image, eps {eps * 255:.3g}/255", _pixels(example.adversarial)))
+        shown.append(predicted("prediction on it", example.after))
+    return shown
+
+
 def _show(axes: Axes, title: str, values: Any, **style: Any) -> Any:
     shown = axes.imshow(values, interpolation="nearest", **style)
     axes.set_title(title, fontsize=10)
@@ -199,9 +198,3 @@ def _show(axes: Axes, title: str, values: Any, **style: Any) -> Any:
 def _pixels(image: Tensor) -> npt.NDArray[np.uint8]:
     """Image float [3, H, W] as uint8 [H, W, 3]."""
     return (image.clamp(0, 1).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-
-
-def _correct(prediction: Tensor, labels: Tensor) -> str:
-    valid = labels >= 0
-    share = (prediction == labels)[valid].double().mean().item() if valid.any() else 0.0
-    return f"{100 * share:.1f} % correct"

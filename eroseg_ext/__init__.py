@@ -10,6 +10,7 @@ from eroseg_ext.attacks.result import AttackInfo, NotFiniteError, StepInfo
 from eroseg_ext.attacks.settings import AttackSettings
 
 if TYPE_CHECKING:
+    from eroseg_ext.evaluation.adversarial import save_adversarial
     from eroseg_ext.evaluation.evaluate import evaluate
     from eroseg_ext.evaluation.result import Evaluation
     from eroseg_ext.evaluation.settings import EvaluationSettings
@@ -36,6 +37,7 @@ __all__ = [
     "__version__",
     "attack",
     "evaluate",
+    "save_adversarial",
     "strong_attack",
     "train",
 ]
@@ -45,6 +47,7 @@ _LATER = dict.fromkeys(("TrainSettings", "TrainingStopped", "train"), "eroseg_ex
     "Evaluation": "eroseg_ext.evaluation.result",
     "EvaluationSettings": "eroseg_ext.evaluation.settings",
     "evaluate": "eroseg_ext.evaluation.evaluate",
+    "save_adversarial": "eroseg_ext.evaluation.adversarial",
     "data": "eroseg_ext.data",
 }
 

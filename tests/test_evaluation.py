@@ -241,28 +241,6 @@ def test_no_images(pixelwise: nn.Module) -> None:
         evaluate(pixelwise, Pairs(torch.zeros(0, 3, 4, 4), torch.zeros(0, 4, 4, dtype=torch.int64)), **QUICK)
 
 
-@pytest.mark.parametrize(
-    ("data", "sentence"),
-    [
-        ([{"image": torch.rand(3, 8, 8), "mask": torch.zeros(8, 8)}], r"data\[0\] is a dict, wanted tensors: an image"),
-        (
-            [(np.zeros((3, 8, 8)), np.zeros((8, 8)))],
-            r"data\[0\] is a tuple of ndarray, ndarray, wanted tensors: an image",
-        ),
-        ([torch.rand(3, 8, 8)], r"data\[0\] is a Tensor, wanted tensors: an image"),
-        (torch.utils.data.DataLoader([1]), "data is a DataLoader, wanted a folder, or a data set"),
-    ],
-)
-def test_items_that_are_no_image_with_labels(pixelwise: nn.Module, data: Any, sentence: str) -> None:
-    with pytest.raises(TypeError, match=sentence):
-        evaluate(pixelwise, data, **QUICK)
-
-
-def test_further_entries_of_items_are_left_out(pixelwise: nn.Module, pairs: Pairs) -> None:
-    named = [(*pairs[index], f"{index}.png") for index in range(len(pairs))]
-    assert evaluate(pixelwise, named, **QUICK).rows == evaluate(pixelwise, pairs, **QUICK).rows
-
-
 class _Halves(nn.Module):
     """A model for even sizes."""
 
@@ -293,7 +271,7 @@ def test_a_model_that_refuses_an_images_size_is_told_with_it(tmp_path: Path) -> 
 
 def test_image_and_labels_of_different_sizes(pixelwise: nn.Module) -> None:
     pairs = Pairs(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 5, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"image 0 is an image \[3, 4, 4\] with labels \[4, 5\]"):
+    with pytest.raises(ValueError, match=r"label map of data\[0\] is 5x4 pixels but its image data\[0\] is 4x4"):
         evaluate(pixelwise, pairs, **QUICK)
 
 

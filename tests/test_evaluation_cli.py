@@ -202,7 +202,7 @@ def test_other_arguments_make_another_model(files: Path, tmp_path: Path) -> None
         (["--data", "nowhere"], "nowhere must hold the folders images/ and labels/"),
         (["--device", "toaster"], "device 'toaster' cannot be used"),
         (["--ignore-index", "255"], "has the label 9 at row"),
-        (["--dataset", "ade20k", "--data", "nowhere"], "nowhere/images/validation is missing"),
+        (["--dataset", "ade20k", "--data", "nowhere"], "nowhere must hold the folders images/ and labels/"),
         (["--dataset", "kitti"], "--dataset is 'kitti', wanted one of folder, "),
         (["--sanity", "-1"], "--sanity is -1, wanted an integer >= 0"),
     ],

@@ -23,8 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from eroseg_ext import evaluate
-from eroseg_ext.data.datasets import NamedDataset
-from eroseg_ext.data.reading import SegmentationFolder
+from eroseg_ext.data.sources import NamedDataset, SegmentationFolder
 from eroseg_ext.utils.atomic_files import locked
 
 pytestmark = pytest.mark.usefixtures("one_thread")

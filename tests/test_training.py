@@ -22,6 +22,7 @@ from eroseg_ext import AttackSettings, attack, evaluate, train
 from eroseg_ext.attacks import pgd
 from eroseg_ext.cli import main
 from eroseg_ext.data import datasets
+from eroseg_ext.data.sources import SegmentationFolder
 from eroseg_ext.models.loading import load_weights
 from eroseg_ext.ops import backend as backends
 from eroseg_ext.training import TrainingStopped, TrainSettings
@@ -57,7 +58,7 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
 def reader(data: Path) -> Reader:
     """Reads the validation images of a folder."""
     to_class = datasets.class_map("folder", CLASSES, 255)
-    return Reader(datasets.find("folder", data, "val"), to_class, SMALL["size"], False)
+    return Reader(SegmentationFolder(data, SMALL["size"]), to_class, False)
 
 
 # What a run leaves
@@ -111,7 +112,7 @@ def test_validation_takes_the_images_that_an_evaluation_takes(
     taken: list[str] = []
 
     def watched(self: Reader, index: int) -> Any:
-        taken.append(self.pairs[index][0].name)
+        taken.append(self._source.name(index))
         return right(self, index)
 
     right = Reader.__call__
@@ -373,9 +374,9 @@ def test_a_label_out_of_range_is_named_before_any_work(tmp_path: Path) -> None:
     [
         ([[0, 1], [1, 60000]], r"labels/1\.png has the label 60000, wanted class indices below 1000"),
         ([[0, 1], [1, 65535]], r"labels/1\.png has the label 65535, wanted class indices below 1000"),
-        ([[0, 255], [255]], r"labels: the labels are 0 and 255 alone, and 255 counts as void: a single class"),
-        ([[3], [3]], r"labels: the labels are 3 alone: a single class"),
-        ([[255], [255]], r"labels has no pixel with a label other than ignore_index 255"),
+        ([[0, 255], [255]], r"data: the labels are 0 and 255 alone, and 255 counts as void: a single class"),
+        ([[3], [3]], r"data: the labels are 3 alone: a single class"),
+        ([[255], [255]], r"data has no pixel with a label other than ignore_index 255"),
     ],
 )
 def test_labels_that_give_no_number_of_classes(tmp_path: Path, maps: list[list[int]], words: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eroseg_ext.data.datasets import VOID
+from eroseg_ext.data.palettes import VOID
 from eroseg_ext.ops import backend as backends
 from eroseg_ext.ops import reference
 from eroseg_ext.training import TrainSettings

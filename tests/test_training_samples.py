@@ -10,8 +10,9 @@ import torch
 from folders import write_blank
 from PIL import Image
 
-from eroseg_ext.data import datasets
-from eroseg_ext.data.datasets import VOID, class_map
+from eroseg_ext.data.datasets import class_map
+from eroseg_ext.data.palettes import VOID
+from eroseg_ext.data.sources import SegmentationFolder
 from eroseg_ext.training.samples import Augmentation, Batch, Key, Reader, Samples, batches
 
 
@@ -22,7 +23,7 @@ def striped(tmp_path: Path) -> Reader:
     classes = np.arange(4, dtype=np.uint8).repeat(20)[None].repeat(40, 0)
     Image.fromarray(np.stack([150 + classes * 30] * 3, -1)).save(tmp_path / "images" / "a.png")
     Image.fromarray(classes).save(tmp_path / "labels" / "a.png")
-    return Reader(datasets.find("folder", tmp_path, "train"), class_map("folder", 4, 255), None, cache=False)
+    return Reader(SegmentationFolder(tmp_path), class_map("folder", 4, 255), cache=False)
 
 
 @pytest.mark.parametrize("scale", [(1.0, 1.0), (0.4, 0.9), (1.1, 3.0)])

@@ -71,24 +71,37 @@ def noise_in_ball(
     return noise * (length.view(-1, 1, 1, 1) / _length(noise).clamp(min=1e-30)).float()
 
 
-def shown(images: Tensor, clean: Tensor, dtype: torch.dtype) -> Tensor:
-    """Iterates as the model sees them: what ``dtype`` can hold, so that what is counted is what can be returned.
+def shown(images: Tensor, clean: Tensor, dtype: torch.dtype, config: AttackSettings) -> Tensor:
+    """Iterates as the model sees them: what can be returned, so that what is counted is what is.
 
-    In a half type they are rounded towards the clean images, since a nearest value may lie outside the ball.
+    In a half type, and with ``quantize``, they are rounded towards the clean images, since a nearest value may lie
+    outside the ball.
 
     Args:
         images: ``[B, K, H, W]`` float32.
         clean: like images, with values that ``dtype`` has.
         dtype: that of the clean images as they came.
+        config: for ``quantize``.
 
     Returns:
-        Like images; for other types than float16 and bfloat16 the images themselves.
+        Like images; for other types than float16 and bfloat16, without ``quantize``, the images themselves.
     """
+    if config.quantize:
+        return quantized(images, clean, config.clip)
     if dtype not in HALVES:
         return images
     nearest = images.to(dtype)
     beyond = torch.where(images > clean, nearest > images, nearest < images)
     return torch.where(beyond, nearest.nextafter(clean.to(dtype)), nearest).float()
+
+
+def quantized(images: Tensor, clean: Tensor, clip: tuple[float, float]) -> Tensor:
+    """8-bit images: 255ths of the range of ``clip``, rounded towards the clean images, which must be of that kind."""
+    unit = (clip[1] - clip[0]) / 255
+    moved = (images - clean) / unit
+    # The thousandth of a 255th is for the rounding of floats.
+    levels = ((clean - clip[0]) / unit).round() + moved.sign() * (moved.abs() + 1e-3).floor()
+    return clip[0] + levels * (clip[1] - clip[0]) / 255
 
 
 def delivered(adversarial: Tensor, images: Tensor, changeable: Tensor, config: AttackSettings) -> Tensor:
@@ -105,7 +118,7 @@ def delivered(adversarial: Tensor, images: Tensor, changeable: Tensor, config: A
         return images.clone()
     clean = images.to(torch.promote_types(images.dtype, torch.float32))
     found = Ball(clean, config, changeable, config.eps).project(adversarial.to(clean.dtype))
-    return shown(found, clean, images.dtype).to(images.dtype).where(changeable, images)
+    return shown(found, clean, images.dtype, config).to(images.dtype).where(changeable, images)
 
 
 def _length(images: Tensor) -> Tensor:

@@ -91,7 +91,9 @@ class Engine:
             self.ops = volumes.operations(depth)
         self.steps = config.steps if config.eps > 0 and images.numel() > 0 else 0
         self.size = size = (images.shape[-2], images.shape[-1])
-        logits = Logits.under(self.model, config, dtype=images.dtype)
+        # What the model upsamples to the images' size is interpolated from there to labels of another.
+        see_through = config.see_through and not config.own_label_size
+        logits = Logits.under(self.model, config, dtype=images.dtype, see_through=see_through)
         # Not a method: graphs keep it beyond this call, whose tensors they must not keep.
         self._forward = lambda pixels: logits(pixels, size)
         self._eager = Pass(self._forward)
@@ -158,7 +160,7 @@ class Engine:
         keep_logits: bool = False,
     ) -> Evaluated:
         """One forward and backward pass over a part's images, recorded; of those that are not ``active``, as zeros."""
-        logits = part.passes.logits(shown(images, part.clean, self.images.dtype))
+        logits = part.passes.logits(shown(images, part.clean, self.images.dtype, self.config))
         if not self._logits_checked:
             inputs.check_first_logits(logits.values, self._largest_label, self.config)
             self._logits_checked = True
@@ -237,7 +239,7 @@ class Engine:
     def _judge(self, best: BestIterates, restart: int, rows: slice, images: Tensor) -> None:
         """Counts the correct pixels of final images and keeps the best; all gradient ops count, so ask the plainest."""
         with torch.no_grad():
-            logits = self._forward(shown(images, self.clean[rows], self.images.dtype))
+            logits = self._forward(shown(images, self.clean[rows], self.images.dtype, self.config))
             _, stats = self.ops.pixel_grad(
                 logits.values,
                 self._labels[rows],

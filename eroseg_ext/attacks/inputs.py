@@ -30,7 +30,8 @@ def check(images: Tensor, labels: Tensor | None, mask: Tensor | None, config: At
         raise ValueError(f"graph is True and images is on {images.device}, wanted images on a CUDA device")
     batch, channels, height, width = images.shape
     if labels is not None:
-        _check_map("labels", labels, images, [batch, height, width])
+        size = (height, width) if not config.own_label_size else getattr(labels, "shape", ())[-2:]
+        _check_map("labels", labels, images, [batch, *size])
         if labels.dtype not in LABEL_DTYPES:
             raise TypeError(f"labels is {labels.dtype}, wanted class indices as int64, int32 or uint8")
     elif config.targeted:
@@ -42,6 +43,8 @@ def check(images: Tensor, labels: Tensor | None, mask: Tensor | None, config: At
     if config.mean is not None and len(config.mean) not in (1, channels):
         raise ValueError(f"mean has {len(config.mean)} numbers, wanted {channels}, one per channel of images")
     _check_range(images, config.clip)
+    if config.quantize:
+        check_8_bits("images", images, config.clip)
     _check_lengths(images, config)
     _warn_of_spacing(images, config)
 
@@ -76,6 +79,18 @@ def _check_range(images: Tensor, clip: tuple[float, float]) -> None:
         warn(
             f"images has values from {low:.6g} to {high:.6g}, a 255th of the range of clip={tuple(clip)} at most: are "
             "images in the units of clip, which eps is in too?"
+        )
+
+
+def check_8_bits(name: str, images: Tensor, clip: tuple[float, float]) -> None:
+    """Raises ValueError or TypeError unless images are float32 or float64 and 255ths of the range of ``clip``."""
+    if images.dtype in HALVES:
+        raise TypeError(f"{name} is {images.dtype}, wanted float32 since quantize is True")
+    levels = (images.detach() - clip[0]) * (255 / (clip[1] - clip[0]))
+    if bool(((levels - levels.round()).abs() > 1e-3).any()):
+        raise ValueError(
+            f"{name} has values between the 255ths of the range of clip={tuple(clip)}, wanted 8-bit images: round them "
+            "to 255ths first"
         )
 
 

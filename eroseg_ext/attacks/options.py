@@ -32,6 +32,7 @@ class Options(TypedDict, total=False):
     random_start: bool
     restarts: int
     clip: tuple[float, float]
+    quantize: bool
     mean: Sequence[float] | Any | None
     std: Sequence[float] | None
     autocast: torch.dtype | None
@@ -40,6 +41,7 @@ class Options(TypedDict, total=False):
     logits: Function[[Any], Tensor] | None
     align_corners: bool
     see_through: bool
+    own_label_size: bool
     backend: str
     model_mode: str
     progress: bool

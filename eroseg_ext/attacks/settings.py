@@ -75,6 +75,8 @@ class AttackSettings:
         early_stop: an image with no correct pixel left (all, if targeted) takes no further step; on the CPU it leaves
             the batch.
         clip: range of pixel values.
+        quantize: return 8-bit images, 255ths of the range of ``clip``, rounded towards the clean ones, which must be of
+            that kind and float32; what the model is shown and what is counted is so too.
         mean: with std: the model is given (image - mean) / std, per channel; eps and clip stay in pixel values. Alone:
             an object that has both, such as an image processor of transformers or a transform of torchvision.
         std: with mean.
@@ -87,6 +89,7 @@ class AttackSettings:
         align_corners: of the bilinear upsampling of logits that are smaller than the labels.
         see_through: where the model's last operation upsamples its logits to the images' size, do without it, and take
             the logits before; see ``docs/models.md``.
+        own_label_size: labels may have another size than images, to which the logits are then interpolated.
         micro_batch: attack so many images at a time; results are those of the whole batch for models that treat images
             alone.
         backend: ``fused``, ``reference`` or ``auto``: fused where it is built for the images' device.
@@ -127,6 +130,7 @@ class AttackSettings:
     keep: str = "last"
     early_stop: bool = False
     clip: tuple[float, float] = (0.0, 1.0)
+    quantize: bool = False
     mean: Sequence[float] | Any | None = None
     std: Sequence[float] | None = None
     autocast: torch.dtype | None = None
@@ -135,6 +139,7 @@ class AttackSettings:
     logits: Callable[[Any], Tensor] | None = None
     align_corners: bool = False
     see_through: bool = True
+    own_label_size: bool = False
     micro_batch: int | None = None
     backend: str = "auto"
     model_mode: str = "eval"
@@ -173,6 +178,8 @@ class AttackSettings:
         check_choice("variant", self.variant, ("softmax", "sigmoid"))
         for name in ("targeted", "random_start", "early_stop", "graph", "progress", "align_corners", "see_through"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        for name in ("own_label_size", "quantize"):
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         check_number("eps", self.eps, 0, math.inf)
         if self.step_size is not None:
             check_number("step_size", self.step_size, 0, math.inf)
@@ -194,6 +201,9 @@ class AttackSettings:
         if self.norm == "linf":
             for name, value in (("eps", self.eps), ("step_size", self.step_size)):
                 check_below_range(name, value, self.range, f"the range of clip={tuple(self.clip)}")
+            wanted = f"0, or at least a 255th of the range of clip={tuple(self.clip)}, since quantize is True"
+            large = not self.quantize or self.eps == 0 or self.eps >= 0.999 * self.range / 255
+            require(large, "eps", self.eps, wanted)
         if self.rho_range is not None:
             check_pair("rho_range", self.rho_range)
             require(all(0 < rho <= 1 for rho in self.rho_range), "rho_range", self.rho_range, "two fractions in (0, 1]")

@@ -20,8 +20,9 @@ import eroseg_ext
 from eroseg_ext import AttackSettings, StepInfo, attack
 from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.cli.options import Output
-from eroseg_ext.data.reading import SegmentationFolder, evenly_spaced, one_class
+from eroseg_ext.data.reading import evenly_spaced, one_class
 from eroseg_ext.data.scenes import IGNORE_INDEX, generated_scenes
+from eroseg_ext.data.sources import SegmentationFolder
 from eroseg_ext.evaluation.metrics import miou_and_accuracy
 from eroseg_ext.models.small_deeplab import DEMO_WIDTH, SmallDeepLab
 from eroseg_ext.ops import backend, reference

@@ -3,83 +3,41 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from eroseg_ext import EvaluationSettings, evaluate
 from eroseg_ext.cli.main import ChecksFailed
-from eroseg_ext.data.datasets import DATASETS, FOLDER, VOID, NamedDataset
-from eroseg_ext.data.reading import SegmentationFolder
-from eroseg_ext.models.loading import load_network
-from eroseg_ext.utils.validate import check_choice, check_integer, usable_device
-
-_AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from eroseg_ext.cli.network import Network
+from eroseg_ext.data.sources import Reading
 
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """What is evaluated on what, beside the settings of the evaluation."""
+    """What is evaluated, and where the result goes."""
 
     data: Path
     """folder with ``images/NAME.*`` and ``labels/NAME.png``, or of a data set as its publisher packs it"""
-    dataset: str = FOLDER
-    """class map and layout of files: ``folder``, ``camvid``, ``voc``, ``cityscapes`` or ``ade20k``, whose void labels
-    need no --ignore-index"""
-    size: tuple[int, int] | None = None
-    """resize images and labels; default: their own sizes"""
     out: Path = Path("eroseg-evaluation")
     """folder for evaluation.json and results.jsonl, made if missing"""
 
-    model: str | None = None
-    """``small``, ``tiny``, ``package.module:callable``, ``file.py:callable``, a folder that transformers or
-    segmentation_models_pytorch saved a model to, or the name of one of theirs or torchvision's models; default:
-    built-in, as the weights tell"""
-    model_args: Mapping[str, Any] | None = None
-    """keywords for it, such as {"num_classes": 21}"""
-    weights: Path | None = field(default=None, metadata={"aliases": ["--checkpoint"]})
-    """file with a state dict, or with one anywhere in it, also in safetensors' format"""
-    classes: int | None = None
-    """of the model; default: as --dataset or the weights tell"""
-    amp: str = "none"
-    """autocast of the model: ``none``, ``bf16`` or ``fp16``"""
-    device: str | None = None
-    """default: cuda if there is one, else cpu"""
     strict: bool = False
     """exit with 3 if a sanity check failed or an image had no gradient"""
 
-    def __post_init__(self) -> None:
-        check_choice("dataset", self.dataset, DATASETS)
-        check_choice("amp", self.amp, tuple(_AUTOCAST))
-        if self.classes is not None:
-            check_integer("classes", self.classes, 1, 2**15 - 1)
 
-
-def command(files: Files, settings: EvaluationSettings) -> None:
+def command(files: Files, network: Network, reading: Reading, settings: EvaluationSettings) -> None:
     """Attacks a model with APGD and the gradient of several methods, prints mIoU / mAcc / aAcc in percent per attack
     and in the worst case, and writes them to evaluation.json. An interrupted evaluation goes on where it was; a further
-    attack or eps computes only what is new."""
+    attack or eps computes only what is new. With --adversarial, the images of such a folder take the attacks' place."""
     if files.strict and settings.sanity == 0:
         raise ValueError("--strict needs the sanity checks, which --sanity 0 leaves out")
-    device = usable_device(files.device)
-    classes, ignore_index = files.classes, settings.ignore_index
-    data: SegmentationFolder
-    if files.dataset == FOLDER:
-        data = SegmentationFolder(files.data, files.size)
-    else:
-        data = NamedDataset(files.dataset, files.data, size=files.size)
-        classes, ignore_index = classes or data.to_class.classes, VOID
-    model = load_network(files.model, files.weights, classes=classes, model_args=files.model_args).to(device)
+    data = reading.source(files.data, "val")
+    model = network.load(None if data.to_class is None else data.to_class.classes)
     given = vars(settings) | {
-        "ignore_index": ignore_index,
-        "autocast": _AUTOCAST[files.amp],
-        "model_description": {"name": files.model, "args": files.model_args},
+        "autocast": network.autocast,
+        "model_description": {"name": network.model, "args": network.model_args},
         "progress": sys.stderr.isatty(),
     }
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     result = evaluate(model, data, out=files.out, **given)
     print(
         f"mIoU ({settings.miou_classes.replace('_', ' ')} classes) / mAcc / aAcc in %, {len(result.images)} images, "

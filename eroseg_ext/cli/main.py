@@ -1,4 +1,4 @@
-"""The command ``eroseg``: ``eroseg demo``, ``eroseg train``, ``eroseg evaluate`` and ``eroseg info``."""
+"""The command ``eroseg``: ``eroseg demo``, ``train``, ``evaluate``, ``attack`` and ``info``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ COMMANDS = {
     "demo": "train a small network, attack it with every method, draw pictures",
     "train": "train a model on adversarial examples",
     "evaluate": "scores of a model, clean, under attack and in the worst case",
+    "attack": "adversarial images of a folder, as 8-bit PNGs",
     "info": "versions, backends and devices",
 }
 """What each does. The module of that name has the function ``command``, whose parameters are settings dataclasses."""

@@ -170,7 +170,7 @@ CONVERTERS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "int": (int, "N", "a whole number"),
     "float": (_number, "X", "a number such as 0.03 or 8/255"),
     "str": (str, "NAME", "a name"),
-    "Path": (_path, "PATH", "a path"),
+    **dict.fromkeys(("Path", "Path | SegmentationData"), (_path, "PATH", "a path")),
     "int | str": (lambda text: int(text) if text.lstrip("-").isdigit() else text, "N|NAME", "a number or a name"),
     "str | tuple[float, ...]": (
         lambda text: text if text[:1].isalpha() else _numbers(text),

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,23 @@ from tqdm import tqdm
 
 from eroseg_ext.attacks import apgd
 from eroseg_ext.attacks.settings import AttackSettings
-from eroseg_ext.data.reading import SegmentationFolder, evenly_spaced, one_class
+from eroseg_ext.data.palettes import VOID
+from eroseg_ext.data.reading import evenly_spaced, one_class
+from eroseg_ext.data.sources import SegmentationData, Source
 from eroseg_ext.evaluation import sanity
+from eroseg_ext.evaluation.adversarial import SavedImages
 from eroseg_ext.evaluation.fingerprint import digest_of_weights, fingerprint, projected_logits
 from eroseg_ext.evaluation.metrics import Counts, counts_of, scores, worst_case
 from eroseg_ext.evaluation.result import AttackRow, Evaluation
 from eroseg_ext.evaluation.result_cache import ResultCache, key_of
-from eroseg_ext.evaluation.samples import SegmentationData, digest_of, item_of, name_of
 from eroseg_ext.evaluation.sanity import budget
-from eroseg_ext.evaluation.settings import CLEAN, OF_THE_ATTACKS, OF_THE_DATA_AND_MODEL, EvaluationSettings
+from eroseg_ext.evaluation.settings import (
+    CLEAN,
+    OF_THE_ATTACKS,
+    OF_THE_DATA_AND_MODEL,
+    OF_THE_LABELS,
+    EvaluationSettings,
+)
 from eroseg_ext.models.adapter import Logits, Model, frozen, unwrapped
 from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops import backend, reference
@@ -34,7 +42,7 @@ from eroseg_ext.utils.atomic_files import locked, plain, write_json
 
 
 def evaluate(
-    model: Model, data: str | Path | SegmentationData, *, out: str | Path | None = None, **settings: Any
+    model: Model, data: str | Path | SegmentationData | Source, *, out: str | Path | None = None, **settings: Any
 ) -> Evaluation:
     """Scores of a segmentation model on clean images, under each attack, and in the worst case over the attacks.
 
@@ -54,9 +62,9 @@ def evaluate(
     Args:
         model: nn.Module or any differentiable callable, as :func:`eroseg_ext.attack` takes it; run in eval mode and
             left as it was.
-        data: folder with ``images/`` and ``labels/``, or anything with ``len`` whose items are an image ``[K, H, W]``,
-            pixel values within ``clip``, and its labels ``[H, W]``: classes, or ``ignore_index`` for void; such as
-            :class:`eroseg_ext.data.NamedDataset`, with ``ignore_index=eroseg_ext.data.VOID``.
+        data: folder with ``images/`` and ``labels/``, or anything with ``len`` whose items begin with an image and its
+            labels, or are dicts that hold both, as PIL images, arrays or tensors: images of 8 bits, or floats within
+            ``clip``, and labels that are classes, or ``ignore_index`` or -1 for void; such as torchvision's data sets.
         out: folder for ``results.jsonl`` and ``evaluation.json``, made if missing; None keeps nothing.
         **settings: the fields of :class:`EvaluationSettings`.
 
@@ -75,11 +83,11 @@ def evaluate(
     Source: Croce, Singh & Hein, ECCV 2024 (SEA).
     """
     config = EvaluationSettings(**settings)
-    source = SegmentationFolder(data) if isinstance(data, (str, Path)) else data
-    if not hasattr(source, "__getitem__"):
-        raise TypeError(
-            f"data is a {type(source).__name__}, wanted a folder, or a data set that data[i] gives items of"
-        )
+    source = config.source(data, "val")
+    saved = None if config.adversarial is None else SavedImages(Path(config.adversarial))
+    if saved is not None:
+        rows = {f"saved {saved.method}": {"method": saved.method}}
+        config = replace(config, attacks=rows, eps=saved.eps, norm=saved.norm, sanity=0)
     if len(source) == 0:
         raise ValueError("data has no image, wanted at least one")
     folder = None if out is None else Path(out)
@@ -90,7 +98,7 @@ def evaluate(
     path = None if folder is None else folder / "results.jsonl"
     alone = nullcontext() if folder is None else locked(folder)
     with alone, ResultCache(path) as cache, frozen(unwrapped(model), "eval"), torch.random.fork_rng():
-        result = _Evaluator(config, unwrapped(model), source, cache).run()
+        result = _Evaluator(config, unwrapped(model), source, cache, saved).run()
         if folder is not None:
             write_json(folder / "evaluation.json", result.as_json())
     return result
@@ -99,17 +107,26 @@ def evaluate(
 class _Evaluator:
     """One call of :func:`evaluate`."""
 
-    def __init__(self, config: EvaluationSettings, model: Model, data: SegmentationData, cache: ResultCache) -> None:
-        self._config = config
+    def __init__(
+        self, given: EvaluationSettings, model: Model, data: Source, cache: ResultCache, saved: SavedImages | None
+    ) -> None:
+        self._saved = saved
+        self._given = given
+        self._to_class = data.to_class or given.class_map()
+        # From here on void is one label, whatever the data have for it. What the model upsamples to the images' size
+        # is interpolated from there to labels of another.
+        see_through = given.see_through and not given.own_label_size
+        self._config = config = replace(given, ignore_index=VOID, see_through=see_through)
         self._model = model
         self._data = data
         self._cache = cache
         self._logits = Logits.under(model, config)
-        channels = len(self._load(0)[0])
+        image, _ = self._load(0)
+        channels = len(image)
         if config.mean is not None and len(config.mean) not in (1, channels):
             raise ValueError(f"mean has {len(config.mean)} numbers, wanted {channels}, one per channel of images")
         kept = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-        self._device = kept[0].device if kept else item_of(data, 0)[0].device
+        self._device = kept[0].device if kept else image.device
         self._ops = backend.select(self._device, config.backend)
         self._environment = {
             "eroseg_ext": backend.report()["eroseg_ext"],
@@ -121,7 +138,7 @@ class _Evaluator:
         starts = range(0, len(self._indices), config.batch_size)
         self._batches = [self._indices[start : start + config.batch_size] for start in starts]
         self._attacks = {(row, eps): config.attack(row, eps) for eps in config.budgets for row in config.rows}
-        self._digests = {index: digest_of(data, index) for index in self._indices}
+        self._digests = {index: data.digest(index) for index in self._indices}
         self._model_digest = self._fingerprint()
 
     def run(self) -> Evaluation:
@@ -142,11 +159,13 @@ class _Evaluator:
                 numbers = [
                     index for index, result in zip(self._indices, found, strict=True) if result["without_gradient"]
                 ]
-                without[name, eps] = tuple(name_of(self._data, number) for number in numbers)
+                without[name, eps] = tuple(map(self._data.name, numbers))
                 share = 1 if name == CLEAN else len(config.budgets)
                 seconds[name] += sum(result["seconds"] for result in found) / len(found) / share
                 if not counts[name, eps].any():
-                    raise ValueError(f"data has no pixel with a label other than ignore_index={config.ignore_index}")
+                    raise ValueError(
+                        f"data has no pixel with a label other than ignore_index={self._given.ignore_index}"
+                    )
                 if name == CLEAN:
                     self._warn_of_one_class(counts[name, eps])
                     checks = self._sanity()
@@ -163,23 +182,24 @@ class _Evaluator:
             seconds=seconds,
             settings=self._plain_settings(),
             environment={**self._environment, "model": self._model_digest},
-            images=tuple(name_of(self._data, index) for index in self._indices),
+            images=tuple(map(self._data.name, self._indices)),
         )
 
     def _warn_of_one_class(self, counts: Counts) -> None:
         """Such as of a mask of 0 and 255 with ignore_index 255: whatever the model answers, its mIoU looks fine."""
-        classes, void = np.flatnonzero(counts[..., 1].sum(0)).tolist(), self._config.ignore_index
+        classes, void = np.flatnonzero(counts[..., 1].sum(0)).tolist(), self._given.ignore_index
         if len(classes) == 1:
-            beside = any((self._load(index)[1] == void).any() for index in self._indices)
+            beside = any((self._load(index)[1] == VOID).any() for index in self._indices)
             told = one_class(classes + [void] * beside, {void})
             warnings.warn(f"in data {told}, which says nothing about the others", UserWarning, stacklevel=4)
 
     def _plain_settings(self) -> dict[str, Any]:
-        config = self._config
-        others = ("seed", "batch_size", "sanity", "miou_classes", "model_description")
-        size = self._data.size if isinstance(self._data, SegmentationFolder) else None
-        values = {name: getattr(config, name) for name in (*OF_THE_ATTACKS, *OF_THE_DATA_AND_MODEL, *others)}
-        found: dict[str, Any] = plain({"attacks": config.rows, "eps": config.budgets, "size": size, **values})
+        config = self._given
+        others = ("adversarial", "seed", "batch_size", "sanity", "miou_classes", "model_description")
+        names = (*OF_THE_ATTACKS, *OF_THE_DATA_AND_MODEL, *OF_THE_LABELS, *others)
+        values = {name: getattr(config, name) for name in names}
+        about = {"attacks": config.rows, "eps": config.budgets, "size": self._data.size}
+        found: dict[str, Any] = plain({**about, **values})
         return found
 
     def _unit(self, name: str, eps: float, batch: list[int]) -> list[dict[str, Any]]:
@@ -190,7 +210,10 @@ class _Evaluator:
         config, attack = self._config, self._attacks.get((name, eps))
         # With every default as it is now: another version may have others.
         resolved = {} if attack is None else {**vars(attack[0]), "radii": attack[1]}
-        keys = [self._key({"attack": plain(resolved)}, [index]) for index in batch]
+        abouts: list[dict[str, Any]] = [{"attack": plain(resolved)} for _ in batch]
+        if attack is not None and self._saved is not None:
+            abouts = [{"saved": self._saved.digest(self._data.stem(index))} for index in batch]
+        keys = [self._key(about, [index]) for about, index in zip(abouts, batch, strict=True)]
         if not all(key in self._cache for key in keys):
             start = time.perf_counter()
             # For models that draw random numbers: this batch gets the same ones, whatever was computed before it.
@@ -210,11 +233,15 @@ class _Evaluator:
         results = []
         loaded = [(index, *self._load(index)) for index in batch]
         # Consecutive images of one size can be a batch.
-        for _, run in groupby(loaded, key=lambda item: item[1].shape):
+        for _, run in groupby(loaded, key=lambda item: (item[1].shape, item[2].shape)):
             numbers, images, maps = zip(*run, strict=True)
             pixels, labels = (torch.stack(part).to(self._device) for part in (images, maps))
             without = [False] * len(numbers)
-            if attack is not None:
+            if attack is not None and self._saved is not None:
+                named = zip(map(self._data.stem, numbers), images, strict=True)
+                read = [self._saved.image(stem, image, self._config.clip) for stem, image in named]
+                pixels = torch.stack(read).to(self._device)
+            elif attack is not None:
                 settings, radii = attack
                 loop = apgd.Loop(
                     settings, self._model, pixels, labels, indices=numbers, seed=self._config.seed, radii=radii
@@ -231,19 +258,19 @@ class _Evaluator:
         shared = plain({name: getattr(self._config, name) for name in ("seed", *OF_THE_DATA_AND_MODEL)})
         about = {
             "model": self._model_digest,
+            "classes": self._to_class.digest(),
             "images": [[index, self._digests[index]] for index in images],
             **{name: self._environment[name] for name in ("eroseg_ext", "torch", "device", "fused")},
         }
         return key_of({**shared, **about, **what, "result": "counts [C, 3]"})
 
     def _load(self, index: int) -> tuple[Tensor, Tensor]:
-        image, labels = item_of(self._data, index)
-        if image.dim() != 3 or labels.shape != image.shape[1:]:
-            raise ValueError(
-                f"{name_of(self._data, index)} is an image {list(image.shape)} with labels {list(labels.shape)}, "
-                "wanted [K, H, W] and [H, W]"
-            )
-        return image.float(), labels.long()
+        """An image float32 in the range of ``clip``, and its classes and VOID."""
+        image, values = self._data.read(index)
+        if image.dtype == torch.uint8:
+            low, high = self._config.clip
+            image = low + (high - low) * (image / 255)
+        return image, self._to_class(values, self._data.where(index)[1]).long()
 
     def _answer(self, pixels: Tensor, number: int) -> LogitMap:
         """The model's logits of images of one size, of which ``number`` is the first."""
@@ -255,26 +282,26 @@ class _Evaluator:
             raise
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
-                f"the model fails on {name_of(self._data, number)} of {height}x{width} pixels, where another size may "
+                f"the model fails on {self._data.name(number)} of {height}x{width} pixels, where another size may "
                 f"be wanted (--size): {error}"
             ) from error
 
     def _count(self, pixels: Tensor, labels: Tensor, numbers: Sequence[int]) -> list[list[list[int]]]:
         """Counts ``[C, 3]`` of each image."""
-        (logits, align_corners), void = self._answer(pixels, numbers[0]), self._config.ignore_index
+        logits, align_corners = self._answer(pixels, numbers[0])
         broken = ~logits.isfinite().flatten(1).all(1)
         if broken.any():
-            name = name_of(self._data, numbers[int(broken.int().argmax())])
+            name = self._data.name(numbers[int(broken.int().argmax())])
             raise ValueError(f"the model's logits of {name} are NaN or infinite")
         classes = max(logits.shape[1], 2)
-        wrong = (labels != void) & ((labels < 0) | (labels >= classes))
+        wrong = labels >= classes
         if wrong.any():
             image, row, column = wrong.nonzero()[0].tolist()
             raise ValueError(
-                f"{name_of(self._data, numbers[image])} has the label {int(labels[image, row, column])} at row {row}, "
-                f"column {column}, wanted classes from 0 to {classes - 1} or ignore_index={void}"
+                f"{self._data.name(numbers[image])} has the label {int(labels[image, row, column])} at row {row}, "
+                f"column {column}, wanted classes from 0 to {classes - 1} or ignore_index={self._given.ignore_index}"
             )
-        reading = {"ignore_index": void, "align_corners": align_corners}
+        reading = {"ignore_index": VOID, "align_corners": align_corners}
         pairs = zip(logits.split(1), labels.split(1), strict=True)
         matrices = torch.stack([self._ops.confusion(*pair, classes, **reading) for pair in pairs])
         counts: list[list[list[int]]] = counts_of(matrices).tolist()
@@ -304,10 +331,14 @@ class _Evaluator:
         key = self._key({"sanity": list(config.budgets)}, numbers)
         if key not in self._cache:
             loaded = [self._load(number) for number in numbers]
-            loaded = [pair for pair in loaded if pair[0].shape == loaded[0][0].shape]
+            loaded = [pair for pair in loaded if _shapes(pair) == _shapes(loaded[0])]
             images, labels = (torch.stack(part).to(self._device) for part in zip(*loaded, strict=True))
             shared = {name: getattr(config, name) for name in OF_THE_DATA_AND_MODEL}
             torch.manual_seed(config.seed)
             checks = sanity.check(self._model, images, labels, eps=max(config.budgets), **shared)
             self._cache.put(key, "sanity checks", [asdict(check) for check in checks])
         return [sanity.Check(**check) for check in self._cache[key]]
+
+
+def _shapes(pair: tuple[Tensor, Tensor]) -> list[torch.Size]:
+    return [part.shape for part in pair]

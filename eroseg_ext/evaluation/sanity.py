@@ -210,7 +210,8 @@ class _Checker:
 
     def _predict(self, images: Tensor) -> Tensor:
         size = (images.shape[-2], images.shape[-1])
-        return self._logits(images, size).at(size).float()
+        labels = (self._labels.shape[-2], self._labels.shape[-1])
+        return self._logits(images, size).at(labels).float()
 
     def _accuracy(self, images: Tensor) -> float:
         with torch.no_grad():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from eroseg_ext.attacks.apgd import NOT_OF_APGD, checked
 from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.attacks.settings import AttackSettings
+from eroseg_ext.data.sources import Reading, SegmentationData, Source
 from eroseg_ext.evaluation.metrics import MIOU_CLASSES
 from eroseg_ext.models.adapter import SETTINGS as OF_THE_MODEL
 from eroseg_ext.models.normalisation import take_statistics
@@ -21,14 +24,16 @@ from eroseg_ext.utils.validate import check_choice, check_integer, check_number,
 DEFAULT_ATTACKS = ("eroseg", "js:shrinking", "cospgd")
 """Of all methods and radii the three whose worst case was lowest on three trained networks, see ``bench/NOTES.md``."""
 CLEAN = "clean"
-OF_THE_DATA_AND_MODEL = ("norm", "ignore_index", "clip", "backend", *OF_THE_MODEL)
+OF_THE_DATA_AND_MODEL = ("norm", "ignore_index", "clip", "own_label_size", "backend", *OF_THE_MODEL)
 """Settings that all rows and the sanity checks share."""
+OF_THE_LABELS = ("dataset", "reduce_zero_label", "palette")
+"""Settings that say, beside ``ignore_index``, which class a label map's value is."""
 OF_THE_ATTACKS = ("steps", "restarts")
 """Settings that a row may have otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
+class EvaluationSettings(Reading):
     """What :func:`evaluate` takes as keywords. Lengths in the image are in pixel values of ``clip``'s range.
 
     Raises ValueError or TypeError with one sentence if a value is not allowed.
@@ -45,12 +50,13 @@ class EvaluationSettings:
     """independent runs of each attack; each image keeps its best one"""
     norm: str = "linf"
     """of the ball: ``linf`` or ``l2``"""
-    ignore_index: int = 255
-    """label of void pixels, which never count"""
     seed: int = 0
     """of the random starts; an image's noise depends on the seed, the image's number and the restart alone"""
     batch_size: int = 8
     """images attacked at once; those of one batch that differ in size are attacked one after the other"""
+    adversarial: Path | None = None
+    """folder of :func:`eroseg_ext.save_adversarial` or ``eroseg attack``, whose images are evaluated instead of
+    attacking: ``attacks``, ``eps``, ``norm`` and ``sanity`` are then not used"""
     images: int | None = None
     """evaluate on so many evenly spaced images; default: all"""
     clip: tuple[float, float] = (0.0, 1.0)
@@ -72,6 +78,9 @@ class EvaluationSettings:
     """of the bilinear upsampling of logits that are smaller than the labels"""
     see_through: bool = True
     """do without a model's last upsampling of its logits, and take those before it"""
+    own_label_size: bool = False
+    """labels keep their own size where images are resized, by ``size`` or by the data set itself, and the prediction is
+    interpolated to it, as transformers and mmsegmentation evaluate"""
     backend: str = "auto"
     """of the attacks: ``fused``, ``reference`` or ``auto``"""
     miou_classes: str = "labelled"
@@ -86,6 +95,7 @@ class EvaluationSettings:
     """show a bar on stderr"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.attacks, str):
             raise TypeError(f"attacks is the string {self.attacks!r}, wanted a list of methods such as ['eroseg']")
         rows = self.rows
@@ -119,6 +129,12 @@ class EvaluationSettings:
                     passes <= 10**6, "steps x restarts", passes, "at most 1000000, as numbers of each step are kept"
                 )
         take_statistics(self, self.clip)
+
+    def source(self, data: str | Path | SegmentationData | Source, split: str) -> Source:
+        """The data as they are read."""
+        found = copy(super().source(data, split))
+        found.own_label_size = self.own_label_size
+        return found
 
     @property
     def budgets(self) -> tuple[float, ...]:

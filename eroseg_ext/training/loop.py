@@ -105,9 +105,7 @@ class _Run:
         network = _network(settings, model, task, processes, self._clock, say)
         self._updater = Updater(settings, network, task, processes, self._clock)
         augmentation = Augmentation(settings.seed, task.crop, settings.scale, settings.flip)
-        read, self._val = (
-            Reader(pairs, task.to_class, settings.size, settings.cache) for pairs in (task.pairs, task.val_pairs)
-        )
+        read, self._val = (Reader(source, task.to_class, settings.cache) for source in (task.source, task.val))
         self._samples = Samples(read, augmentation)
         self._done = 0
         """updates"""
@@ -149,7 +147,7 @@ class _Run:
         """This process's parts of the batches that are left; time spent waiting for them is booked as data."""
         settings, processes = self._settings, self._processes
         keys = batches(
-            len(self._task.pairs),
+            len(self._task.source),
             settings.batch_size,
             settings.seed,
             self._done,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eroseg_ext.attacks.settings import AttackSettings
-from eroseg_ext.data.datasets import VOID
+from eroseg_ext.data.palettes import VOID
 from eroseg_ext.ops import reference
 from eroseg_ext.ops.protocol import Operations
 from eroseg_ext.utils.precision import widest

@@ -24,7 +24,7 @@ def described(settings: TrainSettings, task: Task, model: nn.Module, updates: in
         )
     return (
         f"{settings.model}, {parameters:,} parameters, {task.to_class.classes} classes; "
-        f"{len(task.pairs)} images, crops of {task.crop[0]}x{task.crop[1]}; "
+        f"{len(task.source)} images, crops of {task.crop[0]}x{task.crop[1]}; "
         f"{updates} updates of {settings.batch_size} images, {attacked}"
     )
 

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from eroseg_ext.data.datasets import VOID, ClassMap
-from eroseg_ext.data.reading import Pair, read_pair
+from eroseg_ext.data.datasets import ClassMap
+from eroseg_ext.data.palettes import VOID
+from eroseg_ext.data.sources import Source
 from eroseg_ext.training import seeds
 
 _PADDING = 128
@@ -38,27 +39,33 @@ class Key(NamedTuple):
 
 
 class Reader:
-    """Decodes images and label maps, resizes them and applies the class map; keeps them in memory if asked."""
+    """Images with 8 bits and their classes; keeps them in memory if asked."""
 
-    def __init__(self, pairs: Sequence[Pair], to_class: ClassMap, size: tuple[int, int] | None, cache: bool) -> None:
-        self.pairs = pairs
+    def __init__(self, source: Source, to_class: ClassMap, cache: bool) -> None:
+        self._source = source
         self._to_class = to_class
-        self._size = size
-        self._kept: dict[int, tuple[Image.Image, Image.Image]] | None = {} if cache else None
+        self._kept: dict[int, tuple[Tensor, Tensor]] | None = {} if cache else None
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self._source)
 
-    def __call__(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """An RGB image and its classes as a 32-bit integer image; ValueError names a file that cannot be used."""
+    def __call__(self, index: int) -> tuple[Tensor, Tensor]:
+        """An image uint8 [3, H, W], and int16 [H, W] classes and VOID; ValueError names what cannot be used."""
         if self._kept is not None and index in self._kept:
             return self._kept[index]
-        image, values = read_pair(*self.pairs[index], self._size)
-        classes = self._to_class(np.array(values, dtype=np.int64), self.pairs[index][1])
-        label = Image.fromarray(classes.astype(np.int32))
+        image, values = self._source.read(index)
+        name, label_name = self._source.where(index)
+        if len(image) != 3:
+            raise ValueError(f"{name} has {len(image)} channels, wanted 3: training reads red, green and blue")
+        if image.dtype != torch.uint8:
+            low, high = (float(value) for value in image.aminmax())
+            if not 0 <= low <= high <= 1:
+                raise ValueError(f"{name} has values from {low:.4g} to {high:.4g}, wanted [0, 1], or uint8")
+            image = (image * 255).round().to(torch.uint8)
+        read = image, self._to_class(values, label_name)
         if self._kept is not None:
-            self._kept[index] = image, label
-        return image, label
+            self._kept[index] = read
+        return read
 
 
 class Samples(Dataset[Batch | Exception]):
@@ -78,12 +85,11 @@ class Samples(Dataset[Batch | Exception]):
     def __getitem__(self, key: Key) -> Batch | Exception:
         try:
             image, label = self._read(key.image)
-        except (ValueError, OSError) as error:
+        except (ValueError, TypeError, OSError) as error:
             return error
         if self._augment is not None:
             image, label = self._augment(image, label, key)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        return Batch(pixels[None], torch.from_numpy(np.array(label).astype(np.int16))[None])
+        return Batch(image[None], label[None])
 
 
 def _joined(samples: Sequence[Batch | Exception]) -> Batch | Exception:
@@ -110,7 +116,7 @@ def loader(samples: Samples, keys: Iterable[list[Key]], workers: int, pin_memory
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random scale, crop and flip of an image with its label map, by (seed, epoch, index).
+    """Random scale, crop and flip of an image with its labels, by (seed, epoch, index).
 
     The crop has ``crop`` pixels; what it reaches beyond the image is grey, and void.
     """
@@ -120,8 +126,10 @@ class Augmentation:
     scale: tuple[float, float]
     flip: bool
 
-    def __call__(self, image: Image.Image, label: Image.Image, key: Key) -> tuple[Image.Image, Image.Image]:
+    def __call__(self, pixels: Tensor, labels: Tensor, key: Key) -> tuple[Tensor, Tensor]:
         """The augmented pair, both of the crop's size."""
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        label = Image.fromarray(labels.to(torch.int32).numpy())
         random = seeds.numpy_generator(self.seed, seeds.AUGMENTATION, key.epoch, key.image)
         low, high = map(math.log, self.scale)
         scale = math.exp(random.uniform(low, high))
@@ -136,7 +144,8 @@ class Augmentation:
         if self.flip and random.random() < 0.5:
             mirror = Image.Transpose.FLIP_LEFT_RIGHT
             new_image, new_label = new_image.transpose(mirror), new_label.transpose(mirror)
-        return new_image, new_label
+        shown = torch.from_numpy(np.array(new_image)).permute(2, 0, 1)
+        return shown, torch.from_numpy(np.array(new_label).astype(np.int16))
 
 
 def _window(source: int, crop: int, scale: float, position: float) -> tuple[float, float, int, int]:

@@ -13,10 +13,12 @@ import torch
 
 from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.attacks.settings import AttackSettings
-from eroseg_ext.data.datasets import DATASETS, FOLDER, VOID
+from eroseg_ext.data.datasets import MOST_CLASSES
+from eroseg_ext.data.palettes import VOID
+from eroseg_ext.data.sources import Reading, SegmentationData
 from eroseg_ext.models.normalisation import take_statistics
 from eroseg_ext.utils.atomic_files import plain
-from eroseg_ext.utils.validate import check_choice, check_integer, check_number, check_sequence, require
+from eroseg_ext.utils.validate import check_choice, check_integer, check_number, check_sequence, check_size, require
 
 NO_ATTACK = "none"
 NOT_OF_THE_RESULT = frozenset(("data", "out", "val", "init", "device", "threads", "workers", "cache", "val_every"))
@@ -32,7 +34,6 @@ NOT_OF_THE_RESULT |= {
 }
 """Settings that a resumed run may change: they do not say what is computed, only where, and what is told of it."""
 _CHOICES = {
-    "dataset": DATASETS,
     "optimizer": ("adamw", "sgd"),
     "attack": (*METHODS, NO_ATTACK),
     "amp": ("none", "bf16"),
@@ -47,15 +48,14 @@ _INTEGERS: dict[str, tuple[int, int | None]] = dict.fromkeys(_COUNTS, (1, None))
     "seed": (0, 2**63 - 1),
     "threads": (1, 1024),
     "workers": (0, 256),
-    "classes": (1, 2**15 - 1),
-    "ignore_index": (-(2**63), 2**63 - 1),
+    "classes": (1, MOST_CLASSES),
 }
 _NOT_NEGATIVE = ("learning_rate", "weight_decay", "step_size", "front_loss", "eps", "warmup_epochs", "poly_power")
 _NUMBERS = dict.fromkeys(_NOT_NEGATIVE, (0, math.inf)) | {"adv_fraction": (0, 1), "ema": (0, 1), "timeout": (1, 1e7)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
+class TrainSettings(Reading):
     """What :func:`eroseg_ext.train` takes as keywords; the options of ``eroseg train`` have the same names.
 
     eps and step_size are in pixel values of images in [0, 1]; sizes are (height, width).
@@ -63,19 +63,16 @@ class TrainSettings:
     Raises ValueError or TypeError with one sentence if a value is not allowed.
     """
 
-    data: Path
-    """folder with ``images/NAME.*`` and ``labels/NAME.png``, or of a data set as its publisher packs it"""
+    data: Path | SegmentationData
+    """folder with ``images/NAME.*`` and ``labels/NAME.png``, or of a data set as its publisher packs it; in Python also
+    any data set, as :func:`eroseg_ext.evaluate` takes it"""
     out: Path
     """folder for checkpoints, weights, log and curves, made if missing"""
-    val: Path | None = None
+    val: Path | SegmentationData | None = None
     """folder to validate on, in the form of ``data``; a publisher's folder holds both, so give it twice"""
-    dataset: str = FOLDER
-    """class map (and layout of files): ``folder``, ``camvid``, ``voc``, ``cityscapes`` or ``ade20k``"""
     classes: int | None = None
     """number of classes of ``dataset="folder"``; default: one more than the largest label of ``data`` and ``val``,
     found by reading them all"""
-    ignore_index: int = 255
-    """label of void pixels in the files of ``dataset="folder"``"""
 
     model: str = "small"
     """``small`` (1.06 M parameters), ``tiny`` (0.15 M), ``package.module:callable`` or ``file.py:callable`` of what
@@ -86,8 +83,6 @@ class TrainSettings:
     init: Path | None = None
     """weights to start from: any file with a state dict, or a checkpoint, whose average is taken where it has one"""
 
-    size: tuple[int, int] | None = None
-    """resize all images and labels to this; default: every image keeps its own size"""
     crop: tuple[int, int] | None = None
     """size of the random crops to train on; default: ``size``, else the size of the first image"""
     scale: tuple[float, float] = (0.6, 1.67)
@@ -181,11 +176,14 @@ class TrainSettings:
     """show a tqdm bar"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for entry in dataclasses.fields(self):
             name, value = entry.name, getattr(self, entry.name)
             if value is None and entry.default is None:
                 continue
-            if name in ("data", "out", "val", "init"):
+            if name in ("data", "val") and not isinstance(value, (str, Path)):
+                require(hasattr(value, "__len__"), name, value, "a path or a data set")
+            elif name in ("data", "out", "val", "init"):
                 require(isinstance(value, (str, Path)), name, value, "a path")
                 object.__setattr__(self, name, Path(value))
             elif name in _CHOICES:
@@ -196,10 +194,8 @@ class TrainSettings:
                 check_number(name, value, *_NUMBERS[name])
             elif isinstance(entry.default, bool):
                 require(isinstance(value, bool), name, value, "True or False")
-            elif name in ("size", "crop"):
-                require(len(value) == 2, name, value, "(height, width)")
-                for side in value:
-                    check_integer(name, side, 1)
+            elif name == "crop":
+                check_size(name, value)
         require(self.ema < 1, "ema", self.ema, "a decay below 1, such as 0.999")
         low, high = self.scale if len(self.scale) == 2 else (0, 0)
         wanted = "a pair (low, high) with 0.01 <= low <= high <= 100"
@@ -278,5 +274,6 @@ class TrainSettings:
 
     def plain(self) -> dict[str, Any]:
         """All settings as values that JSON can hold."""
-        found: dict[str, Any] = plain(vars(self))
+        others = {name: type(data) for name in ("data", "val") if not isinstance(data := getattr(self, name), Path)}
+        found: dict[str, Any] = plain(vars(self) | {name: kind.__name__ for name, kind in others.items()})
         return found

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from eroseg_ext.attacks import pgd
 from eroseg_ext.attacks.settings import AttackSettings
-from eroseg_ext.data.datasets import VOID
+from eroseg_ext.data.palettes import VOID
 from eroseg_ext.models.adapter import SETTINGS as OF_THE_MODEL
 from eroseg_ext.ops import backend as backends
 from eroseg_ext.training import clock as phases

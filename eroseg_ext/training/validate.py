@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from eroseg_ext.attacks import pgd
 from eroseg_ext.attacks.settings import AttackSettings
-from eroseg_ext.data.datasets import VOID
+from eroseg_ext.data.palettes import VOID
 from eroseg_ext.data.reading import evenly_spaced
 from eroseg_ext.evaluation.metrics import miou_and_accuracy
 from eroseg_ext.ops import backend

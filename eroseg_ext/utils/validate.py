@@ -56,6 +56,12 @@ def check_pair(name: str, came: object) -> None:
     require(ok, name, came, "a pair of numbers")
 
 
+def check_size(name: str, came: tuple[int, int]) -> None:
+    """Raises ValueError unless it is two positive integers."""
+    ok = len(came) == 2 and all(_is_integer(side) and side >= 1 for side in came)
+    require(ok, name, came, "(height, width), both at least 1")
+
+
 def check_sequence(name: str, came: object, one_per: str = "image channel") -> None:
     """Raises ValueError unless it is a sequence of finite numbers, at least one."""
     ok = isinstance(came, Sequence) and len(came) > 0 and all(_is_number(value) for value in came)

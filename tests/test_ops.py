@@ -11,20 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cuda_kernels
+import ops_common
 import pytest
 import torch
-from conftest import DEVICES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eroseg_ext.ops import backend, reference
-
-if backend.why_not_fused(torch.device("cpu")):
-    pytest.skip(str(backend.why_not_fused(torch.device("cpu"))), allow_module_level=True)
-
 from eroseg_ext.ops import fused as ops
+from eroseg_ext.ops import reference
 
 # Largest deviations seen over 20,000 random cases on an AVX-512 CPU: float32 gradient 2e-6 relative; the half types
 # are off by one rounding of the result, half a unit in the last place each way.
@@ -39,40 +34,7 @@ LABEL_TYPES = [torch.int64, torch.int32, torch.uint8]
 PROPERTIES = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-class OnDevice:
-    """The fused operations on another device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __getattr__(self, name: str) -> Any:
-        operation = getattr(ops, name)
-
-        def moved(value: Any) -> Any:
-            return value.to(self._device) if isinstance(value, Tensor) else value
-
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            result = operation(*map(moved, arguments), **{key: moved(value) for key, value in keywords.items()})
-            if name.endswith("_"):
-                return arguments[0].copy_(result)
-            return tuple(part.cpu() for part in result) if isinstance(result, tuple) else result.cpu()
-
-        return call
-
-
-@pytest.fixture(params=[*DEVICES, "cuda kernels on the host"])
-def fused(request: pytest.FixtureRequest) -> Any:
-    """Whatever computes the operations, with the functions of ``ops.py``."""
-    if request.param == "cpu":
-        return ops
-    if request.param == "cuda kernels on the host":
-        if why_not := cuda_kernels.why_not():
-            pytest.skip(why_not)
-        return cuda_kernels
-    device = torch.device(request.param)
-    if why_not := backend.why_not_fused(device):
-        pytest.skip(why_not)
-    return OnDevice(device)
+fused = ops_common.fused
 
 
 class Case(NamedTuple):

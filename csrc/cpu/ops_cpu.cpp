@@ -30,6 +30,13 @@ void for_each_tile(const Shape& shape, int64_t height, int64_t min_rows, const F
   });
 }
 
+// No kernel runs over labels without pixels, but the logits may have some.
+void zero_without_pixels(const Input& input, void* grad) {
+  const int64_t size = input.logits.type == FloatType::kFloat32 ? 4 : 2;
+  if (input.shape.pixels() > 0) return;
+  std::memset(grad, 0, input.shape.batch * input.shape.channels * input.logits.pixels() * size);
+}
+
 Tensor summed(const std::vector<RowStats>& rows, const Shape& shape, const Tensor& like) {
   Tensor stats = torch::stable::new_empty(like, {shape.batch, 4}, ScalarType::Double);
   auto* out = static_cast<double*>(stats.mutable_data_ptr());
@@ -57,6 +64,7 @@ class Backend {
   Tensor erosion_grad(const ErosionGrad& job) const {
     const Shape& shape = job.input.shape;
     std::vector<RowStats> rows(shape.batch * shape.height);
+    zero_without_pixels(job.input, job.grad);
     // A task also reduces the rows above and below its tile: those should be a small part of its work.
     for_each_tile(shape, job.input.logits.height, 16, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
       kernels().erosion_grad(job, image, begin, end, scratch, rows.data());
@@ -67,6 +75,7 @@ class Backend {
   Tensor pixel_grad(const PixelGrad& job) const {
     const Shape& shape = job.input.shape;
     std::vector<RowStats> rows(shape.batch * shape.height);
+    zero_without_pixels(job.input, job.grad);
     for_each_tile(shape, job.input.logits.height, 8, [&](int64_t image, int64_t begin, int64_t end, Scratch& scratch) {
       kernels().pixel_grad(job, image, begin, end, scratch, rows.data());
     });

@@ -89,14 +89,17 @@ struct Checks {
     device(tensor, name);
   }
 
+  // Offsets inside an image are of 32 bits on CUDA.
+  void short_offsets(int64_t elements, int bits, const char* name) const {
+    STD_TORCH_CHECK(!first.is_cuda() || elements < (int64_t{1} << bits), op, ": the ", name, " of one image have ",
+                    elements, " elements, wanted fewer than 2^", bits);
+  }
+
   Labels labels(const Tensor& tensor, const Shape& shape, int64_t ignore_index) const {
     const ScalarType type = tensor.scalar_type();
     STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int || type == ScalarType::Byte, op,
                     ": labels are ", torch::headeronly::toString(type), ", wanted int64, int32 or uint8");
-    // Offsets inside an image are of 32 bits on CUDA.
-    STD_TORCH_CHECK(!first.is_cuda() || shape.channels * shape.pixels() < (int64_t{1} << 31), op,
-                    ": the logits of one image have ", shape.channels * shape.pixels(),
-                    " elements, wanted fewer than 2^31");
+    short_offsets(shape.pixels(), 30, "labels");
     layout(tensor, "labels", {shape.batch, shape.height, shape.width});
     const LabelType known = type == ScalarType::Long  ? LabelType::kInt64
                             : type == ScalarType::Int ? LabelType::kInt32
@@ -121,10 +124,8 @@ struct Checks {
     const Planes logits{first.const_data_ptr(), known, !is_nchw(first), first.size(2), first.size(3)};
     STD_TORCH_CHECK(logits.pixels() > 0 || shape.pixels() == 0, op,
                     ": logits have no pixel, wanted at least one for labels that have");
-    const Input input{shape, logits, labels(labels_of_logits, shape, ignore_index), align_corners};
-    STD_TORCH_CHECK(!first.is_cuda() || !input.interpolates(), op,
-                    ": logits differ from the labels in size, wanted the same on a CUDA device");
-    return input;
+    short_offsets(shape.channels * logits.pixels(), 31, "logits");
+    return {shape, logits, labels(labels_of_logits, shape, ignore_index), align_corners};
   }
 
   void* gradient(const Tensor& grad, const Input& input) const {

@@ -46,8 +46,7 @@ def why_not() -> str | None:
 
 
 @functools.cache
-def kernels() -> ModuleType:
-    """The compiled module; built once in a process."""
+def _built() -> ModuleType | subprocess.CalledProcessError:
     import pybind11
 
     build = Path(tempfile.mkdtemp(prefix="eroseg_cuda_kernels_"))
@@ -82,8 +81,18 @@ def kernels() -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
+    except subprocess.CalledProcessError as error:
+        return error
     finally:
         shutil.rmtree(build)
+
+
+def kernels() -> ModuleType:
+    """The compiled module; built, or not, once in a process."""
+    built = _built()
+    if isinstance(built, subprocess.CalledProcessError):
+        raise built
+    return built
 
 
 class Guarded:
@@ -139,9 +148,7 @@ def start() -> ModuleType:
     return module
 
 
-def _input(
-    module: ModuleType, logits: Guarded, labels: Guarded, ignore_index: int, align_corners: bool = False
-) -> object:
+def _input(module: ModuleType, logits: Guarded, labels: Guarded, ignore_index: int, align_corners: bool) -> object:
     assert logits.tensor is not None
     assert labels.tensor is not None
     return module.Input(
@@ -175,13 +182,14 @@ def erosion_grad(
     slope: float = 2.0,
     targeted: bool = False,
     class_weight: Tensor | None = None,
+    align_corners: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     module = start()
     z, y, widths, before, weight = (Guarded(t) for t in (dense(logits), labels, tau, previous, class_weight))
     grad = Guarded(torch.full_like(dense(logits), 77))
     log_odds, stats = unwritten(*labels.shape), _stats(len(logits))
     module.erosion_grad(
-        _input(module, z, y, ignore_index),
+        _input(module, z, y, ignore_index, align_corners),
         widths.address,
         before.address,
         weight.address,
@@ -208,12 +216,13 @@ def pixel_grad(
     targeted: bool = False,
     q: float = 2.0,
     class_weight: Tensor | None = None,
+    align_corners: bool = False,
 ) -> tuple[Tensor, Tensor]:
     module = start()
     z, y, weight = Guarded(dense(logits)), Guarded(labels), Guarded(class_weight)
     grad, stats = Guarded(torch.full_like(dense(logits), 77)), _stats(len(logits))
     module.pixel_grad(
-        _input(module, z, y, ignore_index),
+        _input(module, z, y, ignore_index, align_corners),
         weight.address,
         grad.address,
         stats.address,
@@ -225,14 +234,18 @@ def pixel_grad(
     return grad.result(), stats.result()
 
 
-def confidence(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, confidence: str = "label") -> Tensor:
+def confidence(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = 255, confidence: str = "label", align_corners: bool = False
+) -> Tensor:
     module = start()
     z, y, out = Guarded(dense(logits)), Guarded(labels), unwritten(*labels.shape)
-    module.confidence(_input(module, z, y, ignore_index), CONFIDENCES.index(confidence), out.address)
+    module.confidence(_input(module, z, y, ignore_index, align_corners), CONFIDENCES.index(confidence), out.address)
     return out.result()
 
 
-def confusion(prediction: Tensor, labels: Tensor, classes: int, *, ignore_index: int = 255) -> Tensor:
+def confusion(
+    prediction: Tensor, labels: Tensor, classes: int, *, ignore_index: int = 255, align_corners: bool = False
+) -> Tensor:
     module = start()
     y, counts = Guarded(labels), Guarded(torch.zeros(classes, classes, dtype=torch.int64))
     if prediction.dim() == 4:
@@ -241,7 +254,7 @@ def confusion(prediction: Tensor, labels: Tensor, classes: int, *, ignore_index:
         batch, height, width = prediction.shape
         z = Guarded(torch.empty(batch, classes, height, width))
         predicted = Guarded(prediction)
-    module.confusion(_input(module, z, y, ignore_index), predicted.address, classes, counts.address)
+    module.confusion(_input(module, z, y, ignore_index, align_corners), predicted.address, classes, counts.address)
     return counts.result()
 
 

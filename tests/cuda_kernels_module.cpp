@@ -95,14 +95,16 @@ PYBIND11_MODULE(cuda_kernels_module, m) {
                           at<void>(grad),
                           at<float>(log_odds)};
     Summing summing(input.shape, stats);
-    check(cuda::launch_erosion_grad(job, summing.counting(), nullptr));
+    std::vector<cuda::PixelTerms> workspace(cuda::terms_of(input), {NAN, NAN, NAN, 0});
+    check(cuda::launch_erosion_grad(job, summing.counting(), workspace.data(), nullptr));
   });
   m.def("pixel_grad", [](const Input& input, uintptr_t class_weight, uintptr_t grad, uintptr_t stats, int method,
                          bool targeted, float lambda, float q_minus_one) {
     const PixelGrad job{
         input, {static_cast<Method>(method), targeted, lambda, q_minus_one}, at<float>(class_weight), at<void>(grad)};
     Summing summing(input.shape, stats);
-    check(cuda::launch_pixel_grad(job, summing.counting(), nullptr));
+    std::vector<cuda::PixelTerms> workspace(cuda::terms_of(input), {NAN, NAN, NAN, 0});
+    check(cuda::launch_pixel_grad(job, summing.counting(), workspace.data(), nullptr));
   });
   m.def("confidence", [](const Input& input, int kind, uintptr_t out) {
     check(cuda::launch_confidence({input, static_cast<Confidence>(kind), at<float>(out)}, nullptr));

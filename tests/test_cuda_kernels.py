@@ -104,6 +104,29 @@ def test_results_are_the_same_to_the_last_bit_in_any_order_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(5, 7), (4, 300), (40, 3)])
+def test_interpolated_logits_give_the_same_bits_on_any_device(
+    size: tuple[int, int], layout: torch.memory_format
+) -> None:
+    """However the logits are cut into blocks, also where a row of them has more than a block's threads."""
+    _, labels, tau, previous = scene(2, 6, 13, 620)
+    logits = torch.randn(2, 6, *size, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=layout)
+    expected = reference.erosion_grad(logits, labels, tau, previous)
+    runs = [cuda_kernels.erosion_grad(logits, labels, tau, previous) for _ in range(2 * len(cuda_kernels.DEVICES))]
+    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
+    torch.testing.assert_close(runs[0][0], expected[0], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(runs[0][1], expected[1], rtol=1e-5, atol=1e-4)
+
+
+def test_a_block_goes_on_to_further_rows_where_there_are_more_of_logits_than_blocks() -> None:
+    _, labels, tau, _ = scene(2, 2, 5, 16)
+    logits = torch.randn(2, 2, 200, 7, generator=torch.Generator().manual_seed(0))
+    got, expected = (of.erosion_grad(logits, labels, tau) for of in (cuda_kernels, reference))
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=1e-5)
+    assert torch.equal(got[2][:, :3], expected[2][:, :3])
+
+
 @pytest.mark.parametrize("batch", [1, 2, 9, 300])
 def test_the_last_block_adds_up_every_image(batch: int) -> None:
     logits, labels, tau, previous = scene(batch, 3, 7, 20 if batch < 300 else 2)

@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
 }  // namespace
 
 cudaError_t launch_confidence(const ConfidenceMap& job, cudaStream_t stream) {
+  if (job.input.interpolates()) return launch_interpolated(job, stream);
   if (job.input.shape.pixels() == 0) return cudaSuccess;
   return for_rows(job.input, nullptr, [&](auto type, auto pieces) {
     using Type = decltype(type);

@@ -1,6 +1,6 @@
 // confusion: a thread for each pixel of an image, which reads its logits one class after the other, or its prediction.
+#include "interpolated.cuh"
 #include "launchers.h"
-#include "types.cuh"
 
 namespace eroseg::cuda {
 namespace {
@@ -10,15 +10,9 @@ constexpr int64_t kMostBlocks = 256;  // of an image, whose threads then take fu
 // A block counts in shared memory where the matrix fits there, otherwise in global memory.
 constexpr int64_t kMostSharedCells = 64 * 64;
 
-// The arg max of a pixel, the lowest class on ties. Binary segmentation's class 0 has the logit 0.
-template <class Type>
-__device__ int arg_max(const Input& input, int64_t image, int pixel) {
-  const int channels = static_cast<int>(input.shape.channels), pixels = static_cast<int>(input.shape.pixels());
-  const bool channels_last = input.logits.channels_last;
-  const auto* logits = static_cast<const typename Type::Element*>(input.logits.data) + image * channels * pixels;
-  const auto logit = [&](int c) {
-    return Type::to_float(logits[channels_last ? pixel * channels + c : c * pixels + pixel]);
-  };
+// The arg max of a pixel's logits, the lowest class on ties. Binary segmentation's class 0 has the logit 0.
+template <class Logit>
+__device__ int arg_max(int channels, const Logit& logit) {
   if (channels == 1) return logit(0) > 0.0f ? 1 : 0;
   int best = 0;
   float largest = logit(0);
@@ -27,6 +21,17 @@ __device__ int arg_max(const Input& input, int64_t image, int pixel) {
     if (value > largest) largest = value, best = c;
   }
   return best;
+}
+
+template <class Type>
+__device__ int predicted_class(const Input& input, int64_t image, int pixel) {
+  const int channels = static_cast<int>(input.shape.channels), pixels = static_cast<int>(input.shape.pixels());
+  if (input.interpolates()) return arg_max(channels, InterpolatedPixel<Type>(input, image, pixel));
+  const bool channels_last = input.logits.channels_last;
+  const auto* logits = static_cast<const typename Type::Element*>(input.logits.data) + image * channels * pixels;
+  return arg_max(channels, [&](int c) {
+    return Type::to_float(logits[channels_last ? pixel * channels + c : c * pixels + pixel]);
+  });
 }
 
 template <class Type>
@@ -45,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
     int label[1];
     read_labels(job.input.labels, static_cast<int>(job.classes), index, 1, label);
     const int64_t predicted =
-        job.prediction == nullptr ? arg_max<Type>(job.input, image, pixel) : job.prediction[index];
+        job.prediction == nullptr ? predicted_class<Type>(job.input, image, pixel) : job.prediction[index];
     if (label[0] < 0 || !is_class(predicted, job.classes)) continue;
     const int64_t cell = label[0] * job.classes + predicted;
     if (is_shared) {

@@ -24,9 +24,29 @@ inline int64_t most_blocks(const Shape& shape) {
   return shape.batch * tiles * std::min(shape.height, kMostTilesDown);
 }
 
-cudaError_t launch_erosion_grad(const ErosionGrad& job, const Counting& counting, cudaStream_t stream);
-cudaError_t launch_pixel_grad(const PixelGrad& job, const Counting& counting, cudaStream_t stream);
+// What the gradient of interpolated logits needs of a pixel: weight * exp(z_c - largest) / S, -weight at the label.
+struct alignas(16) PixelTerms {
+  float largest, scale, weight;  // the second is weight / S
+  int label;
+};
+
+// A gradient's `workspace` has terms_of(input) PixelTerms.
+inline int64_t terms_of(const Input& input) {
+  return input.interpolates() ? input.shape.batch * input.shape.pixels() : 0;
+}
+cudaError_t launch_erosion_grad(const ErosionGrad& job, const Counting& counting, PixelTerms* workspace,
+                                cudaStream_t stream);
+cudaError_t launch_pixel_grad(const PixelGrad& job, const Counting& counting, PixelTerms* workspace,
+                              cudaStream_t stream);
 cudaError_t launch_confidence(const ConfidenceMap& job, cudaStream_t stream);
+
+// The same for logits of another size than the labels.
+cudaError_t launch_interpolated(const ErosionGrad& job, const Counting& counting, PixelTerms* workspace,
+                                cudaStream_t stream);
+cudaError_t launch_interpolated(const PixelGrad& job, const Counting& counting, PixelTerms* workspace,
+                                cudaStream_t stream);
+cudaError_t launch_interpolated(const ConfidenceMap& job, cudaStream_t stream);
+
 cudaError_t launch_confusion(const Confusion& job, cudaStream_t stream);
 cudaError_t launch_linf_step(const Step& step, cudaStream_t stream);
 

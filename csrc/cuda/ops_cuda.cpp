@@ -54,13 +54,17 @@ class Backend {
 
   Tensor erosion_grad(const ErosionGrad& job) const {
     const Counted counted(*this, job.input.shape);
-    launched(launch_erosion_grad(job, counted.counting, stream_), "erosion_grad");
+    const Tensor workspace = bytes(terms_of(job.input) * static_cast<int64_t>(sizeof(PixelTerms)));
+    auto* terms = static_cast<PixelTerms*>(workspace.mutable_data_ptr());
+    launched(launch_erosion_grad(job, counted.counting, terms, stream_), "erosion_grad");
     return counted.stats;
   }
 
   Tensor pixel_grad(const PixelGrad& job) const {
     const Counted counted(*this, job.input.shape);
-    launched(launch_pixel_grad(job, counted.counting, stream_), "pixel_grad");
+    const Tensor workspace = bytes(terms_of(job.input) * static_cast<int64_t>(sizeof(PixelTerms)));
+    auto* terms = static_cast<PixelTerms*>(workspace.mutable_data_ptr());
+    launched(launch_pixel_grad(job, counted.counting, terms, stream_), "pixel_grad");
     return counted.stats;
   }
 

@@ -46,7 +46,9 @@ __global__ void __launch_bounds__(kMostThreads, 2)
 
 }  // namespace
 
-cudaError_t launch_pixel_grad(const PixelGrad& job, const Counting& counting, cudaStream_t stream) {
+cudaError_t launch_pixel_grad(const PixelGrad& job, const Counting& counting, PixelTerms* workspace,
+                              cudaStream_t stream) {
+  if (job.input.interpolates()) return launch_interpolated(job, counting, workspace, stream);
   const Shape& shape = job.input.shape;
   if (shape.pixels() == 0) return count_nothing(shape, counting, stream);
   return for_rows(job.input, job.grad, [&](auto type, auto pieces) {

@@ -87,10 +87,7 @@ def why_not_fused(device: torch.device) -> str | None:
     return f"there are no fused kernels for {device.type} tensors"
 
 
-ONLY_REFERENCE = (
-    "radius above 1", "within='class'", "variant='sigmoid'", "more than 256 classes", "the l_2 step",
-    "operations on logits of another resolution than the labels",
-)  # fmt: skip
+ONLY_REFERENCE = ("radius above 1", "within='class'", "variant='sigmoid'", "more than 256 classes", "the l_2 step")
 """What the reference computes on every device, since no attack that is worth running would gain by a kernel for it."""
 
 

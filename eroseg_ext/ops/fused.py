@@ -2,8 +2,7 @@
 
 This module brings tensors to the memory layouts that the kernels read (NCHW or channels_last logits need no copy) and
 names to the integers that cross the operator schemas (``csrc/ops.cpp``). What is not worth a kernel is the reference's:
-``class_balance``, ``erode``, ``l2_step_``, every operation on more than ``MAX_CLASSES`` classes, and on CUDA every
-operation on logits of another resolution than the labels.
+``class_balance``, ``erode``, ``l2_step_``, and every operation on more than ``MAX_CLASSES`` classes.
 """
 
 from __future__ import annotations
@@ -78,14 +77,13 @@ def _delivered(grad: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _of_reference_elsewhere(operation: Operation) -> Operation:
-    """The operation; the reference's for logits that the kernels of their device do not take."""
+    """The operation; the reference's for more classes than the kernels take."""
     of_reference = getattr(reference, operation.__name__)
 
     @functools.wraps(operation)
     def chosen(logits: Tensor, labels: Tensor, *arguments: Any, **options: Any) -> Any:
         batches = logits.dim() == 4 and labels.dim() == 3 and len(logits) == len(labels)
-        interpolates = logits.is_cuda and logits.shape[-2:] != labels.shape[-2:]
-        elsewhere = batches and (logits.shape[1] > MAX_CLASSES or interpolates)
+        elsewhere = batches and logits.shape[1] > MAX_CLASSES
         return (of_reference if elsewhere else operation)(logits, labels, *arguments, **options)
 
     return chosen  # type: ignore[return-value]

@@ -1,14 +1,12 @@
 // confidence, erosion_grad and pixel_grad of logits of another size than the labels.
 //
-// The logits lie between each other: four of them, neighbours in both axes, have an interval between them, with the
-// pixels of the labels that are interpolated from these four. They are small and stay in the caches; the kernels are
-// bound by arithmetic:
+// An interval is what lies between four neighbouring logits: the pixels of the labels that are interpolated from them.
+// The logits are small and stay in the caches; the kernels are bound by arithmetic:
 //   1. reduce: a thread takes a column of pixels in an interval, kRows of them at a time, and goes over their logits
 //      once. It counts them, and leaves what their gradient needs (PixelTerms).
 //   2. erode (erosion_grad only): a thread for each pixel, which turns the confidences around it into its weight.
-//   3. spread: the transpose of the interpolation. A thread goes down the intervals of one column, for kClasses
-//   classes:
-//      it interpolates the pixels once more, and adds their gradient up for the four logits around them. It keeps the
+//   3. spread: the transpose of the interpolation. A thread goes down the intervals of one column, for a few classes.
+//      It interpolates the pixels once more, and adds their gradient up for the four logits around them. It keeps the
 //      sums of the two logits below for the next interval, and hands those of the right over to its neighbour.
 // No sum depends on how the work is cut, and its order is fixed.
 //

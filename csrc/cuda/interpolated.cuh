@@ -5,8 +5,7 @@
 
 namespace eroseg::cuda {
 
-// The value between two, the second of which weighs `next`. A logit that is not finite spoils it even with the weight
-// 0.
+// The value between two, the second of which weighs `next`. One that is not finite spoils it even where it weighs 0.
 __device__ __forceinline__ float between(float first, float second, float next) {
   return fmaf(first, 1.0f - next, second * next);
 }

@@ -59,6 +59,41 @@ def test_mean_and_std_are_a_normalisation_before_the_model(
     assert outside_ball(expected, batch[0], 8 / 255, "linf") <= 1
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"norm": "l2", "eps": 1.0}, {"keep": "best", "restarts": 2}, {"clip": (0, 255), "eps": 8}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_normalised_images_are_attacked_as_what_they_were_and_normalised_again(
+    net: nn.Module, batch: Batch, backend: str, dtype: torch.dtype, settings: dict[str, Any]
+) -> None:
+    extent = settings.get("clip", (0, 1))[1]
+    images = batch[0].to(dtype).mul(255).round() * (extent / 255)
+    images[:, :, :4, :4], images[:, :, 4:8, :4] = 0, extent
+    mean, std = [extent * m for m in (0.485, 0.456, 0.406)], [extent * s for s in (0.229, 0.224, 0.225)]
+    mean_, std_ = (images.new_tensor(value).view(1, -1, 1, 1) for value in (mean, std))
+    normalised = (images - mean_) / std_
+    settings = {"mean": mean, "std": std, "backend": backend, "steps": 1} | settings
+    norm = settings.get("norm", "linf")
+    expected = run(net, (images, batch[1]), **settings)
+    found = run(net, (normalised, batch[1]), images_are_normalized=True, **settings)
+    assert found.dtype == dtype
+    pixels = found * std_ + mean_
+    assert (pixels - expected).abs().max() <= 1e-6 * extent
+    assert outside_ball(pixels / extent, images / extent, settings.get("eps", 8 / 255) / extent, norm) <= 8
+
+
+def test_normalised_images_that_may_not_change_come_back_bit_for_bit(net: nn.Module, batch: Batch) -> None:
+    settings = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "images_are_normalized": True}
+    images, labels = (batch[0] - 0.45) / 0.25, batch[1]
+    images = images.clamp(-1.8, 2.2)
+    mask = torch.zeros_like(labels[:, None], dtype=torch.bool)
+    mask[..., :5] = True
+    found = run(net, (images, labels), mask=mask, **settings)
+    assert torch.equal(found.where(~mask, 0), images.where(~mask, 0))
+    assert not torch.equal(found, images)
+    assert torch.equal(run(net, (images, labels), eps=0, **settings), images)
+
+
 def test_autocast_runs_the_model_in_that_dtype(net: nn.Module, batch: Batch, backend: str) -> None:
     device_type = batch[0].device.type
 

@@ -197,6 +197,10 @@ def test_the_model_and_the_generator_are_left_alone(net: nn.Module, pairs: Pairs
         ({"attacks": {"a": {"eps": 1}}}, r"attacks\['a'\] sets eps, which is not a row's to set"),
         ({"attacks": {"a": {"q": 0.5}}}, "q is 0.5"),
         ({"attacks": {"a": {"radii": "x"}}}, "radii is 'x', wanted one of fixed, shrinking"),
+        (
+            {"attacks": {"a": {"method": "pgd", "images_are_normalized": True}}},
+            r"attacks\['a'\] sets images_are_normalized, which is not a row's to set",
+        ),
         ({"attacks": {"a": {"keep": "last"}}}, r"attacks\['a'\] sets keep, which is not a row's to set"),
         ({"eps": -1}, "eps is -1"),
         ({"eps": []}, "eps is .*, wanted one or several numbers"),

@@ -145,6 +145,17 @@ TENSORS: dict[str, tuple[Change, type[Exception], str]] = {
         ValueError,
         "^mask is on meta, wanted (cpu|cuda:0) as images$",
     ),
+    "normalised images of a half type": (
+        lambda a: {"images": a["images"].half(), "mean": [0.5], "std": [0.5], "images_are_normalized": True},
+        TypeError,
+        "^images is torch.float16, wanted float32 or float64 since images_are_normalized is True$",
+    ),
+    "images normalised by other numbers": (
+        lambda a: {"images": a["images"] * 8 - 2, "mean": [0.5], "std": [0.25], "images_are_normalized": True},
+        ValueError,
+        r"^images \* std \+ mean has values from [\d.-]+ to [\d.]+, wanted them within clip=\(0.0, 1.0\): are images "
+        r"normalised by this mean and std\?$",
+    ),
     "mean of two channels": (
         lambda a: {"mean": [0.5, 0.5], "std": [0.5, 0.5]},
         ValueError,
@@ -192,6 +203,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"std": [0.5] * 3}, r"^mean is None, wanted both mean and std$"),
     ({"mean": [0.5] * 3, "std": [0.5]}, r"^std is \[0.5\], wanted 3 numbers, as mean has$"),
     ({"mean": [0.5] * 3, "std": [0.2, 0.2, 0]}, r"^std is \[0.2, 0.2, 0\], wanted numbers > 0$"),
+    ({"images_are_normalized": True}, r"^images_are_normalized is True, wanted it with mean and std$"),
     ({"mean": 0.5, "std": 0.5}, r"^mean is 0.5, wanted a list of numbers, one per image channel$"),
     ({"autocast": torch.float32}, r"^autocast is torch.float32, wanted None, torch.float16 or torch.bfloat16$"),
     ({"eps": 8}, r"^eps is 8, wanted a number below 1, the range of clip=\(0.0, 1.0\): lengths are in pixel values"),

@@ -547,6 +547,10 @@ def test_a_run_is_not_overwritten_and_resumes_only_as_it_was(data: Path, tmp_pat
             {"attack_options": {"output_key": 1}},
             "attack_options is 'output_key', wanted it as a setting of the training",
         ),
+        (
+            {"attack_options": {"images_are_normalized": True}},
+            "attack_options is 'images_are_normalized', wanted none of what training fixes",
+        ),
         ({"attack_options": {"logits": 1}}, "attack_options is 'logits', wanted none of what training fixes"),
         ({"output": "softmax"}, "output is 'softmax', wanted one of logits, probabilities, sigmoid"),
         ({"eps": 8}, "eps is 8, wanted a number below 1"),

@@ -79,6 +79,8 @@ class Engine:
             depth = self._take_slices()
         images = self.images
         inputs.check(images, self.labels, self.mask, config)
+        self._given = images.detach()
+        images = self.images = inputs.pixel_values(self._given, config)
         batch = len(images)
         self.numbers = range(batch) if self.indices is None else self.indices
         if len(self.numbers) != batch:
@@ -145,6 +147,7 @@ class Engine:
         self._raise_unless_finite()
         inputs.warn_without_gradient(self._without_gradient, self.numbers)
         found = delivered(last if self.best is None else self.best.images, self.images, self.changeable, config)
+        found = inputs.normalized(found, self._given, config)
         if self.best is None:
             return found, None
         tau = self._tau if config.method == "eroseg" else None

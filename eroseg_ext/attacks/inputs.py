@@ -42,11 +42,33 @@ def check(images: Tensor, labels: Tensor | None, mask: Tensor | None, config: At
             raise TypeError(f"mask is {mask.dtype}, wanted bool")
     if config.mean is not None and len(config.mean) not in (1, channels):
         raise ValueError(f"mean has {len(config.mean)} numbers, wanted {channels}, one per channel of images")
-    _check_range(images, config.clip)
+    if config.images_are_normalized and images.dtype in HALVES:
+        raise TypeError(f"images is {images.dtype}, wanted float32 or float64 since images_are_normalized is True")
+    images = pixel_values(images, config)
+    _check_range(images, config)
     if config.quantize:
         check_8_bits("images", images, config.clip)
     _check_lengths(images, config)
     _warn_of_spacing(images, config)
+
+
+def pixel_values(images: Tensor, config: AttackSettings) -> Tensor:
+    """``images`` as they are, or, where they are normalised, without that; see :func:`normalized`."""
+    if not config.images_are_normalized:
+        return images
+    mean, std = (images.new_tensor(value).view(1, -1, 1, 1) for value in (config.mean, config.std))
+    values = images * std + mean
+    # Black and white pixels need not be quite that after both roundings.
+    nearest = values.clamp(*config.clip)
+    return torch.where((values - nearest).abs() < 1e-5 * config.range, nearest, values)
+
+
+def normalized(pixels: Tensor, images: Tensor, config: AttackSettings) -> Tensor:
+    """The inverse of :func:`pixel_values`; where ``pixels`` are those of ``images``, it is these bit for bit."""
+    if not config.images_are_normalized:
+        return pixels
+    mean, std = (pixels.new_tensor(value).view(1, -1, 1, 1) for value in (config.mean, config.std))
+    return torch.where(pixels == pixel_values(images, config), images, (pixels - mean) / std)
 
 
 def _check_map(name: str, value: object, images: Tensor, shape: list[int]) -> None:
@@ -64,17 +86,22 @@ def _check_map(name: str, value: object, images: Tensor, shape: list[int]) -> No
         raise ValueError(f"{name} is on {value.device}, wanted {images.device} as images")
 
 
-def _check_range(images: Tensor, clip: tuple[float, float]) -> None:
+def _check_range(images: Tensor, config: AttackSettings) -> None:
+    clip = config.clip
     if images.numel() == 0:
         return
     low, high = (float(value) for value in images.detach().aminmax())
     # The range's ends need not be representable in the images' dtype.
     slack = torch.finfo(images.dtype).eps * max(abs(clip[0]), abs(clip[1]))
     if not (clip[0] - slack <= low and high <= clip[1] + slack):
-        raise ValueError(
-            f"images has values from {low:.6g} to {high:.6g}, wanted them within clip={tuple(clip)}: pass unnormalised "
-            "images with mean= and std=, or another clip"
+        name, hint = (
+            "images",
+            "pass mean= and std= with unnormalised images or images_are_normalized=True, or another clip",
         )
+        if config.images_are_normalized:
+            name, hint = "images * std + mean", "are images normalised by this mean and std?"
+        came = f"{name} has values from {low:.6g} to {high:.6g}"
+        raise ValueError(f"{came}, wanted them within clip={tuple(clip)}: {hint}")
     if 0 < high - low <= (clip[1] - clip[0]) / 255:
         warn(
             f"images has values from {low:.6g} to {high:.6g}, a 255th of the range of clip={tuple(clip)} at most: are "

@@ -35,6 +35,7 @@ class Options(TypedDict, total=False):
     quantize: bool
     mean: Sequence[float] | Any | None
     std: Sequence[float] | None
+    images_are_normalized: bool
     autocast: torch.dtype | None
     output: str
     output_key: int | str | None

@@ -80,6 +80,8 @@ class AttackSettings:
         mean: with std: the model is given (image - mean) / std, per channel; eps and clip stay in pixel values. Alone:
             an object that has both, such as an image processor of transformers or a transform of torchvision.
         std: with mean.
+        images_are_normalized: with mean and std: the images come, and are returned, as (image - mean) / std, in float32
+            or float64; eps, clip and what a callback sees stay in pixel values.
         autocast: run the model under torch.autocast with this dtype (float16 or bfloat16).
         output: what the model returns: ``logits``, or ``probabilities`` (of a softmax) or scores of a ``sigmoid``, of
             which the logits are then computed; where they are exactly 0 or 1 no gradient is left, so a model without
@@ -133,6 +135,7 @@ class AttackSettings:
     quantize: bool = False
     mean: Sequence[float] | Any | None = None
     std: Sequence[float] | None = None
+    images_are_normalized: bool = False
     autocast: torch.dtype | None = None
     output: str = "logits"
     output_key: int | str | None = None
@@ -178,7 +181,7 @@ class AttackSettings:
         check_choice("variant", self.variant, ("softmax", "sigmoid"))
         for name in ("targeted", "random_start", "early_stop", "graph", "progress", "align_corners", "see_through"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
-        for name in ("own_label_size", "quantize"):
+        for name in ("own_label_size", "quantize", "images_are_normalized"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         check_number("eps", self.eps, 0, math.inf)
         if self.step_size is not None:
@@ -210,6 +213,8 @@ class AttackSettings:
         require(
             (self.mean is None) == (self.std is None), "std" if self.std is None else "mean", None, "both mean and std"
         )
+        told = self.mean is not None or not self.images_are_normalized
+        require(told, "images_are_normalized", True, "it with mean and std")
         if self.mean is not None and self.std is not None:
             check_sequence("mean", self.mean)
             check_sequence("std", self.std)

@@ -121,7 +121,8 @@ class EvaluationSettings(Reading):
                 if not isinstance(row, Mapping):
                     raise TypeError(f"attacks[{name!r}] is a {type(row).__name__}, wanted a dict of settings")
                 for setting in row:
-                    if setting in (*NOT_OF_APGD, *OF_THE_DATA_AND_MODEL, "eps", "model_mode", "progress"):
+                    others = ("eps", "model_mode", "progress", "images_are_normalized")
+                    if setting in (*NOT_OF_APGD, *OF_THE_DATA_AND_MODEL, *others):
                         raise ValueError(f"attacks[{name!r}] sets {setting}, which is not a row's to set")
                 attack, _ = self.attack(name, eps)
                 passes = attack.steps * attack.restarts

@@ -223,7 +223,7 @@ class TrainSettings(Reading):
         of_the_training = ("method", "eps", "steps", "step_size", "mean", "std", "autocast", "backend", "model_mode")
         for name in (*of_the_training, *reading):
             require(name not in self.attack_options, "attack_options", name, "it as a setting of the training")
-        for name in ("ignore_index", "progress", "targeted", "clip", "graph", "logits"):
+        for name in ("ignore_index", "progress", "targeted", "clip", "graph", "logits", "images_are_normalized"):
             require(name not in self.attack_options, "attack_options", name, "none of what training fixes")
         options = dict(self.attack_options)
         preset = options.pop("preset", None)

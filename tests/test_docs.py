@@ -36,6 +36,11 @@ def having(language: str) -> list[Any]:
     return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES if blocks(page, language)]
 
 
+def without_libraries() -> list[Any]:
+    """Pages of Python that needs this package alone; ``tests/ecosystem`` runs the recipes for training loops."""
+    return [page for page in having("python") if page.id != "docs/recipes.md"]
+
+
 def cheaper(call: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     """The call with settings that cost little in the place of those that the page gives or leaves out."""
 
@@ -46,7 +51,7 @@ def cheaper(call: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     return run
 
 
-@pytest.mark.parametrize("page", having("python"))
+@pytest.mark.parametrize("page", without_libraries())
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page's blocks in their order, with a small model and a small data set in the place of the reader's own."""
     for folder in ("train", "val"):

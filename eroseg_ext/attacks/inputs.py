@@ -94,10 +94,8 @@ def _check_range(images: Tensor, config: AttackSettings) -> None:
     # The range's ends need not be representable in the images' dtype.
     slack = torch.finfo(images.dtype).eps * max(abs(clip[0]), abs(clip[1]))
     if not (clip[0] - slack <= low and high <= clip[1] + slack):
-        name, hint = (
-            "images",
-            "pass mean= and std= with unnormalised images or images_are_normalized=True, or another clip",
-        )
+        name = "images"
+        hint = "pass mean= and std=, and unnormalised images or images_are_normalized=True, or another clip"
         if config.images_are_normalized:
             name, hint = "images * std + mean", "are images normalised by this mean and std?"
         came = f"{name} has values from {low:.6g} to {high:.6g}"

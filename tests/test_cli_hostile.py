@@ -35,6 +35,7 @@ OUTPUT_KEY = ("", "nothing", "7", HUGE, "9" * 5000, NOT_UTF8)
 FOLDER = ("", "nowhere", "file", "empty", NOT_UTF8, "\0", TOO_LONG)
 OUT = ("", "file", "file/below", "\0", TOO_LONG)
 FILE = ("", "nowhere.pt", "empty", "file", "other.pt", "odd.pt", NOT_UTF8, "\0", TOO_LONG)
+PALETTE = ("", "nowhere.txt", "empty", "file", NOT_UTF8, "\0", TOO_LONG)
 TO_WRITE = ("", "empty", "nowhere/file", "file/below", "\0")
 DEVICE = ("", "x", "meta", "cuda:99", "cpu:-1", "hpu", "privateuseone", NOT_UTF8, "\0")
 MODEL = (
@@ -64,7 +65,7 @@ VALUES = {
         **{"--std": (*NUMBERS, "-1"), "--class-weights": ("", "x", "nan", "-1,1", "1,2", "0,0"), "--model-args": JSON},
         **{"--attack-options": (*JSON, '{"radius": -1}', '{"steps": 3}', '{"norm": []}', '{"preset": {}}')},
         **dict.fromkeys(("--dataset", "--attack", "--attack-mode", "--backend", "--optimizer", "--amp"), CHOICE),
-        **{"--output": CHOICE, "--output-key": OUTPUT_KEY},
+        **{"--output": CHOICE, "--output-key": OUTPUT_KEY, "--palette": PALETTE},
     },
     "evaluate": {
         **dict.fromkeys(("--steps", "--restarts", "--seed"), WHOLE),
@@ -74,7 +75,16 @@ VALUES = {
         **{"--mean": NUMBERS, "--std": (*NUMBERS, "-1"), "--model-args": JSON},
         **{"--attacks": ("", "x", "js:", "eroseg,", ",", NOT_UTF8)},
         **dict.fromkeys(("--dataset", "--norm", "--amp", "--miou-classes", "--backend"), CHOICE),
-        **{"--output": CHOICE, "--output-key": OUTPUT_KEY},
+        **{"--output": CHOICE, "--output-key": OUTPUT_KEY, "--palette": PALETTE, "--adversarial": FOLDER},
+    },
+    "attack": {
+        **dict.fromkeys(("--steps", "--restarts", "--seed", "--classes"), WHOLE),
+        **dict.fromkeys(("--images", "--batch-size"), COUNT),
+        **{"--data": FOLDER, "--out": OUT, "--weights": FILE, "--device": DEVICE, "--model": MODEL, "--size": SIZE},
+        **{"--ignore-index": LABEL, "--eps": (*BUDGET, "8", "0.1,0.1"), "--palette": PALETTE, "--model-args": JSON},
+        **{"--mean": NUMBERS, "--std": (*NUMBERS, "-1"), "--options": (*JSON, '{"radius": -1}', '{"norm": []}')},
+        **dict.fromkeys(("--dataset", "--method", "--norm", "--amp", "--output"), CHOICE),
+        **{"--output-key": OUTPUT_KEY},
     },
     "info": {"--json": TO_WRITE},
 }
@@ -125,11 +135,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def base(command: str, out: Path, option: str) -> dict[str, str]:
     """Options with which the command would work, and quickly."""
     shared = {"--data": "data", "--out": str(out), "--device": "cpu"}
-    if command == "evaluate":
+    if command in ("attack", "evaluate"):
         model = {"--model": f"{__name__}:FailsInForward"} if option == "--model-args" else {"--weights": "weights.pt"}
         if option in ("--model", "--classes"):
             model = {"--model": "tiny", "--classes": "8"}
-        return {**shared, **model, "--steps": "1", "--attacks": "pgd", "--sanity": "0"}
+        quick = {"--attacks": "pgd", "--sanity": "0"} if command == "evaluate" else {"--method": "pgd"}
+        return {**shared, **model, "--steps": "1", **quick}
     if command == "train":
         quick = {"--epochs": "1", "--batch-size": "2", "--attack-steps": "1", "--model": "tiny", "--crop": "32x32"}
         return {**shared, **quick, "--seed": "1"}

@@ -59,6 +59,7 @@ class Attacked:
 
     def __post_init__(self) -> None:
         check_integer("batch_size", self.batch_size, 1)
+        check_integer("seed", self.seed, 0, 2**63 - 1)
         if self.images is not None:
             check_integer("images", self.images, 1)
 

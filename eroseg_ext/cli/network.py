@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,7 @@ class Network:
 
     def load(self, classes: int | None) -> nn.Module:
         """The model on its device, of so many classes unless ``classes`` says otherwise."""
-        device = usable_device(self.device)
+        rank = os.environ.get("LOCAL_RANK")  # of torchrun, a GPU for each process
+        device = usable_device(self.device, gpu=None if rank is None else int(rank))
         model = load_network(self.model, self.weights, classes=self.classes or classes, model_args=self.model_args)
         return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -9,12 +9,11 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from eroseg_ext.attacks import apgd
 from eroseg_ext.attacks.settings import AttackSettings
@@ -34,16 +33,34 @@ from eroseg_ext.evaluation.settings import (
     OF_THE_DATA_AND_MODEL,
     OF_THE_LABELS,
     EvaluationSettings,
+    share_of,
 )
 from eroseg_ext.models.adapter import Logits, Model, frozen, unwrapped
 from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops import backend, reference
 from eroseg_ext.utils.atomic_files import locked, plain, write_json
+from eroseg_ext.utils.distributed import Processes, joined
+from eroseg_ext.utils.progress import Progress
+from eroseg_ext.utils.validate import require
+
+WAIT = 30 * 24 * 3600.0
+"""Seconds that a process waits for the others, whose shares may take far longer than its own."""
+
+Data = str | Path | SegmentationData | Source
+Shard = str | tuple[int, int] | None
 
 
+@overload
 def evaluate(
-    model: Model, data: str | Path | SegmentationData | Source, *, out: str | Path | None = None, **settings: Any
-) -> Evaluation:
+    model: Model, data: Data, *, out: str | Path | None = None, shard: None = None, **settings: Any
+) -> Evaluation: ...
+@overload
+def evaluate(
+    model: Model, data: Data, *, out: str | Path | None = None, shard: Shard, **settings: Any
+) -> Evaluation | None: ...
+def evaluate(
+    model: Model, data: Data, *, out: str | Path | None = None, shard: Shard = None, **settings: Any
+) -> Evaluation | None:
     """Scores of a segmentation model on clean images, under each attack, and in the worst case over the attacks.
 
     >>> result = eroseg_ext.evaluate(model, "camvid/val", eps=[2 / 255, 4 / 255], ignore_index=11, out="evaluation")
@@ -57,7 +74,11 @@ def evaluate(
     A kept result is used again for the same image, labels and number of the image, the same settings of the attack and
     versions of this package and torch, and the same model: of the same weights, class and ``repr``, with the same
     ``model_description``, and with the same logits, to 1e-4 of their size, of the first image, its mirror image and
-    noise. The numbers of threads and of images in a batch do not matter.
+    noise. The numbers of threads, of images in a batch and of processes do not matter.
+
+    The processes that torchrun started share the batches and attacks, if all of them call this with the same ``out``,
+    which is not None; each returns the whole result, which the first one writes. With ``shard`` a process makes its
+    share alone.
 
     Args:
         model: nn.Module or any differentiable callable, as :func:`eroseg_ext.attack` takes it; run in eval mode and
@@ -66,6 +87,9 @@ def evaluate(
             labels, or are dicts that hold both, as PIL images, arrays or tensors: images of 8 bits, or floats within
             ``clip``, and labels that are classes, or ``ignore_index`` or -1 for void; such as torchvision's data sets.
         out: folder for ``results.jsonl`` and ``evaluation.json``, made if missing; None keeps nothing.
+        shard: ``"i/n"`` or ``(i, n)``: make and keep share i of n, i from 0 to n - 1, and return None. A call without
+            it, afterwards and with the same ``out``, finds what all shares kept. ``(0, 1)`` is the whole evaluation by
+            this process alone, also under torchrun.
         **settings: the fields of :class:`EvaluationSettings`.
 
     Returns:
@@ -75,14 +99,17 @@ def evaluate(
         reach.
 
     Raises:
-        ValueError, TypeError: an argument is not as described, another process writes into ``out``, or a label is no
-            class; one sentence names it.
+        ValueError, TypeError: an argument is not as described, another evaluation writes into ``out``, or a label is
+            no class; one sentence names it.
         RuntimeError: the model's logits or gradients are NaN or infinite.
         OSError: ``out`` cannot be written.
 
     Source: Croce, Singh & Hein, ECCV 2024 (SEA).
     """
     config = EvaluationSettings(**settings)
+    share = None if shard is None else share_of(shard)
+    if share is not None and share[1] > 1:
+        require(out is not None, "out", out, "a folder that the shares are kept in")
     source = config.source(data, "val")
     saved = None if config.adversarial is None else SavedImages(Path(config.adversarial))
     if saved is not None:
@@ -96,11 +123,28 @@ def evaluate(
         if (folder / "evaluation.json").is_dir():
             raise ValueError(f"out {folder} cannot be used, its evaluation.json is a folder")
     path = None if folder is None else folder / "results.jsonl"
-    alone = nullcontext() if folder is None else locked(folder)
-    with alone, ResultCache(path) as cache, frozen(unwrapped(model), "eval"), torch.random.fork_rng():
-        result = _Evaluator(config, unwrapped(model), source, cache, saved).run()
-        if folder is not None:
-            write_json(folder / "evaluation.json", result.as_json())
+    alone = nullcontext(Processes(0, 1, torch.device("cpu")))
+    with joined("cpu", WAIT) if folder is not None and share is None else alone as processes:
+        number, count = share or (processes.rank, processes.world)
+        config = replace(config, progress=config.progress and processes.first)
+        # The first process of several has the folder for all of them.
+        own = folder if processes.first else None
+        with (
+            nullcontext() if own is None else locked(own, shared=share is not None and count > 1),
+            ResultCache(path) as cache,
+            frozen(unwrapped(model), "eval"),
+            torch.random.fork_rng(),
+        ):
+            evaluator = _Evaluator(config, unwrapped(model), source, cache, saved)
+            if count > 1:
+                evaluator.make(number, count)
+                if share is not None:
+                    return None
+                processes.wait()
+                cache.read()
+            result = evaluator.run()
+            if own is not None:
+                write_json(own / "evaluation.json", result.as_json())
     return result
 
 
@@ -138,23 +182,31 @@ class _Evaluator:
         starts = range(0, len(self._indices), config.batch_size)
         self._batches = [self._indices[start : start + config.batch_size] for start in starts]
         self._attacks = {(row, eps): config.attack(row, eps) for eps in config.budgets for row in config.rows}
+        self._plan = [(CLEAN, 0.0), *self._attacks]
         self._digests = {index: data.digest(index) for index in self._indices}
         self._model_digest = self._fingerprint()
 
+    def make(self, number: int, count: int) -> None:
+        """Puts share ``number`` of ``count`` of the results into the cache.
+
+        Batches are shared whole: a result's last bits may depend on the other images of its batch.
+        """
+        work = [(name, eps, batch) for name, eps in self._plan for batch in self._batches][number::count]
+        with self._progress(sum(len(batch) for _, _, batch in work)) as bar:
+            for unit in work:
+                self._unit(*unit, bar)
+        if number == count - 1:
+            self._sanity()
+
     def run(self) -> Evaluation:
-        config = self._config
-        plan = [(CLEAN, 0.0), *self._attacks]
+        config, plan = self._config, self._plan
         counts: dict[tuple[str, float], Counts] = {}
         without: dict[tuple[str, float], tuple[str, ...]] = {}
         seconds = dict.fromkeys((CLEAN, *config.rows), 0.0)
         checks: list[sanity.Check] = []
-        with tqdm(total=len(plan) * len(self._indices), unit="image", disable=not config.progress) as bar:
+        with self._progress(len(plan) * len(self._indices)) as bar:
             for name, eps in plan:
-                bar.set_description(name if name == CLEAN else f"{name} {budget(eps, config.norm)}")
-                found = []
-                for batch in self._batches:
-                    found += self._unit(name, eps, batch)
-                    bar.update(len(batch))
+                found = [result for batch in self._batches for result in self._unit(name, eps, batch, bar)]
                 counts[name, eps] = np.array([result["counts"] for result in found], np.int64)
                 numbers = [
                     index for index, result in zip(self._indices, found, strict=True) if result["without_gradient"]
@@ -185,6 +237,9 @@ class _Evaluator:
             images=tuple(map(self._data.name, self._indices)),
         )
 
+    def _progress(self, total: int) -> Progress:
+        return Progress(total=total, unit="image", disable=not self._config.progress)
+
     def _warn_of_one_class(self, counts: Counts) -> None:
         """Such as of a mask of 0 and 255 with ignore_index 255: whatever the model answers, its mIoU looks fine."""
         classes, void = np.flatnonzero(counts[..., 1].sum(0)).tolist(), self._given.ignore_index
@@ -202,7 +257,7 @@ class _Evaluator:
         found: dict[str, Any] = plain({**about, **values})
         return found
 
-    def _unit(self, name: str, eps: float, batch: list[int]) -> list[dict[str, Any]]:
+    def _unit(self, name: str, eps: float, batch: list[int], bar: Progress) -> list[dict[str, Any]]:
         """Results of a batch's images under one attack: from the cache, or made now and put there.
 
         A batch of which anything is missing is made as a whole, as it would have been without an interruption.
@@ -214,16 +269,18 @@ class _Evaluator:
         if attack is not None and self._saved is not None:
             abouts = [{"saved": self._saved.digest(self._data.stem(index))} for index in batch]
         keys = [self._key(about, [index]) for about, index in zip(abouts, batch, strict=True)]
+        under = name if name == CLEAN else f"{name}, eps {budget(eps, config.norm)}"
+        bar.set_description(under, refresh=False)
         if not all(key in self._cache for key in keys):
             start = time.perf_counter()
             # For models that draw random numbers: this batch gets the same ones, whatever was computed before it.
             torch.manual_seed(apgd.noise_seed(config.seed, batch[0], 0))
             found = self._attacked_and_counted(batch, attack)
-            under = name if name == CLEAN else f"{name}, eps {budget(eps, config.norm)}"
             took = round((time.perf_counter() - start) / len(batch), 4)
             for key, index, result in zip(keys, batch, found, strict=True):
                 if key not in self._cache:
                     self._cache.put(key, f"{under}, image {index}", {**result, "seconds": took})
+        bar.update(len(batch))
         return [self._cache[key] for key in keys]
 
     def _attacked_and_counted(

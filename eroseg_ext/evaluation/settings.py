@@ -92,7 +92,7 @@ class EvaluationSettings(Reading):
     sanity: int = 4
     """run the sanity checks on so many images; 0 leaves them out"""
     progress: bool = False
-    """show a bar on stderr"""
+    """show a bar on stderr, or lines where that is no terminal"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,6 +154,16 @@ class EvaluationSettings(Reading):
         shared = {name: getattr(self, name) for name in (*OF_THE_DATA_AND_MODEL, *OF_THE_ATTACKS)}
         keywords = {"radii": "fixed", **shared, "eps": eps, **self.rows[row]}
         return checked(**keywords), keywords["radii"]
+
+
+def share_of(shard: str | tuple[int, int]) -> tuple[int, int]:
+    """The number of a share, and how many there are."""
+    try:
+        number, count = map(int, shard.split("/") if isinstance(shard, str) else shard)
+    except (TypeError, ValueError):
+        number, count = 0, 0
+    require(0 <= number < count, "shard", shard, "i/n with i from 0 to n - 1, such as 0/4")
+    return number, count
 
 
 def _row(entry: str) -> dict[str, str]:

@@ -145,8 +145,10 @@ def _safetensors(content: bytes) -> Any:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, shared: bool = False) -> Iterator[None]:
     """Makes this process the only one that writes into a folder; what a killed one left half written is removed.
+
+    With ``shared``, it is one of those that are ``shared`` too.
 
     The system lets go of the lock when the process ends, however it ends. Where the file system has no locks, a warning
     says so. Raises ValueError, which names the other process, if one has it.
@@ -155,7 +157,7 @@ def locked(folder: Path) -> Iterator[None]:
     _locks.add(lock)
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.read(lock, 1000).decode(errors="replace").strip() or "another process"
             raise ValueError(f"{folder} is in use by {holder}: wait for its end, or take another folder") from error

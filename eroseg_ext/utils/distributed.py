@@ -22,6 +22,7 @@ class Processes:
     rank: int
     world: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -37,12 +38,12 @@ class Processes:
     def wait(self) -> None:
         """Until every process is here."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(self.group)
 
 
 @contextmanager
 def joined(device: str | None, timeout: float) -> Iterator[Processes]:
-    """Joins the processes that torchrun started, if it did; leaves them at the end.
+    """Joins the processes that torchrun started, if it did; leaves them at the end. A group that there is is used.
 
     The device is a name, or None for this process's GPU if there is one, else the CPU; ValueError if it cannot be used.
     """
@@ -50,10 +51,16 @@ def joined(device: str | None, timeout: float) -> Iterator[Processes]:
     place = usable_device(device, gpu=int(os.environ.get("LOCAL_RANK", 0)))
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    if world == 1 or dist.is_initialized():
+    if world == 1:
         yield Processes(rank, world, place)
         return
     wait = timedelta(seconds=timeout)
+    if dist.is_initialized():
+        # One of its own, as the timeout of the other is its maker's.
+        group = dist.new_group(timeout=wait, backend="gloo")
+        yield Processes(rank, world, place, group)
+        dist.destroy_process_group(group)
+        return
     gpu = place.type == "cuda"
     dist.init_process_group("nccl" if gpu else "gloo", timeout=wait, device_id=place if gpu else None)
     yield Processes(rank, world, place)

@@ -28,10 +28,10 @@ from eroseg_ext.ops import backend as backends
 from eroseg_ext.training import TrainingStopped, TrainSettings
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training.clock import Clock
+from eroseg_ext.training.distributed import Processes
 from eroseg_ext.training.network import Network
 from eroseg_ext.training.samples import Reader, batches
 from eroseg_ext.training.validate import examples, validate
-from eroseg_ext.utils.distributed import Processes
 
 
 @pytest.fixture(scope="module")

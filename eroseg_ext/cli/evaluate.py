@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from eroseg_ext.cli.main import ChecksFailed
 from eroseg_ext.cli.network import Network
 from eroseg_ext.data.sources import Reading
 from eroseg_ext.evaluation.settings import share_of
+from eroseg_ext.utils.processes import started
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def command(files: Files, network: Network, reading: Reading, settings: Evaluati
     if result is None:
         print(f"share {files.shard} is in {files.out}")
         return
-    if int(os.environ.get("RANK", 0)) > 0:  # the first process reports
+    if started()[0] > 0:  # the first process reports
         return
     print(
         f"mIoU ({settings.miou_classes.replace('_', ' ')} classes) / mAcc / aAcc in %, {len(result.images)} images, "

@@ -39,12 +39,9 @@ from eroseg_ext.models.adapter import Logits, Model, frozen, unwrapped
 from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops import backend, reference
 from eroseg_ext.utils.atomic_files import locked, plain, write_json
-from eroseg_ext.utils.distributed import Processes, joined
+from eroseg_ext.utils.processes import Meeting, started
 from eroseg_ext.utils.progress import Progress
 from eroseg_ext.utils.validate import require
-
-WAIT = 30 * 24 * 3600.0
-"""Seconds that a process waits for the others, whose shares may take far longer than its own."""
 
 Data = str | Path | SegmentationData | Source
 Shard = str | tuple[int, int] | None
@@ -123,28 +120,23 @@ def evaluate(
         if (folder / "evaluation.json").is_dir():
             raise ValueError(f"out {folder} cannot be used, its evaluation.json is a folder")
     path = None if folder is None else folder / "results.jsonl"
-    alone = nullcontext(Processes(0, 1, torch.device("cpu")))
-    with joined("cpu", WAIT) if folder is not None and share is None else alone as processes:
-        number, count = share or (processes.rank, processes.world)
-        config = replace(config, progress=config.progress and processes.first)
-        # The first process of several has the folder for all of them.
-        own = folder if processes.first else None
-        with (
-            nullcontext() if own is None else locked(own, shared=share is not None and count > 1),
-            ResultCache(path) as cache,
-            frozen(unwrapped(model), "eval"),
-            torch.random.fork_rng(),
-        ):
-            evaluator = _Evaluator(config, unwrapped(model), source, cache, saved)
-            if count > 1:
-                evaluator.make(number, count)
-                if share is not None:
-                    return None
-                processes.wait()
-                cache.read()
-            result = evaluator.run()
-            if own is not None:
-                write_json(own / "evaluation.json", result.as_json())
+    number, count = share or (started() if folder is not None else (0, 1))
+    together = Meeting() if count > 1 and share is None else None
+    # One process of those that are together has the folder for all, writes what was found, and tells how far it is.
+    writer = together is None or number == 0
+    config = replace(config, progress=config.progress and writer)
+    own = locked(folder, shared=together is None and count > 1) if folder is not None and writer else nullcontext()
+    with own, ResultCache(path) as cache, frozen(unwrapped(model), "eval"), torch.random.fork_rng():
+        evaluator = _Evaluator(config, unwrapped(model), source, cache, saved)
+        if count > 1:
+            evaluator.make(number, count)
+            if together is None:
+                return None
+            together.wait()
+            cache.read()
+        result = evaluator.run()
+        if folder is not None and writer:
+            write_json(folder / "evaluation.json", result.as_json())
     return result
 
 

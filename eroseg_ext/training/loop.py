@@ -17,9 +17,10 @@ from tqdm import tqdm
 from eroseg_ext.attacks.result import NotFiniteError
 from eroseg_ext.models import loading
 from eroseg_ext.ops import backend
-from eroseg_ext.training import checkpoint, report, seeds
+from eroseg_ext.training import checkpoint, distributed, report, seeds
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training.clock import Clock
+from eroseg_ext.training.distributed import Processes
 from eroseg_ext.training.log import Log
 from eroseg_ext.training.network import Network, check_model
 from eroseg_ext.training.samples import Augmentation, Batch, Reader, Samples, batches, loader
@@ -27,8 +28,7 @@ from eroseg_ext.training.settings import NOT_OF_THE_RESULT, TrainSettings
 from eroseg_ext.training.task import Say, Task, load_task
 from eroseg_ext.training.update import Updater
 from eroseg_ext.training.validate import examples, validate
-from eroseg_ext.utils import atomic_files, distributed, plots
-from eroseg_ext.utils.distributed import Processes
+from eroseg_ext.utils import atomic_files, plots
 
 WEIGHTS = "weights.pt"
 SUMMARY = "summary.json"

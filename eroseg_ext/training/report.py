@@ -8,9 +8,9 @@ from torch import nn
 
 from eroseg_ext.ops import backend
 from eroseg_ext.training import clock as phases
+from eroseg_ext.training.distributed import Processes
 from eroseg_ext.training.settings import TrainSettings
 from eroseg_ext.training.task import Task
-from eroseg_ext.utils.distributed import Processes
 
 
 def described(settings: TrainSettings, task: Task, model: nn.Module, updates: int) -> str:

@@ -19,12 +19,12 @@ from eroseg_ext.ops import backend as backends
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training import seeds
 from eroseg_ext.training.clock import Clock
+from eroseg_ext.training.distributed import Processes
 from eroseg_ext.training.loss import summed_loss
 from eroseg_ext.training.network import Network
 from eroseg_ext.training.samples import Batch
 from eroseg_ext.training.settings import TrainSettings
 from eroseg_ext.training.task import Task
-from eroseg_ext.utils.distributed import Processes
 
 
 class Updater:

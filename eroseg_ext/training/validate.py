@@ -15,10 +15,10 @@ from eroseg_ext.evaluation.metrics import miou_and_accuracy
 from eroseg_ext.ops import backend
 from eroseg_ext.training import seeds
 from eroseg_ext.training.clock import Clock
+from eroseg_ext.training.distributed import Processes
 from eroseg_ext.training.network import Network
 from eroseg_ext.training.samples import Key, Reader, Samples, loader
 from eroseg_ext.training.settings import TrainSettings
-from eroseg_ext.utils.distributed import Processes
 from eroseg_ext.utils.plots import Example
 
 

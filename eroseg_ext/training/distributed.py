@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from eroseg_ext.utils.processes import started
 from eroseg_ext.utils.validate import usable_device
 
 
@@ -22,7 +23,6 @@ class Processes:
     rank: int
     world: int
     device: torch.device
-    group: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -38,29 +38,23 @@ class Processes:
     def wait(self) -> None:
         """Until every process is here."""
         if self.world > 1:
-            dist.barrier(self.group)
+            dist.barrier()
 
 
 @contextmanager
 def joined(device: str | None, timeout: float) -> Iterator[Processes]:
-    """Joins the processes that torchrun started, if it did; leaves them at the end. A group that there is is used.
+    """Joins the processes that torchrun started, if it did; leaves them at the end.
 
     The device is a name, or None for this process's GPU if there is one, else the CPU; ValueError if it cannot be used.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = started()
     place = usable_device(device, gpu=int(os.environ.get("LOCAL_RANK", 0)))
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    if world == 1:
+    if world == 1 or dist.is_initialized():
         yield Processes(rank, world, place)
         return
     wait = timedelta(seconds=timeout)
-    if dist.is_initialized():
-        # One of its own, as the timeout of the other is its maker's.
-        group = dist.new_group(timeout=wait, backend="gloo")
-        yield Processes(rank, world, place, group)
-        dist.destroy_process_group(group)
-        return
     gpu = place.type == "cuda"
     dist.init_process_group("nccl" if gpu else "gloo", timeout=wait, device_id=place if gpu else None)
     yield Processes(rank, world, place)

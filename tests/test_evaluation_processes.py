@@ -106,6 +106,33 @@ def test_evaluate_in_a_script_of_torchrun_again_and_again(tmp_path: Path) -> Non
     assert len({(folder / "evaluation.json").read_bytes() for folder in folders}) == 1
 
 
+LONELY = """
+import os, sys, time
+from datetime import timedelta
+import torch
+from eroseg_ext import evaluate
+from eroseg_ext.utils import processes
+
+processes.PATIENCE = timedelta(seconds=1)
+data, out = (torch.rand(2, 3, 8, 8), torch.ones(2, 8, 8).long()), sys.argv[1]
+settings = {"steps": 1, "attacks": ["mce"], "sanity": 0}
+if os.environ["RANK"] == "0":
+    evaluate(torch.nn.Conv2d(3, 4, 1), data, out=out, shard=(0, 1), **settings)
+    evaluate(torch.nn.Conv2d(3, 4, 1), data, **settings)
+    evaluate(torch.nn.Conv2d(3, 4, 1), data, out=out, **settings)
+"""
+
+
+def test_one_process_of_torchrun_evaluates_alone_if_it_says_so(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(LONELY)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*run, tmp_path / "script.py", tmp_path / "out"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "ValueError: of 2 processes that torchrun started some did not call evaluate" in done.stderr
+    assert "line 14" in done.stderr, done.stderr
+    assert (tmp_path / "out" / "evaluation.json").exists()
+
+
 class Counted(nn.Module):
     """A network that counts the images it is given."""
 

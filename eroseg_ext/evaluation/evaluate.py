@@ -132,7 +132,7 @@ def evaluate(
             evaluator.make(number, count)
             if together is None:
                 return None
-            together.wait()
+            together.end()
             cache.read()
         result = evaluator.run()
         if folder is not None and writer:

@@ -21,6 +21,7 @@ from eroseg_ext import evaluate
 from eroseg_ext.cli import main
 from eroseg_ext.evaluation.result_cache import ResultCache
 from eroseg_ext.models.small_deeplab import SmallDeepLab
+from eroseg_ext.utils import progress
 from eroseg_ext.utils.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -186,11 +187,7 @@ def test_shard_on_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.
     assert main.main([*given, "--shard", "2/2"]) == 2
     assert "eroseg: --shard is '2/2', wanted i/n" in capsys.readouterr().err
     assert main.main([*given, "--shard", "0/2"]) == 0
-    shown = capsys.readouterr()
-    assert shown.out == f"share 0/2 is in {tmp_path / 'out'}\n"
-    # No terminal: lines, the last of which tells that all is done.
-    assert re.fullmatch(r"(.*\d+/4 images \[.*\]\n)+\n", shown.err)
-    assert "4/4 images" in shown.err.splitlines()[-2]
+    assert capsys.readouterr().out == f"share 0/2 is in {tmp_path / 'out'}\n"
 
 
 def test_whoever_is_first_to_record_a_result_has_it(tmp_path: Path) -> None:
@@ -217,16 +214,20 @@ def test_a_line_that_a_killed_process_left_is_cut_off_by_the_others(tmp_path: Pa
     assert path.read_bytes().count(b"\n") == 2
 
 
-def test_progress_is_a_bar_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
-    for stream, bar in ((Terminal(), True), (io.StringIO(), False)):
+    def shown(stream: io.StringIO) -> str:
         monkeypatch.setattr(sys, "stderr", stream)
-        with Progress(total=2, unit="image") as shown:
-            shown.update(2)
-        text = stream.getvalue()
-        assert ("\r" in text and "100%|" in text) is bar
-        assert text.endswith("\n")
-        assert "2/2" in text
+        with Progress(total=2, unit="image") as bar:
+            bar.set_description("clean", refresh=False)
+            bar.update()
+            bar.update()
+        return stream.getvalue()
+
+    assert "\rclean: 100%|" in shown(Terminal())
+    assert not shown(io.StringIO())
+    monkeypatch.setattr(progress, "INTERVAL", 0.0)
+    assert re.fullmatch(r"0/2 images .*\n(clean: [12]/2 images .*\n)*clean: 2/2 images .*\n\n", shown(io.StringIO()))

@@ -26,8 +26,8 @@ class Meeting:
 
     def __init__(self) -> None:
         self._rank, self._world = started()
-        store, *_ = next(dist.rendezvous("env://"))
-        self._store = dist.PrefixStore(f"eroseg_ext {next(_numbers)}", store)
+        store, *_ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        self._store = dist.PrefixStore(f"eroseg_ext {next(_numbers)}", store)  # type: ignore[attr-defined]
         try:
             self._wait("begin", PATIENCE)
         except dist.DistStoreError as error:

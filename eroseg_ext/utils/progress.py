@@ -7,15 +7,18 @@ from typing import Any
 
 from tqdm import tqdm
 
+INTERVAL = 60.0
+"""Seconds between lines in a log, and before the first."""
+
 
 class Progress(tqdm):
-    """tqdm's bar on stderr; where that is no terminal, a line each minute, and the first and last."""
+    """tqdm's bar on stderr; where that is no terminal, a line each minute and a last one."""
 
     def __init__(self, **keywords: Any) -> None:
         self._lines = not sys.stderr.isatty()
         if self._lines:
             counted = "{desc}{n_fmt}/{total_fmt} {unit}s [{elapsed}<{remaining}]"
-            keywords |= {"bar_format": counted, "mininterval": 60, "maxinterval": 60}
+            keywords |= {"bar_format": counted, "mininterval": INTERVAL, "maxinterval": INTERVAL, "delay": INTERVAL}
         super().__init__(**keywords)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:

@@ -22,6 +22,7 @@ from eroseg_ext.cli import main
 from eroseg_ext.evaluation.result_cache import ResultCache
 from eroseg_ext.models.small_deeplab import SmallDeepLab
 from eroseg_ext.utils import progress
+from eroseg_ext.utils.atomic_files import locked
 from eroseg_ext.utils.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,14 +78,24 @@ def test_processes_of_torchrun_end_as_one_and_go_on_as_any_number(folder: Path, 
 
 
 PROGRAM = """
-import sys
+import os, sys, time
 
 import torch
 import torch.distributed as dist
 
 from eroseg_ext import evaluate
+from eroseg_ext.evaluation.evaluate import _Evaluator
 from eroseg_ext.models import SmallDeepLab
 
+made = []
+make = _Evaluator._attacked_and_counted
+
+def counted(self, batch, attack):
+    made.extend(batch)
+    time.sleep(0.3 * int(os.environ["RANK"]))
+    return make(self, batch, attack)
+
+_Evaluator._attacked_and_counted = counted
 data, *folders = sys.argv[1:]
 torch.manual_seed(0)
 model = SmallDeepLab(8, width=8)
@@ -93,6 +104,8 @@ for folder in folders[:2]:
 dist.init_process_group("gloo")
 result = evaluate(model, data, out=folders[2], steps=3, attacks=["mce"], batch_size=1, sanity=0)
 assert dist.is_initialized() and len(result.images) == 3
+# Three images, clean and attacked, in three evaluations: half of them, also where the other process is slow.
+assert len(made) == 9, made
 """
 
 
@@ -159,15 +172,25 @@ def test_after_all_shards_a_whole_run_computes_nothing(net: nn.Module, pairs: Pa
     for shard in ("1/2", (0, 2)):
         model = Counted(net)
         assert evaluate(model, pairs, out=tmp_path, shard=shard, **settings) is None
-        made.append(sum(model.seen))
+        made.append((tmp_path / "results.jsonl").read_bytes().count(b"\n"))
     assert not (tmp_path / "evaluation.json").exists()
-    assert min(made) > 3 + 4
+    # The model and the checks, and half of the images clean and under three attacks; then the other half.
+    assert made == [1 + 1 + 6, 1 + 1 + 12]
     model = Counted(net)
     # Also as batches of another size.
     result = evaluate(model, pairs, out=tmp_path, **{**settings, "batch_size": 3})
     assert model.seen == [1, 1, 1]  # those that tell the model from others
     assert (result.clean, result.rows, result.worst) == (expected.clean, expected.rows, expected.worst)
     assert (tmp_path / "evaluation.json").exists()
+
+
+def test_shards_run_at_once_and_a_whole_evaluation_alone(net: nn.Module, pairs: Pairs, tmp_path: Path) -> None:
+    with locked(tmp_path, shared=True):
+        assert evaluate(net, pairs, out=tmp_path, shard="0/2", **QUICK) is None
+        with pytest.raises(ValueError, match="is in use by"):
+            evaluate(net, pairs, out=tmp_path, **QUICK)
+    with locked(tmp_path), pytest.raises(ValueError, match="is in use by"):
+        evaluate(net, pairs, out=tmp_path, shard="1/2", **QUICK)
 
 
 @pytest.mark.parametrize("shard", ["2/2", "1", "a/b", "-1/2", (0, 0), (1, 2, 3), 5])

@@ -126,7 +126,8 @@ def evaluate(
     writer = together is None or number == 0
     config = replace(config, progress=config.progress and writer)
     own = locked(folder, shared=together is None and count > 1) if folder is not None and writer else nullcontext()
-    with own, ResultCache(path) as cache, frozen(unwrapped(model), "eval"), torch.random.fork_rng():
+    devices = range(torch.cuda.device_count())  # named, as torch warns of several that are not
+    with own, ResultCache(path) as cache, frozen(unwrapped(model), "eval"), torch.random.fork_rng(devices):
         evaluator = _Evaluator(config, unwrapped(model), source, cache, saved)
         if count > 1:
             evaluator.make(number, count)

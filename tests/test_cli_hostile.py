@@ -76,6 +76,7 @@ VALUES = {
         **{"--attacks": ("", "x", "js:", "eroseg,", ",", NOT_UTF8)},
         **dict.fromkeys(("--dataset", "--norm", "--amp", "--miou-classes", "--backend"), CHOICE),
         **{"--output": CHOICE, "--output-key": OUTPUT_KEY, "--palette": PALETTE, "--adversarial": FOLDER},
+        **{"--shard": ("", "x", "1", "2/2", "-1/2", "0/0", "1.5/2", "0/2/2", f"{HUGE}/2", "nan/2")},
     },
     "attack": {
         **dict.fromkeys(("--steps", "--restarts", "--seed", "--classes"), WHOLE),

@@ -22,6 +22,7 @@ namespace eroseg::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kResident = 2;  // blocks on a multiprocessor; with 3, some architectures would spill registers
 constexpr int kRows = 4;
 constexpr int kClasses = 4;
 constexpr int64_t kBlocksWanted = 4;
@@ -158,14 +159,14 @@ __device__ __forceinline__ void reduce_pixels(const Input& input, Confidence kin
 }
 
 template <class Type>
-__global__ void __launch_bounds__(kThreads, 3) confidence_kernel(const __grid_constant__ ConfidenceMap job) {
+__global__ void __launch_bounds__(kThreads, kResident) confidence_kernel(const __grid_constant__ ConfidenceMap job) {
   reduce_pixels<Type, false>(job.input, job.confidence, [&](int64_t image, int pixel, const ReducedPixel& reduced) {
     job.out[image * job.input.shape.pixels() + pixel] = absolute(reduced.confidence);
   });
 }
 
 template <class Type>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kResident)
     reduce_kernel(const __grid_constant__ PixelGrad job, const __grid_constant__ Counting counting, PixelTerms* terms) {
   const Shape& shape = job.input.shape;
   Counts counts;
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 // The terms have the weight that a pixel has on the front.
 template <class Type>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kResident)
     reduce_kernel(const __grid_constant__ ErosionGrad job, const __grid_constant__ Counting counting,
                   PixelTerms* terms) {
   const Shape& shape = job.input.shape;
@@ -234,7 +235,7 @@ struct Cut {
 };
 
 template <class Type>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kResident)
     spread_kernel(const __grid_constant__ Input input, const __grid_constant__ Cut cut, const PixelTerms* terms,
                   void* grad) {
   using Element = typename Type::Element;

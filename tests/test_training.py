@@ -539,7 +539,7 @@ def test_a_run_is_not_overwritten_and_resumes_only_as_it_was(data: Path, tmp_pat
         ({"scale": (2, 1)}, r"scale is \(2, 1\), wanted a pair"),
         ({"class_weights": (1.0, 2.0)}, "class_weights has 2 numbers, wanted 8, one per class"),
         ({"model": "small:net"}, "model is 'small:net', which cannot be imported"),
-        ({"model": "big"}, "model is 'big', wanted small, tiny or an import path"),
+        ({"model": "big"}, "model is 'big', wanted small, tiny, package.module:callable, file.py:callable, a folder"),
         ({"model": "training_common:plain_net", "model_args": {"classes": 5}}, "logits have 5 classes, wanted 8"),
         ({"model": "builtins:dict"}, "model 'builtins:dict' gives a dict, wanted an nn.Module"),
         ({"attack_options": {"radios": 1}}, "radios is not a setting of attack"),

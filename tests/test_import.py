@@ -38,3 +38,18 @@ def test_importing_the_package_loads_neither_pillow_nor_matplotlib(tmp_path: Pat
     code = "import sys, torch, eroseg_ext; print(sorted({'PIL', 'matplotlib'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+FIRST_ATTACK = """
+import sys, torch, eroseg_ext
+assert "torch._dynamo" not in sys.modules, "by importing"
+images, labels = torch.rand(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)
+eroseg_ext.attack(torch.nn.Conv2d(3, 2, 1), images, labels, steps=1)
+assert "torch._dynamo" not in sys.modules, "by an attack"
+"""
+
+
+def test_neither_importing_the_package_nor_an_attack_loads_torchs_compiler(tmp_path: Path) -> None:
+    """That takes seconds, many times the package itself."""
+    done = subprocess.run([sys.executable, "-c", FIRST_ATTACK], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ source instead; whatever else a model does gives what it gives without this modu
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -141,7 +142,8 @@ class SeeThrough(TorchFunctionMode):
 
 def can_see_through(modules: list[nn.Module]) -> bool:
     """Not through compiled and scripted modules, whose calls of ``F.interpolate`` are not seen, or only half."""
-    compiled = (torch._dynamo.OptimizedModule, torch.jit.ScriptModule)
+    dynamo = sys.modules.get("torch._dynamo")  # not imported for this: that takes seconds
+    compiled = (torch.jit.ScriptModule,) if dynamo is None else (torch.jit.ScriptModule, dynamo.OptimizedModule)
     return not any(
         isinstance(module, compiled) or module._compiled_call_impl is not None
         for root in modules

@@ -153,7 +153,9 @@ class Updater:
         before = sum(_chosen(place, fraction) for place in range(first))
         index = torch.tensor(rows, device=images.device)
         generator = self._noise(update, before, images[0].numel())
-        config = dataclasses.replace(self._attack, backend=backend)
+        config = self._attack
+        if backend != config.backend:
+            config = dataclasses.replace(config, backend=backend)
         loop = pgd.Loop(config, self.network, images[index], labels[index], generator=generator)
         images = images.index_copy(0, index, loop.run()[0])
         self._clock.switch(phases.UPDATE)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 
-@torch.compiler.assume_constant_result
 def widest(device: torch.device) -> torch.dtype:
     """float64; float32 on a device that has none, such as MPS, where counts are exact up to 2^24."""
-    return torch.float64 if has_float64(device) else torch.float32
+    # A compiler's fake tensors have float64 on any device, and nothing could be learnt from them.
+    return torch.float64 if torch.compiler.is_compiling() or has_float64(device) else torch.float32
 
 
 @functools.cache

@@ -26,10 +26,17 @@ def segformer(classes: int) -> nn.Module:
     return SegformerForSemanticSegmentation(SegformerConfig(num_labels=classes))
 
 
+def deeplab(classes: int) -> nn.Module:
+    from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
+
+    return deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=classes)
+
+
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "SmallDeepLab, 1.06 M parameters": SmallDeepLab,
     "transformers UPerNet, ResNet-50": upernet,
     "transformers SegFormer-B0": segformer,
+    "torchvision DeepLabV3-MobileNet": deeplab,
 }
 
 

@@ -132,6 +132,18 @@ def resolution(group: Group) -> list[str]:
     return markdown(head, rows)
 
 
+def loss(group: Group) -> list[str]:
+    """Training's loss and its gradient from low logits: time and memory, fused and by autograd."""
+    head = ["data", "logits", "fused, ms (20-80 %)", "by autograd", "peak memory", "by autograd"]
+    rows = []
+    for case in group.cases:
+        fused, slow = (group.get(case, name) for name in ("fused", "autograd"))
+        peaks = [number(group.get(case, name, "peak") / 2**20, " MiB") for name in ("fused", "autograd")]
+        slower = f"{number(slow)} ({number(slow / fused, 'x')})"
+        rows.append([*case.split("/", 1), group.interval(case, "fused"), slower, *peaks])
+    return markdown(head, rows)
+
+
 def steps(group: Group) -> list[str]:
     """A whole step of the attack without and with full-size logits: time, and memory beyond the model's weights."""
     head = ["model", "images", "ms per step", "with full-size logits", "peak memory", "with full-size logits"]
@@ -211,6 +223,7 @@ TABLES: dict[str, tuple[str, Callable[[Group], list[str]]]] = {
     "parts": ("parts", parts),
     "resolution": ("resolution", resolution),
     "steps": ("resolution steps", steps),
+    "loss": ("resolution loss", loss),
     "strength": ("strength", strength),
     "confident": ("strength", confident),
     "training": ("training", training),

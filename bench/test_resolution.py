@@ -13,6 +13,10 @@ from bench.measure import Call, cold_copies, peak_memory, time_calls
 from bench.models import MODELS, build
 from bench.peers import OnlyLogits
 from eroseg_ext import EroSeg
+from eroseg_ext.models.see_through import LogitMap
+from eroseg_ext.ops import reference
+from eroseg_ext.ops.protocol import Operations
+from eroseg_ext.training.loss import summed_loss
 
 STRIDE, CLASSES = 4, 150
 SHAPES: dict[str, dict[str, Shape]] = {
@@ -61,6 +65,34 @@ def test_erosion_grad(
     name = case.name.split("/", 1)[1].replace("/", f"/stride {STRIDE} of ")
     for way in copies[0]:
         record("resolution", name, way, time_calls([ways[way] for ways in copies], device, seconds=seconds))
+
+
+@pytest.mark.parametrize("front_loss", [0, 4])
+@pytest.mark.parametrize("data", SHAPES["cpu"])
+def test_training_loss(
+    record: Record, device: torch.device, data: str, front_loss: float, quick: bool, seconds: float
+) -> None:
+    """Training's loss and its gradient from low logits, and by autograd through an upsampling and a cross-entropy."""
+    shape = SHAPES["quick" if quick else device.type].get(data)
+    if shape is None:
+        pytest.skip("not among the quick shapes")
+    ways: dict[str, Operations] = {"autograd": reference}
+    try:
+        ways = {"fused": operations("fused", device), **ways}
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    batch, classes, height, width = shape
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randn(batch, classes, height // STRIDE, width // STRIDE, generator=generator).mul(3).to(device)
+    labels = torch.randint(classes, (batch, height, width), generator=generator).to(device)
+    for way, ops in ways.items():
+
+        def run(ops: Operations = ops) -> None:
+            logits = LogitMap(low.detach().requires_grad_(), False)
+            summed_loss(logits, labels, None, front_loss, ops).backward()
+
+        case = f"{data}/stride {STRIDE} of {list(shape)}, front loss {front_loss}"
+        record("resolution loss", case, way, time_calls([run], device, seconds=seconds), peak=peak_memory(run, device))
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])

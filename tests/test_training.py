@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from folders import write_folder, write_labels
 from PIL import Image
 from torch import Tensor, nn
@@ -66,8 +67,8 @@ def reader(data: Path) -> Reader:
 
 def test_a_run_from_the_command_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "--data", str(data), "--val", str(data), "--out", str(tmp_path), "--model", "tiny"]
-    arguments += ["--size", "24x32", "--epochs", "8", "--batch-size", "4", "--eps", "2/255", "--attack-steps", "2"]
-    arguments += ["--val-every", "4", "--val-attack-steps", "3", "--log-every", "2", "--device", "cpu", "--ema", "0.8"]
+    arguments += ["--size", "24x32", "--epochs", "16", "--batch-size", "4", "--eps", "2/255", "--attack-steps", "2"]
+    arguments += ["--val-every", "8", "--val-attack-steps", "3", "--log-every", "2", "--device", "cpu", "--ema", "0.8"]
     built = backends.why_not_fused(torch.device("cpu")) is None
     code = main.main([*arguments, "--compare-reference", "2"] if built else arguments)
     output = capsys.readouterr().out
@@ -75,15 +76,15 @@ def test_a_run_from_the_command_line(data: Path, tmp_path: Path, capsys: pytest.
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert "8 classes" in output
     assert summary["settings"]["eps"] == pytest.approx(2 / 255)
-    assert summary["updates"] == 24
+    assert summary["updates"] == 48
     assert sum(summary["time"].values()) == pytest.approx(1)
     assert re.search(r"of the time: model \d+%, attack kernels \d+%, data \d+%, other \d+%", output)
     assert set(summary["validation"]) == {"miou", "accuracy", "adversarial_miou", "adversarial_accuracy"}
     assert summary["validation"]["adversarial_accuracy"] < summary["validation"]["accuracy"]
     trained = [record for record in records(tmp_path) if "loss" in record]
-    assert [record["update"] for record in trained] == [2, 3, 4, 6, 8, 9, 10, 12, 14, 15, 16, 18, 20, 21, 22, 24]
+    assert [record["update"] for record in trained] == [n for n in range(1, 49) if n % 2 == 0 or n % 3 == 0]
     assert trained[-1]["loss"] < 0.9 * trained[0]["loss"]
-    assert [record["epoch"] for record in records(tmp_path) if "miou" in record] == [4.0, 8.0]
+    assert [record["epoch"] for record in records(tmp_path) if "miou" in record] == [8.0, 16.0]
     for name in ("curves.png", "examples.png"):
         with Image.open(tmp_path / name) as picture:
             assert np.asarray(picture.convert("L")).std() > 5
@@ -324,6 +325,36 @@ def test_training_reads_the_output_as_the_settings_say(data: Path, tmp_path: Pat
 
     read = losses("read", output_key=1, output="probabilities", align_corners=True)
     assert read == pytest.approx(losses("bare", align_corners=True), rel=1e-3)
+
+
+class Upsampling(nn.Module):
+    """Logits at a quarter of the size, or these upsampled."""
+
+    def __init__(self, upsamples: bool) -> None:
+        super().__init__()
+        self.net, self.upsamples = plain_net(), upsamples
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.net(F.avg_pool2d(images, 4))
+        return F.interpolate(logits, images.shape[-2:], mode="bilinear") if self.upsamples else logits
+
+
+def test_no_update_and_no_validation_makes_logits_of_full_size(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused: str
+) -> None:
+    def losses(upsamples: bool, **settings: Any) -> list[float]:
+        name = "-".join(map(str, (upsamples, *settings.values())))
+        model = seeded(lambda: Upsampling(upsamples))
+        train(model, data=data, out=tmp_path / name, say=lambda _: None, **{**SMALL, "epochs": 1, **settings})
+        config = TrainSettings(data=data, out=tmp_path, **SMALL, **settings)
+        validate(config, model, CLASSES, reader(data), Processes(rank=0, world=1, device=torch.device("cpu")), 0)
+        return [record["loss"] for record in records(tmp_path / name) if "loss" in record]
+
+    whole = losses(True, backend="reference", see_through=False)
+    for upsampled in ("LogitMap.at", "Deferred.values_now"):
+        monkeypatch.setattr(f"eroseg_ext.models.see_through.{upsampled}", lambda *_: pytest.fail("full size"))
+    for upsamples in (True, False):
+        assert losses(upsamples, backend=fused) == pytest.approx(whole, rel=1e-2)
 
 
 # How it fails

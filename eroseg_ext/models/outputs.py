@@ -47,7 +47,12 @@ class Reader:
         self._seen: tuple[object, ...] | None = None
 
     def __call__(self, output: Any, batch: int, size: tuple[int, int]) -> LogitMap:
-        """The logits of ``batch`` images of ``size``, differentiable; TypeError or ValueError if they are none."""
+        """The logits of ``batch`` images of ``size``, differentiable; TypeError or ValueError if they are none.
+
+        An output that is a :class:`LogitMap` was read before, and is returned.
+        """
+        if isinstance(output, LogitMap):
+            return output
         if self._logits is not None:
             found = self._logits(output)
             if not isinstance(found, Tensor):

@@ -2,45 +2,112 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.data.palettes import VOID
+from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops import reference
 from eroseg_ext.ops.protocol import Operations
 from eroseg_ext.utils.precision import widest
 
+_ALL_PIXELS = 1e30
+"""The width of a front that all pixels are in."""
+
 
 def summed_loss(
-    logits: Tensor, labels: Tensor, class_weights: Tensor | None, front_loss: float, ops: Operations
+    logits: LogitMap, labels: Tensor, class_weights: Tensor | None, front_loss: float, ops: Operations
 ) -> Tensor:
     """The cross-entropy summed over the valid pixels, a scalar; pixels count as :func:`front_factor` says.
 
-    Logits ``[B, C, H, W]``, labels ``[B, H, W]`` int64 with ``VOID`` on void pixels, class weights ``[C]`` float32.
+    The fused operations give it and its gradient without logits at the labels' size: the cross-entropy's gradient is
+    that of ``erosion_grad`` with ``direction="ce"`` and all pixels in the front, and the factor's part that with the
+    soft front, added to it.
+
+    Args:
+        logits: ``[B, C, h, w]``, also of another size than the labels; one class is binary segmentation.
+        labels: ``[B, H, W]`` int64 with ``VOID`` on void pixels.
+        class_weights: ``[max(C, 2)]`` float32, or None.
+        front_loss: see :func:`front_factor`; 0 for all pixels alike.
+        ops: the reference's give the definition, by autograd.
     """
-    logits = logits.float()
-    if front_loss == 0:
-        return F.cross_entropy(logits, labels, class_weights, ignore_index=VOID, reduction="sum")
-    losses = F.cross_entropy(logits, labels, class_weights, ignore_index=VOID, reduction="none")
-    return (losses * front_factor(logits.detach(), labels, front_loss, ops)).sum()
+    if ops is not reference:
+        loss: Tensor = _Fused.apply(logits.values, labels, class_weights, front_loss, logits.align_corners, ops)
+        return loss
+    z = logits.at((labels.shape[-2], labels.shape[-1])).float()
+    both = torch.cat([torch.zeros_like(z), z], 1) if z.shape[1] == 1 else z
+    losses = F.cross_entropy(both, labels, class_weights, ignore_index=VOID, reduction="none")
+    if front_loss > 0:
+        scores = ops.confidence(z.detach(), labels, ignore_index=VOID)
+        losses = losses * front_factor(scores, labels, front_loss, ops)[0]
+    return losses.sum()
 
 
-def front_factor(logits: Tensor, labels: Tensor, front_loss: float, ops: Operations) -> Tensor:
+def front_factor(scores: Tensor, labels: Tensor, front_loss: float, ops: Operations) -> tuple[Tensor, Tensor, Tensor]:
     """``1 + front_loss * w``, divided by its mean over the image's valid pixels.
 
     w is the weight that EroSeg's attack would give a pixel in its next step from here: 1 where the network is
     undecided, nearly 0 where it is sure, right or wrong. An image counts as much as without it, on any number of
-    processes and in pieces of any size. ``[B, H, W]`` float32, 0 on void pixels.
+    processes and in pieces of any size.
+
+    Args:
+        scores: ``[B, H, W]`` float32 confidence, as :func:`eroseg_ext.ops.reference.confidence` returns it.
+
+    Returns:
+        The factor ``[B, H, W]`` float32, 0 on void pixels; the front's width tau ``[B]``; and what 1 + front_loss * w
+        was multiplied by, ``[B]``.
     """
     settings = AttackSettings()
-    scores = ops.confidence(logits, labels, ignore_index=VOID)
     valid = labels != VOID
     count = valid.sum((1, 2))
-    stats = torch.zeros(len(logits), 4, dtype=widest(logits.device), device=logits.device)
+    stats = torch.zeros(len(scores), 4, dtype=widest(scores.device), device=scores.device)
     stats[:, 0] = count
     tau = ops.next_tau(scores, stats, 1, front_min=settings.front_first, front_max=settings.front_first)
     eroded = ops.erode(scores, valid, settings.radius, settings.slope * tau)
     factor = (1 + front_loss * reference.front_weight(eroded, tau)).where(valid, 0.0)
-    return factor * (count / factor.sum((1, 2)).clamp(min=1e-12)).view(-1, 1, 1)
+    scale = count / factor.sum((1, 2)).clamp(min=1e-12)
+    return factor * scale.view(-1, 1, 1), tau, scale
+
+
+class _Fused(torch.autograd.Function):
+    """:func:`summed_loss` by the fused operations, which give the gradient together with the loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        class_weights: Tensor | None,
+        front_loss: float,
+        align_corners: bool,
+        ops: Operations,
+    ) -> Tensor:
+        shared: dict[str, Any] = {"ignore_index": VOID, "direction": "ce", "align_corners": align_corners}
+        largest = None
+        if class_weights is not None:
+            largest = class_weights.amax()  # the operation's factors are at most 1
+            shared["class_weight"] = (class_weights / largest).expand(len(logits), -1)
+        wide = logits.new_full((len(logits),), _ALL_PIXELS, dtype=torch.float32)
+        grad, log_odds, _ = ops.erosion_grad(logits, labels, wide, front="hard", radius=0, **shared)
+        losses = F.softplus(-log_odds)  # -log p of the label; 0 on void pixels, whose log-odds are infinite
+        if class_weights is not None:
+            losses = losses * class_weights[labels.where(labels != VOID, 0)]
+        if front_loss > 0:
+            factor, tau, scale = front_factor(log_odds.abs(), labels, front_loss, ops)
+            losses = losses * factor
+            settings = AttackSettings()
+            of_front, *_ = ops.erosion_grad(logits, labels, tau, radius=settings.radius, slope=settings.slope, **shared)
+            grad.add_(of_front, alpha=front_loss).mul_(scale.view(-1, 1, 1, 1))
+        if largest is not None:
+            grad.mul_(largest)
+        ctx.save_for_backward(grad)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = ctx.saved_tensors
+        return grad * grads[0].to(grad.dtype), None, None, None, None, None

@@ -1,4 +1,4 @@
-"""The model as training and attack call it: with its output as full-size logits, and its time on the clock."""
+"""The model as training and attack call it: with its output read as logits, and its time on the clock."""
 
 from __future__ import annotations
 
@@ -6,37 +6,35 @@ import torch
 from torch import Tensor, nn
 
 from eroseg_ext.models.adapter import Logits
-from eroseg_ext.models.see_through import source_of
+from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training.clock import Clock
 from eroseg_ext.training.settings import TrainSettings
 
 
 class Network(nn.Module):
-    """``images [B, 3, H, W] in [0, 1] -> logits [B, C, H, W]``: normalises, runs the model under autocast, upsamples.
+    """``images [B, 3, H, W] in [0, 1] -> LogitMap``: normalises, runs the model under autocast, reads its output.
 
     The model is called, and its output read, as the settings say; None: as their defaults say.
-    Called while the clock is in an attack, it books its forward and backward as the model's, and returns the logits as
-    they are, for the attack to upsample; no upsampling that was put off is computed then.
+    Called while the clock is in an attack, it books its forward and backward as the model's.
     """
 
     def __init__(self, model: nn.Module, clock: Clock, settings: TrainSettings | None = None) -> None:
         super().__init__()
         self.model = model
         self._clock = clock
-        self._logits = Logits.under(model, settings, see_through=False)
+        self._logits = Logits.under(model, settings)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """The logits."""
+    def forward(self, images: Tensor) -> LogitMap:
+        """The logits, of the images' size or of another."""
         size = (images.shape[-2], images.shape[-1])
         if self._clock.phase != phases.ATTACK_KERNELS:
-            return self._logits(images, size).at(size)
+            return self._logits(images, size)
         self._clock.switch(phases.ATTACK_MODEL)
-        logits = self._logits(images, size).values
+        logits = self._logits(images, size)
         self._clock.switch(phases.ATTACK_KERNELS)
         if images.requires_grad:
-            taken = source_of(logits, False).values  # what the attack takes, and its gradient comes to
-            taken.register_hook(lambda _: self._clock.switch(phases.ATTACK_MODEL))
+            logits.values.register_hook(lambda _: self._clock.switch(phases.ATTACK_MODEL))
             images.register_hook(lambda _: self._clock.switch(phases.ATTACK_KERNELS))
         return logits
 
@@ -52,7 +50,7 @@ def check_model(network: Network, classes: int, crop: tuple[int, int], device: t
     model.eval()
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     try:
-        logits = network(torch.full((1, 3, *crop), 0.5, dtype=torch.float32, device=device))
+        logits = network(torch.full((1, 3, *crop), 0.5, dtype=torch.float32, device=device)).values
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError) as error:

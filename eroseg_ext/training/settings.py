@@ -142,6 +142,8 @@ class TrainSettings(Reading):
     """which entry of the model's output are the logits, where it returns several: a number or a name"""
     align_corners: bool = False
     """of the bilinear upsampling of logits that are smaller than the labels"""
+    see_through: bool = True
+    """do without a model's last upsampling of its logits, and take those before it"""
     amp: str = "none"
     """``bf16``: the model runs under bfloat16 autocast, in training and in the attack; weights stay float32"""
 
@@ -216,7 +218,7 @@ class TrainSettings(Reading):
 
     def attack_settings(self) -> AttackSettings | None:
         """The settings of the attack in training, None without one; raises if ``attack_options`` are not allowed."""
-        reading = {name: getattr(self, name) for name in ("output", "output_key", "align_corners")}
+        reading = {name: getattr(self, name) for name in ("output", "output_key", "align_corners", "see_through")}
         if self.attack == NO_ATTACK:
             AttackSettings.create(norm=self.norm, mean=self.mean, std=self.std, **reading)  # for validation
             return None

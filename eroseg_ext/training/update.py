@@ -53,10 +53,9 @@ class Updater:
         config = settings.attack_settings()
         self._attack: AttackSettings | None = None
         if config is not None and settings.adv_fraction > 0:
-            # The network normalises, casts and reads the model's output by itself, but leaves the logits' size.
-            done = set(OF_THE_MODEL) - {"align_corners", "see_through"}
-            defaults = AttackSettings()
-            self._attack = dataclasses.replace(config, **{name: getattr(defaults, name) for name in done})
+            # The network normalises, casts, reads the model's output and sees through its upsampling by itself.
+            defaults = {name: getattr(AttackSettings(), name) for name in OF_THE_MODEL}
+            self._attack = dataclasses.replace(config, **{**defaults, "see_through": False})
 
     @property
     def trained(self) -> nn.Module:

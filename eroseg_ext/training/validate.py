@@ -12,6 +12,7 @@ from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.data.palettes import VOID
 from eroseg_ext.data.reading import evenly_spaced
 from eroseg_ext.evaluation.metrics import miou_and_accuracy
+from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops import backend
 from eroseg_ext.training import seeds
 from eroseg_ext.training.clock import Clock
@@ -27,7 +28,7 @@ def examples(settings: TrainSettings, model: nn.Module, read: Reader, device: to
     keys = [[Key(index)] for index in evenly_spaced(len(read), 4)]
     shown = []
     for labels, judged in _judged(settings, model, read, keys, device, 0):
-        (image, before), *attacked = [(images[0].cpu(), prediction[0].cpu()) for images, prediction in judged]
+        (image, before), *attacked = [(images[0].cpu(), _prediction(logits, labels)) for images, logits in judged]
         shown.append(Example(image, labels[0].cpu(), before, *(attacked[0] if attacked else (None, None))))
     return shown
 
@@ -48,11 +49,18 @@ def validate(
     names = ("", "adversarial_")[: 1 if _attack(settings) is None else 2]
     matrices = torch.zeros(len(names), classes, classes, dtype=torch.int64, device=processes.device)
     for labels, judged in _judged(settings, model, read, batches, processes.device, workers):
-        for matrix, (_, prediction) in zip(matrices, judged, strict=True):
-            matrix += ops.confusion(prediction, labels, classes, ignore_index=VOID)
+        for matrix, (_, logits) in zip(matrices, judged, strict=True):
+            values, align_corners = logits
+            matrix += ops.confusion(values, labels, classes, ignore_index=VOID, align_corners=align_corners)
     processes.sum_(matrices)
     scores = zip(names, map(miou_and_accuracy, matrices), strict=True)
     return {f"{prefix}{name}": value for prefix, found in scores for name, value in found.items()}
+
+
+def _prediction(logits: LogitMap, labels: Tensor) -> Tensor:
+    """``[H, W]`` int64 on the CPU, of the first image."""
+    z = logits.at((labels.shape[-2], labels.shape[-1]))[0].cpu()
+    return (z[0] > 0).long() if len(z) == 1 else z.argmax(0)
 
 
 def _attack(settings: TrainSettings) -> AttackSettings | None:
@@ -65,6 +73,7 @@ def _attack(settings: TrainSettings) -> AttackSettings | None:
         steps=settings.val_attack_steps,
         ignore_index=VOID,
         backend=settings.backend,
+        see_through=False,  # which the network does
     )
 
 
@@ -75,8 +84,8 @@ def _judged(
     batches: list[list[Key]],
     device: torch.device,
     workers: int,
-) -> Iterator[tuple[Tensor, list[tuple[Tensor, Tensor]]]]:
-    """Labels of each batch; the images, and the attacked ones where there is an attack, with the predictions on them.
+) -> Iterator[tuple[Tensor, list[tuple[Tensor, LogitMap]]]]:
+    """Labels of each batch; the images, and the attacked ones where there is an attack, with the logits of them.
 
     A random start depends on the run's seed and on the number of the batch's first image.
     """
@@ -91,6 +100,6 @@ def _judged(
             generator = torch.Generator(device).manual_seed(seed)
             images.append(pgd.Loop(config, network, images[0], labels, generator=generator).run()[0])
         with torch.no_grad():
-            judged = [(pixels, network(pixels).argmax(1)) for pixels in images]
+            judged = [(pixels, network(pixels)) for pixels in images]
         yield labels, judged
     model.train(training)

@@ -186,6 +186,8 @@ CONVERTERS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "tuple[int, int]": (_size, "HxW", f"HEIGHTxWIDTH of at most {MAX_PIXELS} pixels"),
     "tuple[str, ...]": _NAMES,
     "Sequence[str] | Mapping[str, Mapping[str, Any]]": _NAMES,
+    "str | Callable[[Tensor, Tensor], Tensor]": (str, "NAME", "a name"),
+    "Mapping[str, float]": (_json_object, "JSON", 'a JSON object such as {"backbone": 0.1}'),
     "Mapping[str, Any]": (_json_object, "JSON", 'a JSON object such as {"name": 1}, without NaN'),
 }
 """By a field's type: what makes a value of the option's text, how the help calls that, and what is told if it fails."""

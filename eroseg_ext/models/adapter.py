@@ -192,6 +192,22 @@ class Logits:
 
     def __call__(self, images: Tensor, size: tuple[int, int]) -> LogitMap:
         """The logits of ``images[B, K, H, W]`` of ``size``; TypeError or ValueError for an output of another form."""
+        logits = self._read(self._output(images, size), images.shape[0], size)
+        if logits.values.requires_grad and not self._warned:
+            self._warned = True
+            if depends_on_parameters(logits.values):
+                warn(
+                    "the model is a function and the nn.Module of its parameters was not found: its mode, BatchNorm "
+                    "statistics and requires_grad stay as they are during the attack, pass an nn.Module instead"
+                )
+        return logits
+
+    def with_auxiliary(self, images: Tensor, size: tuple[int, int]) -> list[LogitMap]:
+        """The logits, and after them those of auxiliary heads."""
+        output = self._output(images, size)
+        return [self._read(output, images.shape[0], size), *self._read.auxiliary(output, images.shape[0])]
+
+    def _output(self, images: Tensor, size: tuple[int, int]) -> Any:
         if self._mean is not None:
             if self._constants is None:
                 # Kept: an upload makes the host wait for the device, which no step may.
@@ -205,16 +221,7 @@ class Logits:
                 contexts.enter_context(SeeThrough(size))
             if self._autocast is not None:
                 contexts.enter_context(torch.autocast(images.device.type, self._autocast))
-            output = self._model(images)
-        logits = self._read(output, images.shape[0], size)
-        if logits.values.requires_grad and not self._warned:
-            self._warned = True
-            if depends_on_parameters(logits.values):
-                warn(
-                    "the model is a function and the nn.Module of its parameters was not found: its mode, BatchNorm "
-                    "statistics and requires_grad stay as they are during the attack, pass an nn.Module instead"
-                )
-        return logits
+            return self._model(images)
 
     @property
     def is_sharded(self) -> bool:

@@ -44,9 +44,8 @@ def build(name: str, classes: int | None, model_args: Mapping[str, Any] | None =
     given = dict(model_args or {})
     if name in BUILT_IN:
         return _called(name, SmallDeepLab, {**_known(SmallDeepLab, classes), "width": BUILT_IN[name], **given})
-    path, colon, attribute = name.rpartition(":")
-    if colon:
-        make = _imported(name, path, attribute)
+    if ":" in name:
+        make = imported("model", name)
         return _called(name, make, {**_known(make, classes), **given})
     if (Path(name) / "config.json").is_file():
         return _called(name, _of_folder(Path(name)), given)
@@ -60,8 +59,9 @@ def build(name: str, classes: int | None, model_args: Mapping[str, Any] | None =
     )
 
 
-def _imported(name: str, path: str, attribute: str) -> Any:
-    """What ``path:attribute`` names, of a file or a module."""
+def imported(what: str, name: str) -> Any:
+    """What ``package.module:attribute`` or ``file.py:attribute`` names; ValueError, which calls it ``what``."""
+    path, _, attribute = name.rpartition(":")
     try:
         if path.startswith("."):
             raise ImportError("the path of its module is relative")
@@ -72,7 +72,7 @@ def _imported(name: str, path: str, attribute: str) -> Any:
             module = importlib.import_module(path)
         return functools.reduce(getattr, attribute.split("."), module)
     except (Exception, SystemExit) as error:  # a module can raise anything when it is imported
-        raise ValueError(f"model is {name!r}, which cannot be imported: {_told(error)}") from error
+        raise ValueError(f"{what} is {name!r}, which cannot be imported: {told(error)}") from error
 
 
 def _find_in(folder: str) -> None:
@@ -103,13 +103,13 @@ def _of_folder(folder: Path) -> Callable[..., Any]:
             library, name = "transformers", f"{config['architectures'][0]}.from_pretrained"
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"model is {str(folder)!r}, whose config.json names no architecture") from error
-    return functools.partial(_imported(str(folder), library, name), str(folder))
+    return functools.partial(imported("model", f"{library}:{name}"), str(folder))
 
 
 def _of_torchvision(name: str) -> tuple[Callable[..., Any], dict[str, Any]] | None:
     if importlib.util.find_spec("torchvision") is None:
         return None
-    models = _imported(name, "torchvision", "models")
+    models = imported("model", "torchvision:models")
     if name not in models.list_models(module=models.segmentation):
         return None
     return functools.partial(models.get_model, name), {"weights": None, "weights_backbone": None}
@@ -118,7 +118,7 @@ def _of_torchvision(name: str) -> tuple[Callable[..., Any], dict[str, Any]] | No
 def _of_smp(name: str) -> tuple[Callable[..., Any], dict[str, Any]] | None:
     if importlib.util.find_spec("segmentation_models_pytorch") is None:
         return None
-    models = _imported(name, "segmentation_models_pytorch", "MODEL_ARCHITECTURES_MAPPING")
+    models = imported("model", "segmentation_models_pytorch:MODEL_ARCHITECTURES_MAPPING")
     if name.lower() not in models:
         return None
     return models[name.lower()], {"encoder_weights": None}
@@ -195,7 +195,7 @@ def _known(make: Any, classes: int | None) -> dict[str, int]:
     return known
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """An exception's type and text in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
@@ -206,7 +206,7 @@ def _called(name: str, make: Any, keywords: dict[str, Any]) -> nn.Module:
     try:
         model = make(**keywords)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"model {name!r} cannot be made with {keywords}: {_told(error)}") from error
+        raise ValueError(f"model {name!r} cannot be made with {keywords}: {told(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {name!r} gives a {type(model).__name__}, wanted an nn.Module")
     return model

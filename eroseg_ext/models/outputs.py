@@ -53,12 +53,7 @@ class Reader:
         """
         if isinstance(output, LogitMap):
             return output
-        if self._logits is not None:
-            found = self._logits(output)
-            if not isinstance(found, Tensor):
-                raise TypeError(f"logits gives a {type(found).__name__} of the model's output, wanted a tensor")
-        else:
-            found = logits_of(output if self._output_key is None else _entry(output, self._output_key), batch)
+        found = self._taken(output, batch)
         if found.dim() != 4 or found.shape[0] != batch or found.shape[1] == 0:
             raise ValueError(f"the model's logits have shape {list(found.shape)}, wanted [B, C, H, W] with B = {batch}")
         if found.dtype not in DTYPES:
@@ -69,6 +64,25 @@ class Reader:
                 _check_probabilities(found, self._output)
             _check_size(found, size)
             self._seen = shape
+        return self._as_logits(found)
+
+    def auxiliary(self, output: Any, batch: int) -> list[LogitMap]:
+        """Logits of auxiliary heads: what else the output has that differs from the logits in its size alone."""
+        taken = self._taken(output, batch)
+        entries = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
+        others = (entry for entry in entries if isinstance(entry, Tensor) and entry is not taken and entry.dim() == 4)
+        return [self._as_logits(entry) for entry in others if entry.shape[:2] == taken.shape[:2]]
+
+    def _taken(self, output: Any, batch: int) -> Tensor:
+        """What of the output is the logits."""
+        if self._logits is None:
+            return logits_of(output if self._output_key is None else _entry(output, self._output_key), batch)
+        found = self._logits(output)
+        if not isinstance(found, Tensor):
+            raise TypeError(f"logits gives a {type(found).__name__} of the model's output, wanted a tensor")
+        return found
+
+    def _as_logits(self, found: Tensor) -> LogitMap:
         if self._output != "logits":
             # At their own size: the result is that of the model without its last layer, to rounding.
             return LogitMap(_converted(found, self._output), self._align_corners)

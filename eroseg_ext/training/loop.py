@@ -22,6 +22,7 @@ from eroseg_ext.training import clock as phases
 from eroseg_ext.training.clock import Clock
 from eroseg_ext.training.distributed import Processes
 from eroseg_ext.training.log import Log
+from eroseg_ext.training.loss import Loss
 from eroseg_ext.training.network import Network, check_model
 from eroseg_ext.training.samples import Augmentation, Batch, Reader, Samples, batches, loader
 from eroseg_ext.training.settings import NOT_OF_THE_RESULT, TrainSettings
@@ -102,8 +103,9 @@ class _Run:
         self._workers = settings.workers if settings.workers is not None else (4 if gpu else 0)
         self._clock = Clock(processes.device)
         torch.manual_seed(seeds.torch_seed(settings.seed, seeds.INITIAL))
-        network = _network(settings, model, task, processes, self._clock, say)
-        self._updater = Updater(settings, network, task, processes, self._clock)
+        loss = Loss(settings, task.class_weights, processes.device)
+        network = _network(settings, model, loss, task, processes, self._clock, say)
+        self._updater = Updater(settings, network, loss, task, processes, self._clock)
         augmentation = Augmentation(settings.seed, task.crop, settings.scale, settings.flip)
         read, self._val = (Reader(source, task.to_class, settings.cache) for source in (task.source, task.val))
         self._samples = Samples(read, augmentation)
@@ -305,7 +307,13 @@ def _check(settings: TrainSettings, processes: Processes) -> None:
 
 
 def _network(
-    settings: TrainSettings, model: nn.Module | None, task: Task, processes: Processes, clock: Clock, say: Say
+    settings: TrainSettings,
+    model: nn.Module | None,
+    loss: Loss,
+    task: Task,
+    processes: Processes,
+    clock: Clock,
+    say: Say,
 ) -> Network:
     """The model on its device with the weights to start from, tried on one image."""
     if model is None:
@@ -320,8 +328,8 @@ def _network(
     if settings.init is not None:
         loading.load_weights(model, settings.init, settings.model)
     network = Network(model, clock, settings)
-    if unused := check_model(network, task.to_class.classes, task.crop, processes.device):
-        say(f"{len(unused)} parameters do not change the logits and stay as they are, {unused[0]} the first")
+    if unused := check_model(network, loss, task.to_class.classes, task.crop, processes.device):
+        say(f"{len(unused)} parameters do not change the loss and stay as they are, {unused[0]} the first")
     return network
 
 

@@ -2,21 +2,86 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.data.palettes import VOID
+from eroseg_ext.models.loading import imported, told
 from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops import reference
 from eroseg_ext.ops.protocol import Operations
+from eroseg_ext.training.settings import TrainSettings
 from eroseg_ext.utils.precision import widest
 
 _ALL_PIXELS = 1e30
 """The width of a front that all pixels are in."""
+
+
+class Loss:
+    """The loss that the settings of a training name."""
+
+    def __init__(self, settings: TrainSettings, class_weights: Tensor | None, device: torch.device) -> None:
+        self._settings = settings
+        self._class_weights = None if class_weights is None else class_weights.to(device)
+        self._own = None if settings.loss is None else _own_loss(settings, device)
+
+    def __call__(self, heads: list[LogitMap], labels: Tensor, total: Tensor, ops: Operations) -> Tensor:
+        """The share of some images in the loss of a batch, a scalar.
+
+        Args:
+            heads: their logits, and those of auxiliary heads.
+            labels: ``[B, H, W]`` int64 with ``VOID`` on void pixels.
+            total: what the valid pixels of the whole batch weigh, see :meth:`weight`.
+            ops: see :func:`summed_loss`.
+        """
+        first, *auxiliary = (self._share(logits, labels, total, ops) for logits in heads)
+        return first + self._settings.auxiliary_weight * sum(auxiliary) if auxiliary else first
+
+    def weight(self, labels: Tensor) -> Tensor:
+        """What the valid pixels weigh, a scalar."""
+        valid = labels != VOID
+        if self._class_weights is None:
+            return valid.sum().float()
+        return self._class_weights[labels.where(valid, 0)].where(valid, 0).sum()
+
+    def try_on(self, logits: LogitMap, size: tuple[int, int]) -> None:
+        """Raises ValueError for a loss that fails on these logits, of one image of that size, and is no scalar."""
+        if self._own is None:
+            return
+        labels = torch.zeros(1, *size, dtype=torch.int64, device=logits.values.device)
+        labels[:, 0, 0] = VOID
+        try:
+            loss = self._own(logits.at(size).float(), labels)
+        except Exception as error:
+            raise ValueError(f"loss fails on logits [B, C, H, W] and labels [B, H, W]: {told(error)}") from error
+        if not (isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad):
+            came = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss gives {came}, wanted a scalar tensor that depends on the logits by autograd")
+
+    def _share(self, logits: LogitMap, labels: Tensor, total: Tensor, ops: Operations) -> Tensor:
+        settings = self._settings
+        if self._own is None:
+            return summed_loss(logits, labels, self._class_weights, settings.front_loss_in_force, ops) / total
+        mean: Tensor = self._own(logits.at((labels.shape[-2], labels.shape[-1])).float(), labels)
+        return mean * (len(labels) / settings.batch_size)
+
+
+def _own_loss(settings: TrainSettings, device: torch.device) -> Any:
+    """The callable that ``settings.loss`` is, names, or names the class of."""
+    loss: Any = imported("loss", settings.loss) if isinstance(settings.loss, str) else settings.loss
+    if isinstance(loss, type):
+        try:
+            loss = loss(**settings.loss_args)
+        except Exception as error:
+            raise ValueError(f"loss cannot be made with {settings.loss_args}: {told(error)}") from error
+    elif settings.loss_args:
+        loss = functools.partial(loss, **settings.loss_args)
+    return loss.to(device) if isinstance(loss, nn.Module) else loss
 
 
 def summed_loss(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.attacks.settings import AttackSettings
@@ -51,7 +52,11 @@ _INTEGERS: dict[str, tuple[int, int | None]] = dict.fromkeys(_COUNTS, (1, None))
     "classes": (1, MOST_CLASSES),
 }
 _NOT_NEGATIVE = ("learning_rate", "weight_decay", "step_size", "front_loss", "eps", "warmup_epochs", "poly_power")
-_NUMBERS = dict.fromkeys(_NOT_NEGATIVE, (0, math.inf)) | {"adv_fraction": (0, 1), "ema": (0, 1), "timeout": (1, 1e7)}
+_NUMBERS = dict.fromkeys((*_NOT_NEGATIVE, "auxiliary_weight"), (0, math.inf)) | {
+    "adv_fraction": (0, 1),
+    "ema": (0, 1),
+    "timeout": (1, 1e7),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +113,18 @@ class TrainSettings(Reading):
     """the learning rate is multiplied by (1 - step / steps) to this power"""
     class_weights: str | tuple[float, ...] = "none"
     """``none``, ``median-frequency`` (Eigen and Fergus, ICCV 2015), or one number per class"""
+    loss: str | Callable[[Tensor, Tensor], Tensor] | None = None
+    """instead of the cross-entropy: what ``package.module:callable`` or ``file.py:callable`` names, in Python also the
+    callable, or a class that makes one: of logits [B, C, H, W] float32 and labels [B, H, W] int64, with -1 for void,
+    it gives the mean over these images, a scalar"""
+    loss_args: Mapping[str, Any] = field(default_factory=dict)
+    """keywords for it, such as ``{"ignore_index": -1}``"""
+    auxiliary_weight: float = 0.0
+    """the loss of auxiliary heads, which are the other logits in the model's output, counts so much; 0 leaves them out,
+    and their parameters as they are"""
+    lr_mult: Mapping[str, float] = field(default_factory=dict)
+    """factor of the learning rate by a part of the parameter's name, such as ``{"backbone": 0.1}``; of several that fit
+    the longest counts"""
     ema: float = 0.0
     """decay per update of the exponential moving average of the weights, which is then validated and saved; 0: none"""
 
@@ -128,7 +145,7 @@ class TrainSettings(Reading):
     ``attack="eroseg"`` and no preset ``balance`` is 1 unless they say otherwise: all classes are attacked alike"""
     front_loss: float | None = None
     """the loss of a pixel counts 1 + front_loss times where the network is undecided about it, falling to 1 where it is
-    sure, over the image's mean; default 4 with ``attack="eroseg"``, else 0"""
+    sure, over the image's mean; default 4 with ``attack="eroseg"`` and no ``loss`` of one's own, else 0"""
     backend: str = "auto"
     """of the attack and the front loss: ``fused``, ``reference`` or ``auto``"""
     mean: tuple[float, ...] | Any | None = None
@@ -211,6 +228,15 @@ class TrainSettings(Reading):
             require(max(weights) > 0, "class_weights", weights, "at least one number > 0")
         compared = self.compare_reference
         require(compared == 0 or self.attack != NO_ATTACK, "compare_reference", compared, "0, since attack is 'none'")
+        if self.loss is None:
+            require(not self.loss_args, "loss_args", self.loss_args, "none without loss")
+        else:
+            named = isinstance(self.loss, str) and ":" in self.loss
+            require(named or callable(self.loss), "loss", self.loss, "package.module:callable or file.py:callable")
+            require(not self.front_loss, "front_loss", self.front_loss, "0 with a loss of one's own")
+            require(self.class_weights == "none", "class_weights", self.class_weights, "none with a loss of one's own")
+        for name, factor in self.lr_mult.items():
+            check_number(f"lr_mult[{name!r}]", factor, 0, math.inf)
         self.attack_settings()
         take_statistics(self)
         if self.mean is not None:
@@ -262,7 +288,7 @@ class TrainSettings(Reading):
         """The factor that ``front_loss`` gives or leaves to the attack."""
         if self.front_loss is not None:
             return self.front_loss
-        return 4.0 if self.attack == "eroseg" else 0.0
+        return 4.0 if self.attack == "eroseg" and self.loss is None else 0.0
 
     @property
     def peak_learning_rate(self) -> float:
@@ -276,6 +302,8 @@ class TrainSettings(Reading):
 
     def plain(self) -> dict[str, Any]:
         """All settings as values that JSON can hold."""
-        others = {name: type(data) for name in ("data", "val") if not isinstance(data := getattr(self, name), Path)}
-        found: dict[str, Any] = plain(vars(self) | {name: kind.__name__ for name, kind in others.items()})
+        own = ("data", "val", "loss")
+        objects = {name: value for name in own if not isinstance(value := getattr(self, name), (str, Path, type(None)))}
+        names = {name: getattr(value, "__qualname__", type(value).__name__) for name, value in objects.items()}
+        found: dict[str, Any] = plain(vars(self) | names)
         return found

@@ -13,14 +13,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from eroseg_ext.attacks import pgd
 from eroseg_ext.attacks.settings import AttackSettings
-from eroseg_ext.data.palettes import VOID
 from eroseg_ext.models.adapter import SETTINGS as OF_THE_MODEL
 from eroseg_ext.ops import backend as backends
 from eroseg_ext.training import clock as phases
 from eroseg_ext.training import seeds
 from eroseg_ext.training.clock import Clock
 from eroseg_ext.training.distributed import Processes
-from eroseg_ext.training.loss import summed_loss
+from eroseg_ext.training.loss import Loss
 from eroseg_ext.training.network import Network
 from eroseg_ext.training.samples import Batch
 from eroseg_ext.training.settings import TrainSettings
@@ -31,10 +30,10 @@ class Updater:
     """The model, which is on the processes' device, with its optimiser and averages, and the step that moves them."""
 
     def __init__(
-        self, settings: TrainSettings, network: Network, task: Task, processes: Processes, clock: Clock
+        self, settings: TrainSettings, network: Network, loss: Loss, task: Task, processes: Processes, clock: Clock
     ) -> None:
         self._settings = settings
-        self._class_weights = None if task.class_weights is None else task.class_weights.to(processes.device)
+        self._loss = loss
         self._updates = settings.epochs * task.updates_per_epoch
         self._warmup = settings.warmup_epochs * task.updates_per_epoch
         self._processes = processes
@@ -99,10 +98,10 @@ class Updater:
         clock.switch(phases.UPDATE)
         self._network.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(update)
+            group["lr"] = self.learning_rate(update) * group["factor"]
         # Dropout and its like: known from the update's number, so that nothing has to be carried over a resume.
         torch.manual_seed(seeds.torch_seed(settings.seed, seeds.MODEL, update, processes.rank))
-        total = self._total_weight(labels)
+        total = processes.sum_(self._loss.weight(labels)).clamp(min=1e-12)
         first = processes.rank * len(images)
         backend = backend or settings.backend
         ops = backends.select(processes.device, backend)
@@ -112,9 +111,7 @@ class Updater:
             part = self._attacked(part, wanted, first + number * len(part), update, backend)
             last = number + 1 == settings.accumulate
             with nullcontext() if last else self._without_sync():
-                logits = self._network(part)
-                summed = summed_loss(logits, wanted, self._class_weights, settings.front_loss_in_force, ops)
-                share = summed / total
+                share = self._loss(self._network(part, heads=True), wanted, total, ops)
                 # DistributedDataParallel takes the mean over the processes, and the loss is their sum.
                 (share * processes.world).backward()
             loss += share.detach()
@@ -130,15 +127,6 @@ class Updater:
     def _without_sync(self) -> AbstractContextManager[None]:
         """Gradients stay in the process: more of them follow."""
         return self._network.no_sync() if isinstance(self._network, DistributedDataParallel) else nullcontext()
-
-    def _total_weight(self, labels: Tensor) -> Tensor:
-        """What the summed loss is divided by: the weight of all valid pixels of the whole batch."""
-        valid = labels != VOID
-        if self._class_weights is None:
-            total = valid.sum().float()
-        else:
-            total = self._class_weights[labels.where(valid, 0)].where(valid, 0).sum()
-        return self._processes.sum_(total).clamp(min=1e-12)
 
     def _attacked(self, images: Tensor, labels: Tensor, first: int, update: int, backend: str) -> Tensor:
         """The images from place ``first`` of the whole batch on, ``adv_fraction`` of them, evenly spaced, attacked."""
@@ -193,8 +181,17 @@ def _chosen(place: int, fraction: float) -> bool:
 
 
 def _optimizer(settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    by_factor: dict[float, list[nn.Parameter]] = {}
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name in names:
+        keys = sorted((key for key in settings.lr_mult if key in name), key=len)
+        factor = settings.lr_mult[keys[-1]] if keys else 1.0
+        by_factor.setdefault(factor, []).append(model.get_parameter(name))
+    for key in settings.lr_mult:
+        if not any(key in name for name in names):
+            raise ValueError(f"lr_mult names {key!r}, wanted a part of a parameter's name, such as {names[0]!r}")
+    groups = [{"params": parameters, "factor": factor} for factor, parameters in by_factor.items()]
     rate, decay = settings.peak_learning_rate, settings.decay
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, rate, momentum=0.9, weight_decay=decay)
-    return torch.optim.AdamW(parameters, rate, weight_decay=decay)
+        return torch.optim.SGD(groups, rate, momentum=0.9, weight_decay=decay)
+    return torch.optim.AdamW(groups, rate, weight_decay=decay)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,3 +156,41 @@ def test_training(voc: Path, scenes: Any, source: str, tmp_path: Path) -> None:
     )
     assert summary["classes"] == {"torchvision": 21, "hugging face": 150}[source]
     assert 0 <= summary["validation"]["miou"] <= 100
+
+
+@pytest.mark.works(
+    "training",
+    "torchvision models with auxiliary heads",
+    '`train(model, auxiliary_weight=0.4, lr_mult={"backbone": 0.1})`',
+)
+def test_training_of_auxiliary_heads(voc: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"weights": None, "weights_backbone": None, "num_classes": 21, "aux_loss": True}
+    model = vision.models.segmentation.deeplabv3_mobilenet_v3_large(**options)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    _train(model, voc, tmp_path, auxiliary_weight=0.4, lr_mult={"backbone": 0.0})
+    after = model.state_dict()
+    for name in ("aux_classifier.4.weight", "classifier.4.weight"):
+        assert not torch.equal(after[name], before[name])
+    assert torch.equal(after["backbone.0.0.weight"], before["backbone.0.0.weight"])
+
+
+@pytest.mark.works(
+    "training",
+    "losses of segmentation_models_pytorch",
+    '`train(model, loss="segmentation_models_pytorch.losses:DiceLoss", loss_args=...)`, see [Training](train.md)',
+)
+@pytest.mark.parametrize("loss", ["DiceLoss", "LovaszLoss", "FocalLoss"])
+def test_training_with_a_loss(voc: Path, tmp_path: Path, loss: str) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    args = {"mode": "multiclass", "ignore_index": -1}
+    _train("tiny", voc, tmp_path, loss=f"segmentation_models_pytorch.losses:{loss}", loss_args=args)
+
+
+def _train(model: Any, voc: Path, out: Path, **settings: Any) -> None:
+    """Trains for two updates whose losses are finite."""
+    data = vision.datasets.VOCSegmentation(voc, image_set="train")
+    shared: dict[str, Any] = {"dataset": "voc", "epochs": 1, "batch_size": 2, "attack_steps": 1, "size": (48, 64)}
+    eroseg_ext.train(model, data=data, out=out, say=lambda _: None, log_every=1, **shared, **settings)
+    losses = [line["loss"] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines())]
+    assert len(losses) >= 1
+    assert all(map(math.isfinite, losses))

@@ -29,6 +29,7 @@ NUMBER = ("", "x", "nan", "inf", "-1", "1e400")
 BUDGET = ("", "x", "nan", "inf", "-1", "1/0", "1e300", "8/255/2", "2/255,,")
 NUMBERS = ("", "x", "nan", "inf", "1,,2", "0,0")
 SIZE = ("", "x", "0x5", "-1x5", "5", "5x", "nanxnan", "100000x100000", f"{HUGE}x1", "1.5x2")
+SIDES = ("", "x", "nan", "0", "-1", "1.5", "9" * 5000, "0x5", "5x", "1.5x2", "100000x100000", f"{HUGE}x1")
 JSON = ("", "x", "[]", "1", '{"a": NaN}', '{"a": Infinity}', '{"a": 1e400}', "[" * 100_000, '{"no_such_name": 1}')
 CHOICE = ("", "x", NOT_UTF8)
 OUTPUT_KEY = ("", "nothing", "7", HUGE, "9" * 5000, NOT_UTF8)
@@ -68,6 +69,7 @@ VALUES = {
         **{"--output": CHOICE, "--output-key": OUTPUT_KEY, "--palette": PALETTE},
     },
     "evaluate": {
+        **dict.fromkeys(("--window", "--stride"), SIDES),
         **dict.fromkeys(("--steps", "--restarts", "--seed"), WHOLE),
         **dict.fromkeys(("--images", "--batch-size", "--sanity"), COUNT),
         **{"--data": FOLDER, "--out": OUT, "--weights": FILE, "--device": DEVICE, "--model": MODEL},
@@ -79,6 +81,7 @@ VALUES = {
         **{"--shard": ("", "x", "1", "2/2", "-1/2", "0/0", "1.5/2", "0/2/2", f"{HUGE}/2", "nan/2")},
     },
     "attack": {
+        **dict.fromkeys(("--window", "--stride"), SIDES),
         **dict.fromkeys(("--steps", "--restarts", "--seed", "--classes"), WHOLE),
         **dict.fromkeys(("--images", "--batch-size"), COUNT),
         **{"--data": FOLDER, "--out": OUT, "--weights": FILE, "--device": DEVICE, "--model": MODEL, "--size": SIZE},

@@ -346,6 +346,7 @@ class TestDistributed:
             run(lambda images: wrapped(images), batch, model_mode="train", return_info=True)
         before.assert_unchanged()
         in_turn(lambda images: wrapped(images), wrapped, batch, lambda model: run(model, batch, restarts=2))
+        in_turn(lambda images: wrapped(images), wrapped, batch, lambda model: run(model, batch, window=12))
 
     @pytest.mark.parametrize(
         "attacked",
@@ -355,16 +356,18 @@ class TestDistributed:
             lambda model, batch: run(model, batch, keep="best", restarts=2),
             lambda model, batch: run(lambda images: model(images), batch, keep="best"),
             lambda model, batch: strong_attack(model, *batch, steps=2),
+            lambda model, batch: run(model, batch, window=12),
             lambda model, batch: model(batch[0]).detach(),
             lambda model, batch: _without_gradient(model, batch),
         ],
-        ids=["plain", "info", "best", "callable", "strong", "forward alone", "after a look at the clean images"],
+        ids=["plain", "info", "best", "callable", "strong", "windows", "forward alone", "after a look at clean images"],
     )
     def test_a_sharded_module_trains_on(self, net: nn.Sequential, batch: Batch, attacked: Any) -> None:
         net[3] = nn.Identity()
-        expected = run(net, batch)
+        ways: list[dict[str, Any]] = [{}, {"window": 12}]
+        expected = [run(net, batch, **way) for way in ways]
         model = _sharded(net)
-        assert torch.equal(run(model, batch), expected)
+        assert all(torch.equal(run(model, batch, **way), wanted) for way, wanted in zip(ways, expected, strict=True))
         in_turn(model, model, batch, lambda model: attacked(model, batch))
 
     @pytest.mark.parametrize("looks_first", [False, True])

@@ -107,7 +107,7 @@ class Engine:
 
     def _take_slices(self) -> int:
         """Volumes become images of their slices; returns how many each has."""
-        volumes.check(self.images, self.labels, self.mask, self.config.within)
+        volumes.check(self.images, self.labels, self.mask, self.config)
         self._shape, depth = self.images.shape, self.images.shape[2]
         self.model = volumes.of_slices(self.model, depth)
         self.images = self.images.flatten(2, 3)

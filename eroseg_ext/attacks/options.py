@@ -42,6 +42,8 @@ class Options(TypedDict, total=False):
     logits: Function[[Any], Tensor] | None
     align_corners: bool
     see_through: bool
+    window: int | tuple[int, int] | None
+    stride: int | tuple[int, int] | None
     own_label_size: bool
     backend: str
     model_mode: str

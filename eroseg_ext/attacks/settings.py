@@ -14,6 +14,7 @@ from torch import Tensor
 from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.models.normalisation import take_statistics
 from eroseg_ext.models.outputs import OUTPUTS
+from eroseg_ext.models.windows import check_window
 from eroseg_ext.utils.validate import (
     check_choice,
     check_integer,
@@ -91,6 +92,10 @@ class AttackSettings:
         align_corners: of the bilinear upsampling of logits that are smaller than the labels.
         see_through: where the model's last operation upsamples its logits to the images' size, do without it, and take
             the logits before; see ``docs/models.md``.
+        window: give the model no more of an image at once than so many pixels, or (height, width), and average its
+            logits where windows overlap, as mmsegmentation does in mode "slide"; a backward pass computes each window
+            anew, so that one window's activations are in memory at a time.
+        stride: with window: distance of two windows, likewise; default 3/4 of the window.
         own_label_size: labels may have another size than images, to which the logits are then interpolated.
         micro_batch: attack so many images at a time; results are those of the whole batch for models that treat images
             alone.
@@ -142,6 +147,8 @@ class AttackSettings:
     logits: Callable[[Any], Tensor] | None = None
     align_corners: bool = False
     see_through: bool = True
+    window: int | tuple[int, int] | None = None
+    stride: int | tuple[int, int] | None = None
     own_label_size: bool = False
     micro_batch: int | None = None
     backend: str = "auto"
@@ -192,6 +199,8 @@ class AttackSettings:
         check_integer("radius", self.radius, 0, 8)
         if self.micro_batch is not None:
             check_integer("micro_batch", self.micro_batch, 1)
+        check_window(self.window, self.stride)
+        require(self.window is None or not self.graph, "graph", True, "False beside window")
         check_number("slope", self.slope, 0, math.inf)
         check_number("reach", self.reach, 0, math.inf)
         check_number("q", self.q, 1, math.inf)

@@ -10,21 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.models.adapter import Model
 from eroseg_ext.ops import reference
 from eroseg_ext.ops.protocol import Operations
+from eroseg_ext.utils.validate import require
 
 
-def check(images: Tensor, labels: Tensor | None, mask: Tensor | None, within: str) -> None:
-    """Raises ValueError for labels or a mask that are not a volume's, before they are taken for an image's."""
+def check(images: Tensor, labels: Tensor | None, mask: Tensor | None, config: AttackSettings) -> None:
+    """Raises ValueError for labels or a mask that are not a volume's, or a setting that is of images alone."""
     batch, _, *size = images.shape
     for name, value, wanted in (("labels", labels, [batch, *size]), ("mask", mask, [batch, 1, *size])):
         if isinstance(value, Tensor) and list(value.shape) != wanted:
             raise ValueError(
                 f"{name} has shape {list(value.shape)}, wanted {wanted} to go with images {list(images.shape)}"
             )
-    if within != "any":
-        raise ValueError(f"within is {within!r}, wanted 'any' for volumes, images of shape {list(images.shape)}")
+    for setting, came, needed in (("within", config.within, "any"), ("window", config.window, None)):
+        require(came == needed, setting, came, f"{needed!r} for volumes, images of shape {list(images.shape)}")
 
 
 def of_slices(model: Model, depth: int) -> Model:

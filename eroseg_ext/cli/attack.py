@@ -54,6 +54,10 @@ class Attacked:
     """what the model returns: ``logits``, ``probabilities`` (of a softmax) or scores of a ``sigmoid``"""
     output_key: int | str | None = None
     """which entry of the model's output are the logits, where it returns several: a number or a name"""
+    window: int | tuple[int, int] | None = None
+    """give the model no more of an image at once than this, and average its logits where windows overlap"""
+    stride: int | tuple[int, int] | None = None
+    """with window: distance of two windows; default 3/4 of the window"""
     options: Mapping[str, Any] = field(default_factory=dict)
     """further keywords of :func:`eroseg_ext.attack`, such as {"keep": "best"}"""
 
@@ -67,7 +71,7 @@ class Attacked:
 def command(attacked: Attacked, network: Network, reading: Reading) -> None:
     """Attacks images and writes them as 8-bit PNGs inside the ball, with the settings of the attack beside them, for
     other models to be evaluated on: eroseg evaluate --adversarial."""
-    names = ("method", "eps", "steps", "restarts", "norm", "mean", "std", "output", "output_key")
+    names = ("method", "eps", "steps", "restarts", "norm", "mean", "std", "output", "output_key", "window", "stride")
     given = {name: getattr(attacked, name) for name in names}
     given |= {"autocast": network.autocast, "ignore_index": VOID, "quantize": True, **attacked.options}
     config = AttackSettings.create(**given)

@@ -177,6 +177,11 @@ CONVERTERS: dict[str, tuple[Callable[[str], Any], str, str]] = {
         "NAME|X,...",
         "a name or numbers",
     ),
+    "int | tuple[int, int]": (
+        lambda text: int(text) if text.isdigit() else _size(text),
+        "N|HxW",
+        f"a number of pixels, or HEIGHTxWIDTH of at most {MAX_PIXELS} pixels",
+    ),
     "float | Sequence[float]": _NUMBERS,
     "Sequence[float] | Any": _NUMBERS,
     "Sequence[float]": _NUMBERS,

@@ -78,6 +78,11 @@ class EvaluationSettings(Reading):
     """of the bilinear upsampling of logits that are smaller than the labels"""
     see_through: bool = True
     """do without a model's last upsampling of its logits, and take those before it"""
+    window: int | tuple[int, int] | None = None
+    """give the model no more of an image at once than so many pixels, or (height, width), and average its logits where
+    windows overlap, as mmsegmentation does in mode "slide"; one window's activations are in memory at a time"""
+    stride: int | tuple[int, int] | None = None
+    """with window: distance of two windows, likewise; default 3/4 of the window"""
     own_label_size: bool = False
     """labels keep their own size where images are resized, by ``size`` or by the data set itself, and the prediction is
     interpolated to it, as transformers and mmsegmentation evaluate"""

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from eroseg_ext.models.modules import depends_on_parameters, modules_behind
 from eroseg_ext.models.outputs import DTYPES, Reader
 from eroseg_ext.models.see_through import LogitMap, SeeThrough, can_see_through
+from eroseg_ext.models.windows import Sides, averaged, places
 from eroseg_ext.utils.validate import warn
 
 Model = Callable[[Tensor], Any]
@@ -25,7 +26,10 @@ NO_GRADIENT = (
     "the model's logits do not depend on images by autograd, wanted a differentiable model: if a part of it runs under "
     "torch.no_grad, eroseg_ext.models.semantic(model, through_no_grad=True) is one"
 )
-SETTINGS = ("mean", "std", "autocast", "output", "output_key", "logits", "align_corners", "see_through")
+SETTINGS = (
+    *("mean", "std", "autocast", "output", "output_key", "logits", "align_corners", "see_through"),
+    *("window", "stride"),
+)
 """What :class:`Logits` takes, under the names that the settings of attack, training and evaluation have for it."""
 
 
@@ -153,6 +157,7 @@ class Logits:
     them bilinearly to ``size`` if need be. The model is given a tensor that it may write to.
 
     Args:
+        window, stride: what the model is given of larger images, see :func:`eroseg_ext.models.windows.places`.
         dtype: what a model without parameters is given; None: the images as they are.
     """
 
@@ -164,6 +169,8 @@ class Logits:
         std: Sequence[float] | None = None,
         autocast: torch.dtype | None = None,
         see_through: bool = True,
+        window: Sides | None = None,
+        stride: Sides | None = None,
         dtype: torch.dtype | None = None,
         **reading: Any,
     ) -> None:
@@ -174,6 +181,7 @@ class Logits:
             raise TypeError(f"model is a {type(given).__name__}, wanted an nn.Module or another callable{hint}")
         self._model = model
         self._read = Reader(**reading)
+        self._window, self._stride = window, stride
         self._modules = modules_behind(model)
         # What shares a model over processes hangs its work onto the backward pass of what the model returned.
         self._sees_through = see_through and not self.is_sharded and can_see_through(self._modules)
@@ -192,6 +200,23 @@ class Logits:
 
     def __call__(self, images: Tensor, size: tuple[int, int]) -> LogitMap:
         """The logits of ``images[B, K, H, W]`` of ``size``; TypeError or ValueError for an output of another form."""
+        at = [] if self._window is None else places(size, self._window, self._stride)
+        if len(at) <= 1:
+            return self._of_one_pass(images, size)
+        return LogitMap(averaged(Pass(self._of_window), images, at), self._read.align_corners)
+
+    def with_auxiliary(self, images: Tensor, size: tuple[int, int]) -> list[LogitMap]:
+        """The logits, and after them those of auxiliary heads; without windows."""
+        output = self._output(images, size)
+        return [self._read(output, images.shape[0], size), *self._read.auxiliary(output, images.shape[0])]
+
+    def _of_window(self, images: Tensor) -> LogitMap:
+        """At the window's own size."""
+        size = (images.shape[-2], images.shape[-1])
+        logits = self._of_one_pass(images, size)
+        return logits._replace(values=logits.at(size))
+
+    def _of_one_pass(self, images: Tensor, size: tuple[int, int]) -> LogitMap:
         logits = self._read(self._output(images, size), images.shape[0], size)
         if logits.values.requires_grad and not self._warned:
             self._warned = True
@@ -201,11 +226,6 @@ class Logits:
                     "statistics and requires_grad stay as they are during the attack, pass an nn.Module instead"
                 )
         return logits
-
-    def with_auxiliary(self, images: Tensor, size: tuple[int, int]) -> list[LogitMap]:
-        """The logits, and after them those of auxiliary heads."""
-        output = self._output(images, size)
-        return [self._read(output, images.shape[0], size), *self._read.auxiliary(output, images.shape[0])]
 
     def _output(self, images: Tensor, size: tuple[int, int]) -> Any:
         if self._mean is not None:
@@ -238,14 +258,14 @@ class Pass:
     """The model's forward and backward pass with respect to the images, step after step."""
 
     def __init__(self, forward: Callable[[Tensor], LogitMap]) -> None:
-        self._forward = forward
+        self.forward = forward
         self._under_way: tuple[Tensor, GradientEdge] | None = None
         self._has_checkpoints = False
 
     def logits(self, images: Tensor) -> LogitMap:
         """Of ``images[B, K, H, W]``, detached; ValueError for logits that are cut off from the images."""
         leaf = images.detach().requires_grad_()
-        logits = self._forward(leaf)
+        logits = self.forward(leaf)
         if not logits.values.requires_grad:
             raise ValueError(NO_GRADIENT)
         # Not the logits themselves, which need not last through the backward pass.
@@ -269,7 +289,7 @@ class Pass:
                     raise
                 # Checkpoints with use_reentrant=True ask for backward(). What came after the last of them is freed.
                 self._has_checkpoints = True
-                logits = get_gradient_edge(self._forward(leaf).values)
+                logits = get_gradient_edge(self.forward(leaf).values)
         torch.autograd.backward(logits, grad_logits)
         if leaf.grad is None:
             raise ValueError(NO_GRADIENT)

@@ -43,7 +43,7 @@ class Reader:
         self._output = output
         self._output_key = output_key
         self._logits = logits
-        self._align_corners = align_corners
+        self.align_corners = align_corners
         self._seen: tuple[object, ...] | None = None
 
     def __call__(self, output: Any, batch: int, size: tuple[int, int]) -> LogitMap:
@@ -85,8 +85,8 @@ class Reader:
     def _as_logits(self, found: Tensor) -> LogitMap:
         if self._output != "logits":
             # At their own size: the result is that of the model without its last layer, to rounding.
-            return LogitMap(_converted(found, self._output), self._align_corners)
-        logits = source_of(found, self._align_corners)
+            return LogitMap(_converted(found, self._output), self.align_corners)
+        logits = source_of(found, self.align_corners)
         return logits._replace(values=logits.values.float()) if found.dtype == torch.float64 else logits
 
 

@@ -251,7 +251,8 @@ class TrainSettings(Reading):
         of_the_training = ("method", "eps", "steps", "step_size", "mean", "std", "autocast", "backend", "model_mode")
         for name in (*of_the_training, *reading):
             require(name not in self.attack_options, "attack_options", name, "it as a setting of the training")
-        for name in ("ignore_index", "progress", "targeted", "clip", "graph", "logits", "images_are_normalized"):
+        fixed = ("ignore_index", "progress", "targeted", "clip", "graph", "logits", "images_are_normalized")
+        for name in (*fixed, "window", "stride"):
             require(name not in self.attack_options, "attack_options", name, "none of what training fixes")
         options = dict(self.attack_options)
         preset = options.pop("preset", None)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import eroseg_ext
@@ -114,6 +115,23 @@ PER_PIXEL: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", PER_PIXEL)
 def test_models_of_pixels(name: str) -> None:
     check_attacks(settled(PER_PIXEL[name]()))
+
+
+@pytest.mark.works(
+    "model",
+    "models of one image size, such as transformers BEiT, on larger images",
+    "`attack(model, images, labels, window=64)`, as mmsegmentation's mode `slide`",
+)
+@pytest.mark.parametrize("name", ["BEiT", "SegFormer"])
+def test_windows_of_larger_images(name: str) -> None:
+    model = settled(PER_PIXEL[name]())
+    images, labels = batch((64, 104))
+    check_attacks(model, images, labels, window=64, stride=32)
+    with torch.no_grad():
+        found = Logits(model.eval(), window=64, stride=32)(images, (64, 104)).values
+        for begin, first, last in ((0, 0, 32), (40, 96, 104)):  # the columns of one window alone
+            of_window = F.interpolate(model(images[..., begin : begin + 64]).logits, (64, 64), mode="bilinear")
+            torch.testing.assert_close(found[..., first:last], of_window[..., first - begin : last - begin])
 
 
 def detr() -> nn.Module:

@@ -130,8 +130,8 @@ class Stream(IterableDataset[Any]):
         (Stream(), "data is a Stream, wanted a folder, or a data set"),
         (DataLoader(Stream()), "data is a DataLoader, wanted a folder, or a data set"),
         (
-            [(PIXELS, LABELS)],
-            r"label map of data\[0\] cannot be read as a label map: its shape is \[3, 12, 16\], wanted one",
+            [(PIXELS[:2], LABELS[:2])],
+            r"label map of data\[0\] is 16x12x2 pixels but its volume data\[0\] is 16x12x3",
         ),
         (
             [(PIXELS[0], LABELS[:2])],

@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CLASSES, VOID
+from evaluation_common import QUICK
 from torch import Tensor, nn
 
 import eroseg_ext
+from eroseg_ext.data.sources import Reading
+from eroseg_ext.evaluation import sanity
 from eroseg_ext.ops import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -155,3 +158,117 @@ def test_the_fused_erosion_is_of_images(volumes: tuple[Tensor, Tensor], fused: s
     with pytest.raises(RuntimeError, match="the erosion of volumes is computed by the reference only"):
         run(Net().to(device), *volumes, backend=fused)
     run(Net().to(device), *volumes, backend=fused, radius=0)
+
+
+FORMS: dict[str, Any] = {
+    "a batch": lambda x, y: (x, y),
+    "pairs": lambda x, y: list(zip(x, y, strict=True)),
+    "dicts of MONAI": lambda x, y: [{"image": i, "label": k[None].float()} for i, k in zip(x, y, strict=True)],
+    "arrays of 8 bits": lambda x, y: [((i * 255).byte().numpy(), k.numpy()) for i, k in zip(x, y, strict=True)],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_evaluation_of_volumes(volumes: tuple[Tensor, Tensor], device: torch.device, form: str, tmp_path: Any) -> None:
+    images, labels = (part.cpu() for part in volumes)
+    if form == "arrays of 8 bits":
+        images = (images * 255).byte() / 255
+    net = Net().to(device).eval()
+
+    def model(given: Tensor) -> Tensor:
+        return F.avg_pool3d(net(given), (1, 2, 2))
+
+    rows = ["eroseg", "pgd"]
+    result = eroseg_ext.evaluate(model, FORMS[form](images, labels), attacks=rows, out=tmp_path, **QUICK)
+    for name, found in [("clean", result.clean), *((row.attack, row.scores) for row in result.rows)]:
+        pixels = images.to(device)
+        if name != "clean":
+            given = {"method": name, "eps": QUICK["eps"], "steps": QUICK["steps"], "ignore_index": VOID}
+            pixels = eroseg_ext.strong_attack(model, pixels, labels.to(device), **given)
+        with torch.no_grad():
+            predicted = F.interpolate(model(pixels), size=SIZE, mode="trilinear").argmax(1).cpu()
+        valid = labels != VOID
+        assert found.aacc == pytest.approx(100 * float((predicted == labels)[valid].double().mean()))
+        for number in range(CLASSES):
+            union = ((predicted == number) | (labels == number))[valid].sum()
+            assert found.iou[number] == pytest.approx(
+                100 * float(((predicted == number) & (labels == number))[valid].sum() / union)
+            )
+    assert result.rows[0].scores.aacc < result.clean.aacc
+
+
+def test_evaluation_of_volumes_of_several_depths_and_an_interruption(
+    volumes: tuple[Tensor, Tensor], device: torch.device, tmp_path: Any
+) -> None:
+    images, labels = (part.cpu() for part in volumes)
+    data = [(images[0], labels[0]), (images[1, :, :3], labels[1, :3])]
+    calls: list[int] = []
+    net = Net().to(device)
+
+    def model(given: Tensor) -> Tensor:
+        calls.append(given.shape[2])
+        return net(given)
+
+    settings = {**QUICK, "attacks": ["pgd"], "out": tmp_path}
+    first = eroseg_ext.evaluate(model, data, **settings)
+    assert calls.count(3) > QUICK["steps"]
+    calls.clear()
+    again = eroseg_ext.evaluate(model, data, **settings)
+    assert (again.clean, again.rows) == (first.clean, first.rows)
+    assert calls == [5] * 3  # those of the fingerprint
+
+
+def test_sanity_checks_on_volumes(volumes: tuple[Tensor, Tensor], device: torch.device) -> None:
+    checks = {check.name: check for check in sanity.check(Net().to(device), *volumes, eps=8 / 255, ignore_index=VOID)}
+    assert not any("could not be checked" in check.verdict for check in checks.values())
+    for name in ("deterministic", "logits", "gradients", "eps 0", "falls with eps", "beats noise"):
+        assert checks[name].passed, checks[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "sentence"),
+    [
+        (
+            lambda x, y: (x, y[:3]),
+            {},
+            r"^the label map of data\[0\] is 12x10x3 pixels but its volume data\[0\] is 12x10x5$",
+        ),
+        (lambda x, y: (x, y[:3]), {"own_label_size": True}, r"^the label map of data\[0\] is 12x10x3 pixels but its"),
+        (lambda x, y: (x, y[0]), {}, r"its shape is \[10, 12\], wanted one label map \[D, H, W\]$"),
+        (
+            lambda x, y: (x, torch.stack([y, y])),
+            {},
+            r"its shape is \[2, 5, 10, 12\], wanted one label map \[D, H, W\]$",
+        ),
+        (lambda x, y: (x, y), {"size": (8, 8)}, r"^size is \(8, 8\), wanted None for volumes, such as data\[0\]$"),
+        (lambda x, y: (x, y), {"window": 8}, r"^window is 8, wanted None for volumes, images of shape"),
+        (
+            lambda x, y: (x, y),
+            {"attacks": {"a": {"method": "eroseg", "within": "class"}}},
+            "^within is 'class', wanted 'any' for volumes",
+        ),
+        (lambda x, y: (x, y.where(y != 1, 9)), {}, r"^image 0 has the label 9 at slice 0, row \d, column \d+, wanted"),
+        (
+            lambda x, y: (x, y.where(y != 1, -5)),
+            {},
+            r"^the label map of data\[0\] has the label -5 at slice 0, row \d, column \d+, wanted classes",
+        ),
+    ],
+)
+def test_what_the_evaluation_of_volumes_refuses(
+    volumes: tuple[Tensor, Tensor], device: torch.device, change: Any, settings: dict[str, Any], sentence: str
+) -> None:
+    data = [change(*(part[0].cpu() for part in volumes))]
+    with pytest.raises(ValueError, match=sentence):
+        eroseg_ext.evaluate(Net().to(device), data, **QUICK | settings)
+
+
+def test_training_takes_no_volumes(volumes: tuple[Tensor, Tensor], tmp_path: Any) -> None:
+    images, labels = (part.cpu() for part in volumes)
+    message = r"^data\[0\] is a volume of shape \[2, 5, 10, 12\], wanted an image \[K, H, W\]$"
+    for data in (list(zip(images, labels, strict=True)), [(images[0], labels[0][None])]):
+        for classes in (None, CLASSES):
+            with pytest.raises(ValueError, match=message):
+                eroseg_ext.train(Net(), data=data, out=tmp_path, classes=classes, batch_size=1)
+    with pytest.raises(ValueError, match=message):
+        Reading().source(list(zip(images, labels, strict=True)), "val").read(0)

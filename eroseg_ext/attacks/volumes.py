@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from eroseg_ext.attacks.settings import AttackSettings
-from eroseg_ext.models.adapter import Model
+from eroseg_ext.models.adapter import Logits, Model
+from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops import reference
 from eroseg_ext.ops.protocol import Operations
 from eroseg_ext.utils.validate import require
@@ -45,6 +47,19 @@ def of_slices(model: Model, depth: int) -> Model:
         return tree_map(flat, model(volumes))
 
     return model_of_slices
+
+
+def reader(model: Model, make: Callable[[Model], Logits]) -> Callable[[Tensor], LogitMap]:
+    """``images or volumes -> logits``, of volumes as of images; ``make`` is called with the model of images."""
+    of_depth = functools.cache(lambda depth: make(of_slices(model, depth) if depth else model))
+
+    def logits(images: Tensor) -> LogitMap:
+        depth = images.shape[2] if images.dim() == 5 else 0
+        images = images.flatten(2, -2)
+        found: LogitMap = of_depth(depth)(images, (images.shape[-2], images.shape[-1]))
+        return found
+
+    return logits
 
 
 def operations(depth: int) -> Operations:

@@ -50,11 +50,11 @@ class ClassMap:
         """
         labels = self._of(values)
         if labels.numel() > 0 and int(labels.amin()) == _WRONG:
-            row, column = (labels == _WRONG).nonzero()[0].tolist()
+            wrong = labels == _WRONG
             allowed = (self.table >= 0).nonzero()
             raise ValueError(
-                f"{name} has the label {int(values[row, column])} at row {row}, column {column}, wanted classes "
-                f"{int(allowed[0])} to {int(allowed[-1])}, or {listed(sorted(self.void))} for void"
+                f"{name} has the label {int(values[wrong][0])} at {place_of(wrong)}, wanted classes {int(allowed[0])} "
+                f"to {int(allowed[-1])}, or {listed(sorted(self.void))} for void"
             )
         return labels
 
@@ -114,6 +114,12 @@ def class_map(
     if 0 <= ignore_index < _VALUES:
         table[ignore_index] = VOID
     return ClassMap(count, table, ignore_index, names)
+
+
+def place_of(found: Tensor) -> str:
+    """Where in a label map, or in that of a volume, the first true value is."""
+    place = found.nonzero()[0].tolist()
+    return ", ".join(f"{side} {at}" for side, at in zip(("slice", "row", "column")[-len(place) :], place, strict=True))
 
 
 def listed(values: list[int]) -> str:

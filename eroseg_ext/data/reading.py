@@ -42,14 +42,14 @@ def opened(path: Path) -> Image.Image:
 
 
 def image_of(value: Any, size: torch.Size | None = None) -> Tensor:
-    """An image as uint8 or float32 [K, H, W]; of a PIL image in RGB.
+    """An image as uint8 or float32 [K, H, W], of a PIL image in RGB; a volume as [K, D, H, W].
 
     Images of 16 bits are scaled to 8, a PIL image's floats must lie in [0, 1], and its alpha is dropped: colours are
     taken as they are stored. A PIL image with an EXIF orientation is turned as viewers show it; where only the picture
     as it is stored has the label map's size, it is taken as that.
 
     Args:
-        value: a file's path; a PIL image; a tensor or array [K, H, W], [H, W, K] or [H, W].
+        value: a file's path; a PIL image; a tensor or array [K, H, W], [H, W, K], [H, W] or [K, D, H, W].
         size: [H, W] of the label map.
     """
     value = opened(value) if isinstance(value, Path) else value
@@ -58,7 +58,7 @@ def image_of(value: Any, size: torch.Size | None = None) -> Tensor:
         stored_fits = shown.size != value.size and size is not None and value.size == (size[1], size[0])
         return torch.from_numpy(_rgb(value if stored_fits else shown)).permute(2, 0, 1)
     image = _channels_first(_tensor(value, "an image [K, H, W]"))
-    if image.dim() != 3:
+    if image.dim() not in (3, 4):
         raise ValueError(f"its shape is {list(image.shape)}, wanted one image [K, H, W]")
     if image.dtype == torch.uint16:
         return (image.float() / 257).round().to(torch.uint8)  # as those of files
@@ -67,27 +67,32 @@ def image_of(value: Any, size: torch.Size | None = None) -> Tensor:
     return image if image.dtype == torch.uint8 else image.float()
 
 
-def labels_of(value: Any, palette: Palette | None = None) -> Tensor:
-    """A label map as int64 [H, W].
+def labels_of(value: Any, palette: Palette | None = None, of_volume: bool = False) -> Tensor:
+    """A label map as int64 [H, W], of a volume [D, H, W].
 
     Of a PIL image: the values of a grey one, the indices of a palette file; of a GIF, which has no grey, and of RGB
     that holds nothing but grey, the grey. With a ``palette``, the classes of the colours.
 
     Args:
         value: a file's path; a PIL image; a tensor or array [H, W], with or without a side of 1, or of colours
-            [H, W, 3] or [3, H, W].
+            [H, W, 3] or [3, H, W]; of a volume [D, H, W] or [1, D, H, W].
         palette: the colours of the classes.
+        of_volume: whether it is that of a volume.
     """
     value = opened(value) if isinstance(value, Path) else value
     if isinstance(value, Image.Image):
         stored = torch.from_numpy(_stored(value, palette))
         planes = stored.permute(2, 0, 1) if stored.dim() == 3 else stored[None]
+    elif of_volume:
+        planes = _tensor(value, "labels [D, H, W]").cpu()
+        planes = planes[None] if planes.dim() == 3 else planes
     else:
         planes = _channels_first(_tensor(value, "labels [H, W]").cpu())
     if planes.dim() == 3 and planes.dtype == torch.uint8 and len(planes) in (3, 4):
         return _of_colours(planes[:3].long(), palette)
-    if planes.dim() != 3 or len(planes) != 1:
-        raise ValueError(f"its shape is {list(planes.shape)}, wanted one label map [H, W]")
+    if planes.dim() != (4 if of_volume else 3) or len(planes) != 1:
+        wanted = "[D, H, W]" if of_volume else "[H, W]"
+        raise ValueError(f"its shape is {list(planes.shape)}, wanted one label map {wanted}")
     labels = planes[0]
     if labels.is_floating_point() and not (labels == labels.round()).all():
         low, high = labels.aminmax()

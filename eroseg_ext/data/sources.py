@@ -45,7 +45,7 @@ class Source:
     Args:
         data: anything with ``len`` whose items are tuples that begin with image and labels, or dicts with one of
             ``IMAGE_KEYS`` and one of ``LABEL_KEYS``; a list of pairs of paths; a DataLoader, whose data set is read one
-            by one; or arrays ``(images [N, K, H, W], labels [N, H, W])``.
+            by one; or arrays ``(images [N, K, H, W], labels [N, H, W])``. Volumes have D before H.
         size: (height, width) that everything is resized to: images with antialiased bilinear interpolation, labels with
             nearest neighbour. None leaves every image at its own size.
         palette: of label maps that hold colours: a name or a file, see :meth:`Palette.of`.
@@ -57,6 +57,7 @@ class Source:
 
     own_label_size = False
     """label maps need not have their image's size, and keep their own"""
+    takes_volumes = False
 
     def __init__(
         self,
@@ -73,7 +74,8 @@ class Source:
         if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
             with torch.random.fork_rng(devices=[]):  # a sampler that shuffles draws
                 data = Subset(data.dataset, sorted(data.sampler))
-        if isinstance(data, (tuple, list)) and len(data) == 2 and [getattr(x, "ndim", 0) for x in data] == [4, 3]:
+        sides = [getattr(part, "ndim", 0) for part in data[:3]] if isinstance(data, (tuple, list)) else []
+        if sides in ([4, 3], [5, 4]):
             data = list(zip(*data, strict=True))
         kind = f"data is a {type(data).__name__}"
         if isinstance(data, Mapping):
@@ -103,26 +105,29 @@ class Source:
         return str(image), str(label)
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """An image, uint8 or float32 [K, H, W], and the values of its label map, int64 [H, W].
+        """An image, uint8 or float32 [K, H, W], and the values of its label map, int64 [H, W]; volumes have D before H.
 
         Raises:
             ValueError, TypeError: one of them cannot be read as what it should be, or the sizes differ; names it.
         """
         held, held_labels = self._held(index)
         image_name, label_name = self.where(index)
+        is_volume = _is_volume(held)
         with named(label_name, "a label map"):
-            values = labels_of(held_labels, self.palette)
+            values = labels_of(held_labels, self.palette, is_volume)
         with named(image_name, "an image"):
             image = image_of(held, values.shape)
-        if image.shape[1:] != values.shape and not self.own_label_size:
-            (height, width), (h, w) = values.shape, image.shape[1:]
-            raise ValueError(f"{label_name} is {width}x{height} pixels but its image {image_name} is {w}x{h}")
+        if image.shape[1:] != values.shape and (is_volume or not self.own_label_size):
+            labelled, pixels = ("x".join(map(str, reversed(shape))) for shape in (values.shape, image.shape[1:]))
+            kind = "volume" if is_volume else "image"
+            raise ValueError(f"{label_name} is {labelled} pixels but its {kind} {image_name} is {pixels}")
         return (image, values) if self.size is None else resized(image, values, self.size, not self.own_label_size)
 
     def values(self, index: int) -> Tensor:
         """The values of a label map alone, at its own size."""
+        held, held_labels = self._held(index)
         with named(self.where(index)[1], "a label map"):
-            return labels_of(self._held(index)[1], self.palette)
+            return labels_of(held_labels, self.palette, _is_volume(held))
 
     def digest(self, index: int) -> str:
         """A hash of what is read; of files as they are, since decoding takes longer."""
@@ -146,7 +151,7 @@ class Source:
         """What holds an image, and what holds its labels."""
         item = self._data[index]
         if isinstance(item, Mapping):
-            found = [next((item[key] for key in keys if _is_map(item.get(key))), None) for keys in _KEYS]
+            found: list[Any] = [next((item[key] for key in keys if _is_map(item.get(key))), None) for keys in _KEYS]
             held = f" with {', '.join(f'{key}: {type(value).__name__}' for key, value in item.items())}"
         else:
             found = [*item[:2]] if isinstance(item, (tuple, list)) else []
@@ -156,11 +161,20 @@ class Source:
                 f"data[{index}] is a {type(item).__name__}{held}, wanted an image and its labels, each a PIL image, a "
                 "tensor or an array: first in a tuple, or in a dict under 'image' and 'label'"
             )
-        return found[0], found[1]
+        image, labels = found
+        if _is_volume(image):
+            if not self.takes_volumes:
+                raise ValueError(f"data[{index}] is a volume of shape {list(image.shape)}, wanted an image [K, H, W]")
+            require(self.size is None, "size", self.size, f"None for volumes, such as data[{index}]")
+        return image, labels
 
 
 def _is_map(value: Any) -> bool:
     return isinstance(value, (Image.Image, Path)) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim >= 2)
+
+
+def _is_volume(value: Any) -> bool:
+    return getattr(value, "ndim", 0) == 4
 
 
 class SegmentationFolder(Source):

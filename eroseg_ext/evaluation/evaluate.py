@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eroseg_ext.attacks import apgd
+from eroseg_ext.attacks import apgd, volumes
 from eroseg_ext.attacks.settings import AttackSettings
+from eroseg_ext.data.datasets import place_of
 from eroseg_ext.data.palettes import VOID
 from eroseg_ext.data.reading import evenly_spaced, one_class
 from eroseg_ext.data.sources import SegmentationData, Source
@@ -83,6 +84,7 @@ def evaluate(
         data: folder with ``images/`` and ``labels/``, or anything with ``len`` whose items begin with an image and its
             labels, or are dicts that hold both, as PIL images, arrays or tensors: images of 8 bits, or floats within
             ``clip``, and labels that are classes, or ``ignore_index`` or -1 for void; such as torchvision's data sets.
+            Volumes are ``[K, D, H, W]`` with labels ``[D, H, W]``, also ``[1, D, H, W]``.
         out: folder for ``results.jsonl`` and ``evaluation.json``, made if missing; None keeps nothing.
         shard: ``"i/n"`` or ``(i, n)``: make and keep share i of n, i from 0 to n - 1, and return None. A call without
             it, afterwards and with the same ``out``, finds what all shares kept. ``(0, 1)`` is the whole evaluation by
@@ -157,8 +159,8 @@ class _Evaluator:
         self._model = model
         self._data = data
         self._cache = cache
-        self._logits = Logits.under(model, config)
-        image, _ = self._load(0)
+        self._logits = volumes.reader(model, lambda model: Logits.under(model, config))
+        image, labels = self._load(0)
         channels = len(image)
         if config.mean is not None and len(config.mean) not in (1, channels):
             raise ValueError(f"mean has {len(config.mean)} numbers, wanted {channels}, one per channel of images")
@@ -175,6 +177,9 @@ class _Evaluator:
         starts = range(0, len(self._indices), config.batch_size)
         self._batches = [self._indices[start : start + config.batch_size] for start in starts]
         self._attacks = {(row, eps): config.attack(row, eps) for eps in config.budgets for row in config.rows}
+        if image.dim() == 4:
+            for attack, _ in self._attacks.values():
+                volumes.check(image[None], labels[None], None, attack)
         self._plan = [(CLEAN, 0.0), *self._attacks]
         self._digests = {index: data.digest(index) for index in self._indices}
         self._model_digest = self._fingerprint()
@@ -324,16 +329,16 @@ class _Evaluator:
 
     def _answer(self, pixels: Tensor, number: int) -> LogitMap:
         """The model's logits of images of one size, of which ``number`` is the first."""
-        height, width = pixels.shape[-2:]
         try:
             with torch.no_grad():
-                return self._logits(pixels, (height, width))
+                return self._logits(pixels)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AssertionError) as error:
+            size = "x".join(map(str, pixels.shape[2:]))
             raise ValueError(
-                f"the model fails on {self._data.name(number)} of {height}x{width} pixels, where another size may "
-                f"be wanted (--size): {error}"
+                f"the model fails on {self._data.name(number)} of {size} pixels, where another size may be wanted "
+                f"(--size): {error}"
             ) from error
 
     def _count(self, pixels: Tensor, labels: Tensor, numbers: Sequence[int]) -> list[list[list[int]]]:
@@ -346,13 +351,13 @@ class _Evaluator:
         classes = max(logits.shape[1], 2)
         wrong = labels >= classes
         if wrong.any():
-            image, row, column = wrong.nonzero()[0].tolist()
+            image = int(wrong.flatten(1).any(1).int().argmax())
             raise ValueError(
-                f"{self._data.name(numbers[image])} has the label {int(labels[image, row, column])} at row {row}, "
-                f"column {column}, wanted classes from 0 to {classes - 1} or ignore_index={self._given.ignore_index}"
+                f"{self._data.name(numbers[image])} has the label {int(labels[wrong][0])} at {place_of(wrong[image])}, "
+                f"wanted classes from 0 to {classes - 1} or ignore_index={self._given.ignore_index}"
             )
         reading = {"ignore_index": VOID, "align_corners": align_corners}
-        pairs = zip(logits.split(1), labels.split(1), strict=True)
+        pairs = zip(logits.split(1), labels.flatten(1, -2).split(1), strict=True)
         matrices = torch.stack([self._ops.confusion(*pair, classes, **reading) for pair in pairs])
         counts: list[list[list[int]]] = counts_of(matrices).tolist()
         return counts

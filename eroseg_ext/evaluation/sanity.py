@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eroseg_ext.attacks import volumes
 from eroseg_ext.attacks.apgd import noise_seed, strong_attack
 from eroseg_ext.models.adapter import SETTINGS as OF_THE_MODEL
 from eroseg_ext.models.adapter import Logits, Model, Pass, frozen, unwrapped
@@ -115,7 +116,8 @@ class _Checker:
         self._eps = eps if eps > 0 else self._large / 4
         self._settings = settings
         self._valid = labels != settings.get("ignore_index", 255)
-        self._logits = Logits(model, **{name: settings[name] for name in OF_THE_MODEL if name in settings})
+        of_the_model = {name: settings[name] for name in OF_THE_MODEL if name in settings}
+        self._logits = volumes.reader(model, lambda model: Logits(model, **of_the_model))
         self._known: dict[tuple[float, int], float] = {}
 
     def deterministic(self) -> tuple[bool, str]:
@@ -209,9 +211,9 @@ class _Checker:
         return False, f"{words}: the gradient is no better than chance"
 
     def _predict(self, images: Tensor) -> Tensor:
-        size = (images.shape[-2], images.shape[-1])
-        labels = (self._labels.shape[-2], self._labels.shape[-1])
-        return self._logits(images, size).at(labels).float()
+        height, width = self._labels.flatten(1, -2).shape[1:]
+        logits = self._logits(images).at((height, width)).float()
+        return logits.reshape(*logits.shape[:2], *self._labels.shape[1:])
 
     def _accuracy(self, images: Tensor) -> float:
         with torch.no_grad():

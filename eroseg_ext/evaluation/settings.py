@@ -139,7 +139,7 @@ class EvaluationSettings(Reading):
     def source(self, data: str | Path | SegmentationData | Source, split: str) -> Source:
         """The data as they are read."""
         found = copy(super().source(data, split))
-        found.own_label_size = self.own_label_size
+        found.own_label_size, found.takes_volumes = self.own_label_size, True
         return found
 
     @property

@@ -356,6 +356,18 @@ def test_evaluation_of_images_of_several_sizes(
     assert result.as_json()["settings"]["window"] == [8, 12]
 
 
+def test_labels_of_another_size_than_the_images(make_net: MakeNet, batch: Batch) -> None:
+    net, images = make_net(stride=2).eval(), batch[0]
+    labels = torch.randint(CLASSES, (len(images), 31, 33), generator=seeded())
+    settings = {"window": (8, 12), "align_corners": True, "attacks": ["pgd"]}
+    found = evaluate(net, Pairs(images.cpu(), labels), own_label_size=True, **QUICK, **settings)
+    with torch.no_grad():
+        logits = slid(net, images, (8, 12), (6, 9), align_corners=True)
+        predicted = F.interpolate(logits, (31, 33), mode="bilinear", align_corners=True).argmax(1).cpu()
+    assert found.clean.aacc == pytest.approx(100 * float((predicted == labels).double().mean()), abs=0.1)
+    assert found.rows[0].scores.aacc < found.clean.aacc
+
+
 def test_kept_results_are_of_the_same_windows(net: nn.Module, batch: Batch, tmp_path: Path) -> None:
     """Also those of images that fit into either window, whose logits are the same."""
     model = Counted(net)

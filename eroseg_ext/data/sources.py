@@ -58,6 +58,7 @@ class Source:
     own_label_size = False
     """label maps need not have their image's size, and keep their own"""
     takes_volumes = False
+    """images may be [K, D, H, W] and their label maps [D, H, W]"""
 
     def __init__(
         self,

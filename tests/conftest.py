@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 
@@ -17,6 +18,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 CLASSES = 4
 SIZE = (20, 24)
 VOID = 255
+
+# pytest-xdist has a process for each core already: threads of their own would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 # On a GPU, too, two runs agree to the last bit, and a network's gradients to the rounding of float32.
 torch.backends.cudnn.deterministic = True

@@ -97,11 +97,10 @@ def test_demo_on_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (tmp_path / "new" / "out" / "example-1.png").is_file()
 
 
-def test_same_seed_same_scores(tmp_path: Path) -> None:
-    rows = []
-    for name in ("one", "two"):
-        assert main.main(["demo", *TINY, "--out", str(tmp_path), "--json", str(tmp_path / name), "--seed", "4"]) == 0
-        rows.append(json.loads((tmp_path / name).read_text())["methods"]["eroseg"])
+def test_same_seed_same_scores(ran: tuple[Path, dict, str], tmp_path: Path) -> None:
+    seed = str(ran[1]["settings"]["seed"])
+    assert main.main(["demo", *TINY, "--out", str(tmp_path), "--json", str(tmp_path / "r"), "--seed", seed]) == 0
+    rows = [result["methods"]["eroseg"] for result in (ran[1], json.loads((tmp_path / "r").read_text()))]
     assert (rows[0]["miou"], rows[0]["accuracy"]) == (rows[1]["miou"], rows[1]["accuracy"])
 
 

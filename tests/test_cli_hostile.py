@@ -59,6 +59,12 @@ VALUES = {
         **dict.fromkeys(
             ("--learning-rate", "--weight-decay", "--warmup-epochs", "--poly-power", "--front-loss"), NUMBER
         ),
+        **{
+            "--loss": MODEL,
+            "--loss-args": JSON,
+            "--lr-mult": (*JSON, '{"stem": "x"}', '{"stem": -1}'),
+            "--auxiliary-weight": NUMBER,
+        },
         **dict.fromkeys(("--adv-fraction", "--ema", "--timeout"), (*NUMBER, "1e300")),
         **{"--data": FOLDER, "--val": FOLDER, "--out": OUT, "--init": FILE, "--device": DEVICE, "--model": MODEL},
         **{"--ignore-index": LABEL, "--eps": (*BUDGET, "8"), "--step-size": BUDGET, "--size": SIZE, "--crop": SIZE},

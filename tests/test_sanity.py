@@ -21,7 +21,7 @@ def trained() -> Trained:
     """A network trained for some seconds on drawn scenes, with three scenes that it has not seen."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model = train(load_data(DemoSettings(quick=True, size=(32, 48))), 60, 0, torch.device("cpu"))
+    model = train(load_data(DemoSettings(quick=True, size=(32, 48))), 100, 0, torch.device("cpu"))
     scenes = generated_scenes(3, (32, 48), seed=99)
     torch.set_num_threads(threads)
     return model, scenes.images, scenes.labels

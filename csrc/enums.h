@@ -6,7 +6,7 @@
 
 namespace eroseg {
 
-enum class Confidence : int64_t { kLabel, kTop };
+enum class Confidence : int64_t { kLabel, kTop, kLogOdds };
 enum class Front : int64_t { kSoft, kHard };
 enum class Direction : int64_t { kLogOdds, kCrossEntropy };
 enum class Method : int64_t { kPgd, kSegPgd, kCosPgd, kMaskedCe, kJs, kTsallis };

@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> erosion_grad(const Tensor& logits, const Tensor& labe
   job.tau = checks.data<float>(tau, "tau", {shape.batch});
   job.previous = checks.data<float>(previous, "previous", {shape.batch, shape.height, shape.width});
   job.class_weight = checks.data<float>(class_weight, "class_weight", {shape.batch, shape.classes()});
-  job.confidence = checks.choice<Confidence>(confidence, 2, "confidence");
+  job.confidence = checks.choice<Confidence>(confidence, 3, "confidence");
   job.front = checks.choice<Front>(front, 2, "front");
   job.direction = checks.choice<Direction>(direction, 2, "direction");
   job.radius = checks.choice<int>(radius, kMaxRadius + 1, "radius");
@@ -62,7 +62,7 @@ Tensor confidence(const Tensor& logits, const Tensor& labels, int64_t ignore_ind
   const Checks checks{"confidence", logits};
   ConfidenceMap job{};
   job.input = checks.input(labels, ignore_index, align_corners);
-  job.confidence = checks.choice<Confidence>(kind, 2, "confidence");
+  job.confidence = checks.choice<Confidence>(kind, 3, "confidence");
   const Backend backend(logits);
   const Shape& shape = job.input.shape;
   Tensor out = torch::stable::new_empty(logits, {shape.batch, shape.height, shape.width}, ScalarType::Float);

@@ -145,7 +145,8 @@ def test_the_front_is_as_wide_as_the_movement_that_is_left(
     labels = batch[1]
     n = (labels != VOID).sum((1, 2))
     seen: list[StepInfo] = []
-    bounds = {"front_first": 0.25, "front_min": 0.005, "front_max": 0.9, "reach": 0.5}
+    factor = 8.0 if targeted else 0.5
+    bounds = {"front_first": 0.25, "front_min": 0.005, "front_max": 0.9, "reach": factor}
     run(net, batch, backend=backend, steps=6, threshold=threshold, targeted=targeted, callback=seen.append, **bounds)
 
     def kth(info: StepInfo, rho: float) -> Tensor:
@@ -153,7 +154,8 @@ def test_the_front_is_as_wide_as_the_movement_that_is_left(
         return reference.kth_value(scores, (rho * n).round().long().clamp(min=1)[:, None])[:, 0]
 
     def kth_of_those_left(info: StepInfo, rho: float) -> Tensor:
-        log_odds = reference.pixel_terms(info.logits, labels, VOID).log_odds.flatten(1)
+        terms = reference.pixel_terms(info.logits, labels, VOID)
+        log_odds = reference.signed_confidence(terms, "label").flatten(1)
         left = (log_odds < 0) & (labels != VOID).flatten(1)
         k = (rho * left.sum(1)).round().long().clamp(min=1)[:, None]
         return reference.kth_value(log_odds.abs().where(left, math.inf), k)[:, 0]
@@ -167,7 +169,7 @@ def test_the_front_is_as_wide_as_the_movement_that_is_left(
         else:
             last = seen[step - 1].stats
             movement = (last[:, 3] / last[:, 2]).clamp(min=0)
-            reach = (0.5 * movement * math.sqrt(6 - step)).float()
+            reach = (factor * movement * math.sqrt(6 - step)).float()
             of_all_or_left = kth_of_those_left if targeted and threshold == "lagged" else kth
             lowest = 0.005 * math.sqrt(6 - step) if targeted else 0.005
             low, high = of_all_or_left(known, lowest), of_all_or_left(known, 0.9)
@@ -207,13 +209,13 @@ def test_stats_hold_the_front_and_how_far_its_pixels_moved_in_a_step(
     labels = batch[1]
     seen: list[StepInfo] = []
     run(net, batch, backend=backend, targeted=targeted, callback=seen.append)
-    log_odds = [reference.pixel_terms(info.logits, labels, VOID).log_odds for info in seen]
+    log_odds = [reference.signed_confidence(reference.pixel_terms(info.logits, labels, VOID), "label") for info in seen]
     assert not seen[0].stats[:, 3].any()  # nothing has moved yet
     for step in (1, 2):
         stats, tau = seen[step].stats, seen[step].tau
         assert tau is not None
         in_front = (log_odds[step].abs() <= tau.view(-1, 1, 1)) & (labels != VOID)
-        lost = ((log_odds[step - 1] - log_odds[step]) * in_front).double().sum((1, 2))
+        lost = (log_odds[step - 1] - log_odds[step]).where(in_front, 0.0).double().sum((1, 2))
         assert torch.equal(stats[:, 2], in_front.sum((1, 2)).double())
         torch.testing.assert_close(stats[:, 3], -lost if targeted else lost, rtol=1e-5, atol=1e-4)
         assert (stats[:, 3] > 0).all()  # the attack goes the right way

@@ -102,13 +102,14 @@ def test_what_is_written_may_not_overlap_what_is_read(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "argument", "values"),
     [
-        *(("erosion_grad", choice, (-1, 2, 2**40)) for choice in ("confidence", "front", "direction")),
+        *(("erosion_grad", choice, (-1, 2, 2**40)) for choice in ("front", "direction")),
+        ("erosion_grad", "confidence", (-1, 3, 2**40)),
         ("erosion_grad", "radius", (-1, 2)),
         ("erosion_grad", "slope", (math.nan, -1.0, math.inf)),
         ("pixel_grad", "method", (-1, 6)),
         ("pixel_grad", "progress", (math.nan, -0.1, 1.1)),
         ("pixel_grad", "q", (math.nan, math.inf)),
-        ("confidence", "confidence", (-1, 2)),
+        ("confidence", "confidence", (-1, 3)),
         ("next_tau", "steps_left", (-1,)),
         *(("next_tau", number, (math.nan, -0.1, math.inf)) for number in ("reach", "front_min", "front_max")),
         *(("linf_step_", number, (math.nan, -1.0)) for number in ("eps", "alpha")),

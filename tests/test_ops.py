@@ -434,7 +434,7 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7), (torch.
     for layout in (torch.contiguous_format, torch.channels_last):
         logits = (torch.randn(2, 21, 20, 75) * 4).to(dtype).contiguous(memory_format=layout)
         labels = torch.randint(0, 22, (2, 20, 75))
-        for kind in ("label", "top"):
+        for kind in ("label", "top", "log_odds"):
             options = {"ignore_index": 21, "confidence": kind, "class_weight": torch.rand(2, 21)}
             got = ops.erosion_grad(logits, labels, torch.ones(2), **options)
             want = reference.erosion_grad(logits, labels, torch.ones(2), **options)
@@ -497,9 +497,9 @@ def test_a_wrong_simd_level_is_told(tmp_path: Path) -> None:
 
 def test_choices_are_numbered_as_in_the_kernels(fused: Any) -> None:
     """A wrong order of names in ops.py would compute another choice: each gives a gradient of its own here."""
-    logits = torch.randn(1, 4, 12, 12, generator=torch.Generator().manual_seed(3)) * 3
+    logits = torch.randn(1, 4, 12, 12, generator=torch.Generator().manual_seed(3))
     labels = torch.randint(0, 4, (1, 12, 12), generator=torch.Generator().manual_seed(4))
-    tau = torch.ones(1)
+    tau = torch.full((1,), 0.3)
     grads = []
     for kind, front, direction in itertools.product(ops.CONFIDENCES, ops.FRONTS, ops.DIRECTIONS):
         choices = {"confidence": kind, "front": front, "direction": direction, "slope": 0.3}

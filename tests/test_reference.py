@@ -55,10 +55,21 @@ def test_direction_log_odds_is_the_gradient_of_the_negative_log_odds(classes: in
     log_p, valid = label_log_probability(z, labels)
     log_odds = (log_p - torch.log1p(-log_p.exp()))[valid]
     (expected,) = torch.autograd.grad(-log_odds.sum(), z)
-    grad, signed, _ = reference.erosion_grad(logits, labels, everywhere(labels))
+    grad, signed, _ = reference.erosion_grad(logits, labels, everywhere(labels), confidence="log_odds")
     torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(signed[valid].double(), log_odds.detach(), rtol=1e-5, atol=1e-6)
     assert signed[~valid].isposinf().all()
+
+
+def test_a_predicted_label_of_low_probability_has_no_confidence() -> None:
+    logits = torch.tensor([[1.0, 0.9, 0.8], [0.9, 1.0, 0.8], [3.0, 0.0, 0.0]]).T.view(1, 3, 1, 3)
+    labels = torch.zeros(1, 1, 3, dtype=torch.long)
+    raw = reference.confidence(logits, labels, confidence="log_odds").flatten()
+    found, (_, signed, _) = reference.confidence(logits, labels), reference.erosion_grad(logits, labels, torch.ones(1))
+    # Predicted with 36 %, not predicted, predicted with 91 %.
+    assert found.flatten().tolist() == [0.0, raw[1].item(), raw[2].item()]
+    assert signed.flatten().tolist() == [0.0, -raw[1].item(), raw[2].item()]
+    assert (raw > 0.5).all()
 
 
 def test_targeted_flips_the_gradient_and_the_movement() -> None:
@@ -305,14 +316,14 @@ def test_a_class_that_the_model_rules_out_is_as_if_it_were_not_there(method: str
     masked = logits.clone()
     masked[:, 4] = -math.inf
     tau = torch.full((len(logits),), 1.5)
-    for confidence in ("label", "top"):
+    for confidence in ("label", "top", "log_odds"):
         if method is None:
             ours = reference.erosion_grad(masked, labels, tau, confidence=confidence)
             fewer = reference.erosion_grad(logits[:, :4], labels, tau, confidence=confidence)
         else:
             ours, fewer = (reference.pixel_grad(z, labels, method) for z in (masked, logits[:, :4]))
         assert (ours[0][:, 4] == 0).all()
-        if confidence == "label":  # the other has log(C - 1) in it, which moves the front
+        if confidence != "top":  # which has log(C - 1) in it, which moves the front
             for mine, theirs in zip((ours[0][:, :4], *ours[1:]), fewer, strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
         assert not ours[-1].isnan().any()

@@ -13,15 +13,23 @@ struct Row {
   int32_t* predicted;        // arg max
   float* sum;                // S
   float* log_odds;           // L
-  float* signed_confidence;  // L, or the top class's; NaN where logits are not finite, +inf on void pixels
+  float* signed_confidence;  // of the wanted kind; NaN where logits are not finite, +inf on void pixels
   float* norm;               // method_weight's
 };
 
-// Which further per-pixel reductions a caller needs.
-enum class PixelReduction { kNone, kTop, kSquares };
+// What a caller needs besides the log-odds: the label's confidence, the top class's, or the squares of method_weight.
+enum class PixelReduction { kNone, kLabel, kTop, kSquares };
 
 PixelReduction reduction_of(Confidence confidence) {
-  return confidence == Confidence::kTop ? PixelReduction::kTop : PixelReduction::kNone;
+  switch (confidence) {
+    case Confidence::kLabel:
+      return PixelReduction::kLabel;
+    case Confidence::kTop:
+      return PixelReduction::kTop;
+    case Confidence::kLogOdds:
+      return PixelReduction::kNone;
+  }
+  return PixelReduction::kNone;
 }
 
 // Scratch memory of one task: rows, the logits that they are made of, and some floats beside them.
@@ -145,6 +153,7 @@ void reduce_block(const LogitRows& logits, int64_t classes, int64_t x, PixelRedu
     const int64_t i = x + u * kLanes;
     const F log_odds = (maxima.label[u] - maxima.others[u]) - log_positive(sum[u]);
     F confidence = reduction == PixelReduction::kTop ? signed_confidence[u] : log_odds;
+    if (reduction == PixelReduction::kLabel) confidence = is_correct[u] ? maximum(confidence, F{}) : confidence;
     confidence = maxima.poison[u] == 0.0f ? confidence : splat<F>(__builtin_nanf(""));
     confidence = load<I>(label + u * kLanes) < 0 ? splat<F>(kInf) : confidence;
     store(row.sum + i, sum[u]);

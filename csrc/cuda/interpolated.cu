@@ -96,7 +96,7 @@ struct PixelPass {
     out.sum = fmaf(rest.sum, factor, 1.0f);
     out.norm = fmaf(rest.squares, factor * factor, 1.0f) / (out.sum * out.sum);
     out.log_odds = gap - log_positive(out.sum);
-    out.confidence = out.log_odds;
+    out.confidence = kind == Confidence::kLabel && out.correct ? fmaxf(out.log_odds, 0.0f) : out.log_odds;
     if (kind == Confidence::kTop) {
       float log_odds = out.log_odds;
       if (!out.correct) {
@@ -170,15 +170,16 @@ __global__ void __launch_bounds__(kThreads, kResident)
     reduce_kernel(const __grid_constant__ PixelGrad job, const __grid_constant__ Counting counting, PixelTerms* terms) {
   const Shape& shape = job.input.shape;
   Counts counts;
-  reduce_pixels<Type, true>(job.input, Confidence::kLabel, [&](int64_t image, int pixel, const ReducedPixel& reduced) {
-    float weight = 0.0f;
-    if (reduced.weighs()) {
-      weight = method_weight(job.method, reduced.log_odds, job.method.targeted != reduced.correct, reduced.norm);
-      if (job.class_weight != nullptr) weight *= job.class_weight[image * shape.classes() + reduced.label];
-    }
-    terms[image * shape.pixels() + pixel] = reduced.terms(job.method.targeted ? -weight : weight);
-    reduced.count(reduced.label >= 0, 0.0f, counts);
-  });
+  reduce_pixels<Type, true>(
+      job.input, Confidence::kLogOdds, [&](int64_t image, int pixel, const ReducedPixel& reduced) {
+        float weight = 0.0f;
+        if (reduced.weighs()) {
+          weight = method_weight(job.method, reduced.log_odds, job.method.targeted != reduced.correct, reduced.norm);
+          if (job.class_weight != nullptr) weight *= job.class_weight[image * shape.classes() + reduced.label];
+        }
+        terms[image * shape.pixels() + pixel] = reduced.terms(job.method.targeted ? -weight : weight);
+        reduced.count(reduced.label >= 0, 0.0f, counts);
+      });
   add_up(counts, shape.batch, counting, shared_memory());
 }
 

@@ -59,7 +59,7 @@ class Rows {
     for (int v = 0; v < kPixels; ++v) {
       const float log_odds = terms.log_odds[v];
       if (!is_top || log_odds != log_odds) {
-        confidence[v] = log_odds;
+        confidence[v] = kind == Confidence::kLabel && terms.correct[v] ? fmaxf(log_odds, 0.0f) : log_odds;
       } else if (!terms.correct[v]) {
         confidence[v] = -confidence[v];
       }

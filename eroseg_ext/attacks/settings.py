@@ -104,7 +104,8 @@ class AttackSettings:
         graph: CUDA: run the model from CUDA graphs; the model must allow it. Captured in each call of ``attack``, and
             kept by the object forms such as :class:`eroseg_ext.EroSeg`.
         progress: show a tqdm bar.
-        confidence: eroseg: |log-odds| of the ``label``, or of the ``top`` class.
+        confidence: eroseg: |log-odds| of the ``label``, 0 where it is predicted with less than 1/2; or of the ``top``
+            class.
         front: eroseg: weight ``soft`` sech^2(q / 2 tau) or ``hard`` 1[q <= tau].
         direction: eroseg: descend the ``log_odds`` of the label, or ascend the cross-entropy ``ce``.
         radius: eroseg: of the erosion, 0 to 8 pixels of the logits.

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 # The orders of csrc/enums.h.
-CONFIDENCES = ("label", "top")
+CONFIDENCES = ("label", "top", "log_odds")
 FRONTS = ("soft", "hard")
 DIRECTIONS = ("log_odds", "ce")
 FUSED_METHODS = ("pgd", "segpgd", "cospgd", "mce", "js", "tsallis")

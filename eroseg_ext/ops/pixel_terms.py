@@ -94,9 +94,12 @@ def weighted_by_label(weight: Tensor, class_weight: Tensor | None, terms: PixelT
 
 
 def signed_confidence(terms: PixelTerms, confidence: str) -> Tensor:
-    """L for ``label``; for ``top`` the confidence in the predicted class, negative where that class is wrong."""
+    """L for ``log_odds``; L but not below 0 where the label is predicted for ``label``; for ``top`` the confidence in
+    the predicted class, negative where that class is wrong."""
     signed = terms.log_odds
-    if confidence == "top":
+    if confidence == "label":
+        signed = torch.where(terms.correct, signed.clamp(min=0), signed)
+    elif confidence == "top":
         z = terms.z
         is_top = z.argmax(1, keepdim=True) == torch.arange(z.shape[1], device=z.device).view(1, -1, 1, 1)
         rest = z.masked_fill(is_top, -INF)

@@ -62,8 +62,9 @@ def confidence(
         logits: ``[B, C, H, W]`` float32, float16 or bfloat16.
         labels: ``[B, H, W]`` int64, int32 or uint8.
         ignore_index: the label of void pixels.
-        confidence: ``label``: the absolute log-odds of the label, |log p_y/(1-p_y)|; ``top``: the log-odds of the
-            predicted class plus log(C-1), which is >= 0 and ordered like the maximum softmax probability.
+        confidence: ``log_odds``: the absolute log-odds of the label, |log p_y/(1-p_y)|; ``label``: the same, but 0
+            where the label is predicted with a probability below 1/2; ``top``: the log-odds of the predicted class plus
+            log(C-1), which is >= 0 and ordered like the maximum softmax probability.
         align_corners: of the interpolation of logits of another resolution.
 
     Returns:
@@ -212,7 +213,7 @@ def erosion_grad(
         tau: ``[B]`` float32, the width of the front, > 0.
         previous: ``[B, H, W]`` float32, the log-odds this op returned for the step before, or None.
         ignore_index: the label of void pixels.
-        confidence: ``label`` or ``top``, see :func:`confidence`.
+        confidence: ``label``, ``top`` or ``log_odds``, see :func:`confidence`.
         front: ``soft`` or ``hard``.
         direction: ``log_odds`` or ``ce``.
         radius: 0 to 8 pixels; 0 switches the erosion off.
@@ -226,7 +227,7 @@ def erosion_grad(
 
     Returns:
         G ``[B, C, H, W]`` in the logits' dtype; log_odds ``[B, H, W]`` float32, the signed confidence (L for
-        ``label``; +s where correct and -s where wrong for ``top``), +inf on void pixels; stats ``[B, 4]`` float64. The
+        ``log_odds``; +s where correct and -s where wrong for the others), +inf on void pixels; stats ``[B, 4]`` float64. The
         front that stats count are the sensitive pixels, s <= tau, and their movement is the log-odds they have lost
         since ``previous`` (gained, if targeted); 0 without it.
 

@@ -107,7 +107,7 @@ def summed_loss(
     both = torch.cat([torch.zeros_like(z), z], 1) if z.shape[1] == 1 else z
     losses = F.cross_entropy(both, labels, class_weights, ignore_index=VOID, reduction="none")
     if front_loss > 0:
-        scores = ops.confidence(z.detach(), labels, ignore_index=VOID)
+        scores = ops.confidence(z.detach(), labels, ignore_index=VOID, confidence="log_odds")
         losses = losses * front_factor(scores, labels, front_loss, ops)[0]
     return losses.sum()
 
@@ -115,12 +115,12 @@ def summed_loss(
 def front_factor(scores: Tensor, labels: Tensor, front_loss: float, ops: Operations) -> tuple[Tensor, Tensor, Tensor]:
     """``1 + front_loss * w``, divided by its mean over the image's valid pixels.
 
-    w is the weight that EroSeg's attack would give a pixel in its next step from here: 1 where the network is
-    undecided, nearly 0 where it is sure, right or wrong. An image counts as much as without it, on any number of
+    w is the weight of a pixel in a front of the attack's width, by its log-odds: 1 where the network is undecided,
+    nearly 0 where it is sure, right or wrong. An image counts as much as without it, on any number of
     processes and in pieces of any size.
 
     Args:
-        scores: ``[B, H, W]`` float32 confidence, as :func:`eroseg_ext.ops.reference.confidence` returns it.
+        scores: ``[B, H, W]`` float32, the confidence ``log_odds`` of :func:`eroseg_ext.ops.reference.confidence`.
 
     Returns:
         The factor ``[B, H, W]`` float32, 0 on void pixels; the front's width tau ``[B]``; and what 1 + front_loss * w
@@ -152,6 +152,7 @@ class _Fused(torch.autograd.Function):
         ops: Operations,
     ) -> Tensor:
         shared: dict[str, Any] = {"ignore_index": VOID, "direction": "ce", "align_corners": align_corners}
+        shared["confidence"] = "log_odds"
         largest = None
         if class_weights is not None:
             largest = class_weights.amax()  # the operation's factors are at most 1

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.report import Group
+from bench.report import Group, pareto_scores
 from bench.results import Row, latest
 
 COLOURS = {"fused": "#0072b2", "compiled": "#e69f00", "reference": "#999999"}
 LIMIT = "#d55e00"
 
 
-def time(axes: Axes, group: Group) -> None:
+def time(figure: Figure, group: Group) -> None:
     """A group of bars for each operation, the time of a mere copy drawn in as the limit."""
+    axes = figure.subplots()
     for row, case in enumerate(group.cases):
         for index, (name, colour) in enumerate(COLOURS.items()):
             p20, p50, p80 = (group.get(case, name, quantity) for quantity in ("p20", "p50", "p80"))
@@ -31,8 +32,9 @@ def time(axes: Axes, group: Group) -> None:
     axes.set(xscale="log", xlabel="milliseconds, median, with 20 to 80 %", ylim=(len(group.cases) - 0.4, -0.6))
 
 
-def loss(axes: Axes, group: Group) -> None:
+def loss(figure: Figure, group: Group) -> None:
     """The training loss by epoch, of the first seed."""
+    axes = figure.subplots()
     epochs = [case for case in group.cases if case.startswith("epoch") and case.endswith("seed 0")]
     for name in group.names():
         values = [group.get(case, name, "loss") for case in epochs if name in group.names(case)]
@@ -41,9 +43,29 @@ def loss(axes: Axes, group: Group) -> None:
     axes.set(xlabel="epoch", ylabel="loss on the images trained on", ylim=(0.2, 0.8))
 
 
+def pareto(figure: Figure, group: Group) -> None:
+    """Clean against worst-case scores, a curve for each method over what it was trained for; bars span the seeds."""
+    scores = {quantity: pareto_scores(group, quantity) for quantity in ("miou", "aacc")}
+    data = list(dict.fromkeys(key[0] for key in scores["miou"]))
+    budgets = [case for case in dict.fromkeys(c.rpartition(", ")[2] for c in group.cases) if case != "clean"]
+    panels = figure.subplots(2 * len(data), len(budgets), squeeze=False)
+    for (of_data, quantity), line in zip(itertools.product(data, scores), panels, strict=True):
+        for budget, axes in zip(budgets, line, strict=True):
+            for name in (name for name in group.names() if name != "none"):
+                points = [v for k, v in sorted(scores[quantity].items()) if k[:2] == (of_data, name)]
+                x, y = ([sum(p[case]) / len(p[case]) for p in points] for case in ("clean", budget))
+                bars = [[m - min(p[budget]) for m, p in zip(y, points, strict=True)]]
+                bars += [[max(p[budget]) - m for m, p in zip(y, points, strict=True)]]
+                axes.errorbar(x, y, bars, label=name, marker="o", markersize=3, linewidth=1.2, elinewidth=0.6)
+            told = {"miou": "mIoU", "aacc": "accuracy"}[quantity]
+            axes.set(xlabel=f"clean {told}, %", ylabel=f"worst-case {told}, %")
+            axes.set_title(f"{of_data}, {budget}", fontsize=9)
+
+
 PLOTS = {
     "time": ("operations", time, (10, 14)),
     "training": ("training", loss, (7, 3.5)),
+    "pareto": ("pareto", pareto, (11, 7)),
 }
 """Group, function and size of each plot."""
 
@@ -54,12 +76,13 @@ def draw(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
         for name, (group, plot, size) in PLOTS.items():
             if found := latest(rows, group, kind):
                 figure = Figure(figsize=size, layout="constrained")
-                axes = figure.subplots()
-                plot(axes, Group(found))
-                handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-                axes.legend(handles.values(), handles.keys(), fontsize=8)
-                axes.grid(alpha=0.3)
-                axes.set_title(f"{name}: {found[0].device}, {found[0].date[:10]}", fontsize=9, loc="left")
+                plot(figure, Group(found))
+                first = figure.axes[0]
+                handles = dict(zip(*reversed(first.get_legend_handles_labels()), strict=True))
+                first.legend(handles.values(), handles.keys(), fontsize=8)
+                for axes in figure.axes:
+                    axes.grid(alpha=0.3)
+                first.set_title(f"{name}: {found[0].device}, {found[0].date[:10]}", fontsize=9, loc="left")
                 path = folder / f"{kind}-{name}.png"
                 figure.savefig(path, dpi=110)
                 yield path

@@ -196,6 +196,35 @@ def training(group: Group) -> list[str]:
     return markdown(["trained against", *budgets], rows)
 
 
+PARETO = re.compile(r"(.*), trained at (\d+)/255, seed \d+, (.*)")
+
+
+def pareto_scores(group: Group, quantity: str) -> dict[tuple[str, str, int], dict[str, list[float]]]:
+    """By data, method and what it was trained for in 255ths: of each budget, a score for each seed."""
+    found: dict[tuple[str, str, int], dict[str, list[float]]] = {}
+    for row in group.rows:
+        if row.quantity == quantity and (case := PARETO.fullmatch(row.case)):
+            found.setdefault((case[1], row.name, int(case[2])), {}).setdefault(case[3], []).append(row.value)
+    return found
+
+
+def pareto(group: Group) -> list[str]:
+    """mIoU with half its range over the seeds, and pixel accuracy: clean and in the worst case."""
+    head, rows = ["data", "trained against", "for eps", "seeds"], []
+    accuracy, scored = pareto_scores(group, "aacc"), dict.fromkeys(c.rpartition(", ")[2] for c in group.cases)
+    for key, found in sorted(pareto_scores(group, "miou").items()):
+        cells = []
+        for budget in scored:
+            values = found.get(budget, [math.nan])
+            spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+            mean = [sum(v) / len(v) for v in (values, accuracy[key].get(budget, [math.nan]))]
+            cells.append(f"{fixed(mean[0], 1)}{spread} / {fixed(mean[1], 1)}")
+        trained = "" if key[1] == "none" else f"{key[2]}/255"
+        name = key[1] if key[1] == "none" else f"`{key[1]}`"
+        rows.append([key[0], name, trained, str(len(found["clean"])), *cells])
+    return markdown([*head, *scored], rows)
+
+
 def evaluation(group: Group) -> list[str]:
     """mIoU / mAcc / aAcc as ``eroseg evaluate`` prints them."""
     lines = scores(group, "attack", group.cases, group.names(), 2, "miou", "macc", "aacc", bold="worst case")
@@ -227,6 +256,7 @@ TABLES: dict[str, tuple[str, Callable[[Group], list[str]]]] = {
     "strength": ("strength", strength),
     "confident": ("strength", confident),
     "training": ("training", training),
+    "pareto": ("pareto", pareto),
     "evaluation": ("evaluation", evaluation),
     "demo": ("demo", demo),
 }

@@ -19,9 +19,10 @@ from folders import write_folder
 # Last, so that the installed package is the one that is tested.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import cases, measure, plots, report, results, strength
+from bench import cases, measure, pareto, plots, report, results, strength
 from bench.cases import Case
 from bench.results import Row, Run
+from eroseg_ext import attack
 from eroseg_ext.cli import main
 from eroseg_ext.models.small_deeplab import SmallDeepLab
 from eroseg_ext.ops import backend, reference
@@ -292,3 +293,43 @@ def test_the_table_of_strength_has_a_row_per_method(tmp_path: Path, monkeypatch:
     assert len(lines) == 3 + len(strength.ROWS)
     assert "not measured" not in "".join(lines)
     assert len(report.table("confident", results.read(path)).splitlines()) == 3 + len(strength.ROWS)
+
+
+def test_rows_of_the_pareto_front_are_trained_once_and_collected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = pareto.Setting("tiny", (16, 24), clean_epochs=1, epochs=1, learning_rate=1e-3)
+    monkeypatch.setattr(pareto, "OF_SCENES", tiny)
+    monkeypatch.setattr(pareto, "COUNTS", {"train": 8, "choose": 2, "report": 2})
+    monkeypatch.setattr(pareto, "GRADIENTS", {"choose": 1, "report": 1})
+    where = ["--work", str(tmp_path), "--csv", str(tmp_path / "r.csv")]
+    with pytest.raises(SystemExit):
+        pareto.main(["collect", *where])
+    for method, part in (("none", "report"), ("pgd", "choose"), ("pgd", "report"), ("pgd", "report")):
+        assert pareto.main(["row", "--method", method, "--eps", "8", "--images", part, *where]) == 0
+    assert capsys.readouterr().out.count("epoch 1: ") == 0
+    assert len(list(tmp_path.glob("*/weights.pt"))) == 2
+    assert pareto.main(["collect", *where]) == 0
+    rows = results.read(tmp_path / "r.csv")
+    lines = report.table("pareto", rows).splitlines()
+    assert lines[0] == "| data | trained against | for eps | seeds | clean | eps 2/255 | eps 4/255 | eps 8/255 |"
+    assert [line.split("|")[2:5] for line in lines[2:]] == [[" none ", "  ", " 1 "], [" `pgd` ", " 8/255 ", " 1 "]]
+    assert [path.name for path in plots.draw(rows, tmp_path)] == ["cpu-pareto.png"]
+
+
+def test_a_cell_of_the_pareto_front_is_the_mean_over_the_seeds_with_half_their_range() -> None:
+    run = Run()
+    for seed, miou in enumerate((40.0, 41.0, 45.0)):
+        run.add("pareto", f"scenes, trained at 4/255, seed {seed}, clean", "pgd", CPU, {"miou": miou, "aacc": 90.0})
+    assert report.table("pareto", run.rows).splitlines()[-1] == "| scenes | `pgd` | 4/255 | 3 | 42.0 ± 2.5 / 90.0 |"
+
+
+def test_pgd_with_eroseg_s_balance_differs_from_pgd_by_the_weight_of_the_class_alone() -> None:
+    torch.manual_seed(0)
+    model, images = SmallDeepLab(5, 4).eval(), torch.rand(2, 3, 16, 24)
+    labels = torch.arange(5).repeat(2 * 16 * 24)[: 2 * 16 * 24].view(2, 16, 24)
+    found = [
+        attack(model, images, labels, eps=8 / 255, steps=3, generator=torch.Generator().manual_seed(1), **settings)
+        for settings in ({"method": "pgd"}, {**pareto.BALANCED_PGD, "balance": 0})
+    ]
+    assert (found[0] - found[1]).abs().max() < 1e-6

@@ -52,11 +52,8 @@ _INTEGERS: dict[str, tuple[int, int | None]] = dict.fromkeys(_COUNTS, (1, None))
     "classes": (1, MOST_CLASSES),
 }
 _NOT_NEGATIVE = ("learning_rate", "weight_decay", "step_size", "front_loss", "eps", "warmup_epochs", "poly_power")
-_NUMBERS = dict.fromkeys((*_NOT_NEGATIVE, "auxiliary_weight"), (0, math.inf)) | {
-    "adv_fraction": (0, 1),
-    "ema": (0, 1),
-    "timeout": (1, 1e7),
-}
+_NUMBERS = dict.fromkeys((*_NOT_NEGATIVE, "auxiliary_weight"), (0, math.inf)) | {"timeout": (1, 1e7)}
+_NUMBERS |= dict.fromkeys(("adv_fraction", "pgd_fraction", "ema"), (0, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +129,8 @@ class TrainSettings(Reading):
     """``eroseg``, ``pgd``, ``segpgd``, ``cospgd``, ``mce``, ``mce_bal``, ``js``, ``tsallis`` or ``none``"""
     adv_fraction: float = 0.5
     """part of each batch that is attacked: 0.5 as SegPGD-AT, 1.0 as PIR-AT"""
+    pgd_fraction: float = 0.0
+    """part of the updates, evenly spaced, whose images are attacked by ``pgd`` instead"""
     eps: float = 4 / 255
     """radius of the l_inf ball, or of another one where ``attack_options`` give ``norm``"""
     attack_steps: int = 3

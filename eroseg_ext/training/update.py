@@ -140,9 +140,8 @@ class Updater:
         before = sum(_chosen(place, fraction) for place in range(first))
         index = torch.tensor(rows, device=images.device)
         generator = self._noise(update, before, images[0].numel())
-        config = self._attack
-        if backend != config.backend:
-            config = dataclasses.replace(config, backend=backend)
+        method = "pgd" if _chosen(update, self._settings.pgd_fraction) else self._attack.method
+        config = dataclasses.replace(self._attack, method=method, backend=backend)
         loop = pgd.Loop(config, self.network, images[index], labels[index], generator=generator)
         images = images.index_copy(0, index, loop.run()[0])
         self._clock.switch(phases.UPDATE)
@@ -176,7 +175,7 @@ class Updater:
 
 
 def _chosen(place: int, fraction: float) -> bool:
-    """Whether the image at this place of the batch is attacked: ``fraction`` of every run of them, evenly spaced."""
+    """Whether the image at this place of the batch, or this update, is one of ``fraction`` of them, evenly spaced."""
     return int((place + 1) * fraction + 1e-9) > int(place * fraction + 1e-9)
 
 

@@ -40,7 +40,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "pgd, balanced": {"attack": "eroseg", "attack_options": BALANCED_PGD},
     "eroseg": {"attack": "eroseg"},
 }
-"""What each passes to ``eroseg_ext.train``."""
+ONE_STEP = {"attack_steps": 1}
+METHODS |= {
+    "pgd, 1 step": METHODS["pgd"] | ONE_STEP,
+    "pgd, balanced, 1 step": METHODS["pgd, balanced"] | ONE_STEP,
+    "pgd, balanced and not, 1 step": METHODS["pgd, balanced"] | ONE_STEP | {"pgd_fraction": 0.5},
+    "eroseg and pgd, 1 step": {"attack_options": {"direction": "ce"}, "pgd_fraction": 0.5} | ONE_STEP,
+}
+"""What each passes to ``eroseg_ext.train``; the last in turn with ``pgd``, every second update."""
 BUDGETS = (2 / 255, 4 / 255, 8 / 255)
 GRADIENTS = {"choose": 20, "report": 50}
 COUNTS = {"train": 160, "choose": 24, "report": 24}
@@ -54,12 +61,13 @@ class Setting(NamedTuple):
     model: str
     size: tuple[int, int]
     clean_epochs: int
-    epochs: int
+    gradients: int
+    """that adversarial training takes of each image, for attacks and updates"""
     learning_rate: float
 
 
-OF_SCENES = Setting("tiny", (48, 64), clean_epochs=40, epochs=10, learning_rate=1.5e-3)
-OF_CAMVID = Setting("small", (90, 120), clean_epochs=30, epochs=6, learning_rate=1e-3)
+OF_SCENES = Setting("tiny", (48, 64), clean_epochs=40, gradients=40, learning_rate=1.5e-3)
+OF_CAMVID = Setting("tiny", (60, 80), clean_epochs=30, gradients=24, learning_rate=1.5e-3)
 
 
 def images(data: str, part: str) -> tuple[Pairs, int]:
@@ -77,11 +85,15 @@ def row(data: str, method: str, eps: int, seed: int, work: Path, part: str) -> s
     """Trains a row's network, from the clean one of its seed, and evaluates it on one of the two sets."""
     setting = OF_SCENES if data == SCENES else OF_CAMVID
     clean = work / name_of(data, "none", 0, seed)
-    steps = [(clean, {**METHODS["none"], "epochs": setting.clean_epochs})]
+    trainings = [(clean, {**METHODS["none"], "epochs": setting.clean_epochs})]
     if method != "none":
-        robust = {**METHODS[method], "eps": eps / 255, "init": clean / "weights.pt", "epochs": setting.epochs}
-        steps.append((work / name_of(data, method, eps, seed), robust | {"learning_rate": setting.learning_rate}))
-    for out, options in steps:
+        attack_steps = METHODS[method].get("attack_steps", 3)
+        robust = {**METHODS[method], "eps": eps / 255, "init": clean / "weights.pt"}
+        robust |= {"epochs": setting.gradients // (attack_steps + 1), "learning_rate": setting.learning_rate}
+        if attack_steps == 1:
+            robust["step_size"] = 1.25 * eps / 255  # Wong et al., "Fast is better than free", ICLR 2020
+        trainings.append((work / name_of(data, method, eps, seed), robust))
+    for out, options in trainings:
         if not (out / "weights.pt").exists():
             pairs, classes = images(data, "train")
             usual: dict[str, Any] = {"adv_fraction": 1.0, "seed": seed, "resume": True, "cache": True}

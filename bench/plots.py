@@ -82,7 +82,7 @@ def draw(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
                 first.legend(handles.values(), handles.keys(), fontsize=8)
                 for axes in figure.axes:
                     axes.grid(alpha=0.3)
-                first.set_title(f"{name}: {found[0].device}, {found[0].date[:10]}", fontsize=9, loc="left")
+                figure.suptitle(f"{name}: {found[0].device}, {found[0].date[:10]}", fontsize=9, x=0.01, ha="left")
                 path = folder / f"{kind}-{name}.png"
                 figure.savefig(path, dpi=110)
                 yield path

@@ -23,7 +23,7 @@ class Row(NamedTuple):
     """One figure."""
 
     group: str
-    """``operations``, ``attacks``, ``parts``, ``strength``, ``training``, ``evaluation`` or ``demo``"""
+    """``operations``, ``attacks``, ``parts``, ``strength``, ``training``, ``pareto``, ``evaluation`` or ``demo``"""
     case: str
     """what is measured, on what"""
     name: str

@@ -298,7 +298,7 @@ def test_the_table_of_strength_has_a_row_per_method(tmp_path: Path, monkeypatch:
 def test_rows_of_the_pareto_front_are_trained_once_and_collected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny = pareto.Setting("tiny", (16, 24), clean_epochs=1, epochs=1, learning_rate=1e-3)
+    tiny = pareto.Setting("tiny", (16, 24), clean_epochs=1, gradients=4, learning_rate=1e-3)
     monkeypatch.setattr(pareto, "OF_SCENES", tiny)
     monkeypatch.setattr(pareto, "COUNTS", {"train": 8, "choose": 2, "report": 2})
     monkeypatch.setattr(pareto, "GRADIENTS", {"choose": 1, "report": 1})

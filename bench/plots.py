@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bench.report import Group, pareto_scores
+from bench.report import Group, pareto_points
 from bench.results import Row, latest
 
 COLOURS = {"fused": "#0072b2", "compiled": "#e69f00", "reference": "#999999"}
@@ -45,21 +45,24 @@ def loss(figure: Figure, group: Group) -> None:
 
 def pareto(figure: Figure, group: Group) -> None:
     """Clean against worst-case scores, a curve for each method over what it was trained for; bars span the seeds."""
-    scores = {quantity: pareto_scores(group, quantity) for quantity in ("miou", "aacc")}
-    data = list(dict.fromkeys(key[0] for key in scores["miou"]))
-    budgets = [case for case in dict.fromkeys(c.rpartition(", ")[2] for c in group.cases) if case != "clean"]
-    panels = figure.subplots(2 * len(data), len(budgets), squeeze=False)
-    for (of_data, quantity), line in zip(itertools.product(data, scores), panels, strict=True):
-        for budget, axes in zip(budgets, line, strict=True):
-            for name in (name for name in group.names() if name != "none"):
-                points = [v for k, v in sorted(scores[quantity].items()) if k[:2] == (of_data, name)]
-                x, y = ([sum(p[case]) / len(p[case]) for p in points] for case in ("clean", budget))
-                bars = [[m - min(p[budget]) for m, p in zip(y, points, strict=True)]]
-                bars += [[max(p[budget]) - m for m, p in zip(y, points, strict=True)]]
-                axes.errorbar(x, y, bars, label=name, marker="o", markersize=3, linewidth=1.2, elinewidth=0.6)
-            told = {"miou": "mIoU", "aacc": "accuracy"}[quantity]
-            axes.set(xlabel=f"clean {told}, %", ylabel=f"worst-case {told}, %")
-            axes.set_title(f"{of_data}, {budget}", fontsize=9)
+    points = pareto_points(group)
+    budgets = [s for s in dict.fromkeys(budget for found in points.values() for budget, _ in found) if s != "clean"]
+    lines = [*itertools.product(dict.fromkeys(key[0] for key in points), ("miou", "aacc"))]
+    panels = figure.subplots(len(lines), len(budgets), squeeze=False).flat
+    for axes, ((data, quantity), budget) in zip(panels, itertools.product(lines, budgets), strict=True):
+        for name in dict.fromkeys(key[1] for key in points if key[1] != "none"):
+            x, y, below, above = [], [], [], []
+            for eps in dict.fromkeys(key[2] for key in points if key[:2] == (data, name)):
+                seeds = [found for key, found in points.items() if key[:3] == (data, name, eps)]
+                worst = [found[budget, quantity] for found in seeds]
+                x.append(sum(found["clean", quantity] for found in seeds) / len(seeds))
+                y.append(sum(worst) / len(worst))
+                below.append(y[-1] - min(worst))
+                above.append(max(worst) - y[-1])
+            axes.errorbar(x, y, [below, above], label=name, marker="o", markersize=3, linewidth=1.2, elinewidth=0.6)
+        told = {"miou": "mIoU", "aacc": "accuracy"}[quantity]
+        axes.set(xlabel=f"clean {told}, %", ylabel=f"worst-case {told}, %")
+        axes.set_title(f"{data}, {budget}", fontsize=9)
 
 
 PLOTS = {

@@ -13,11 +13,14 @@ A table shows the last run of its group on its kind of device. In the documentat
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from bench import ROOT, results
 from bench.results import RESULTS, Row
@@ -196,33 +199,66 @@ def training(group: Group) -> list[str]:
     return markdown(["trained against", *budgets], rows)
 
 
-PARETO = re.compile(r"(.*), trained at (\d+)/255, seed \d+, (.*)")
+PARETO = re.compile(r"(.*), trained at (\d+)/255, seed (\d+), (.*)")
+LEADER = "eroseg and pgd, 1 step"
 
 
-def pareto_scores(group: Group, quantity: str) -> dict[tuple[str, str, int], dict[str, list[float]]]:
-    """By data, method and what it was trained for in 255ths: of each budget, a score for each seed."""
-    found: dict[tuple[str, str, int], dict[str, list[float]]] = {}
+def pareto_points(group: Group) -> dict[tuple[str, str, int, int], dict[tuple[str, str], float]]:
+    """By data, method, 255ths trained for and seed: a score for each pair of budget (or ``clean``) and quantity."""
+    found: dict[tuple[str, str, int, int], dict[tuple[str, str], float]] = {}
     for row in group.rows:
-        if row.quantity == quantity and (case := PARETO.fullmatch(row.case)):
-            found.setdefault((case[1], row.name, int(case[2])), {}).setdefault(case[3], []).append(row.value)
-    return found
+        if case := PARETO.fullmatch(row.case):
+            key = case[1], row.name, int(case[2]), int(case[3])
+            found.setdefault(key, {})[case[4], row.quantity] = row.value
+    return dict(sorted(found.items()))
+
+
+def mean_and_spread(values: Sequence[float], sign: str = "") -> str:
+    """The mean, and half the range of several."""
+    spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):{sign}.1f}{spread}"
 
 
 def pareto(group: Group) -> list[str]:
-    """mIoU with half its range over the seeds, and pixel accuracy: clean and in the worst case."""
-    head, rows = ["data", "trained against", "for eps", "seeds"], []
-    accuracy, scored = pareto_scores(group, "aacc"), dict.fromkeys(c.rpartition(", ")[2] for c in group.cases)
-    for key, found in sorted(pareto_scores(group, "miou").items()):
-        cells = []
-        for budget in scored:
-            values = found.get(budget, [math.nan])
-            spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
-            mean = [sum(v) / len(v) for v in (values, accuracy[key].get(budget, [math.nan]))]
-            cells.append(f"{fixed(mean[0], 1)}{spread} / {fixed(mean[1], 1)}")
-        trained = "" if key[1] == "none" else f"{key[2]}/255"
-        name = key[1] if key[1] == "none" else f"`{key[1]}`"
-        rows.append([key[0], name, trained, str(len(found["clean"])), *cells])
-    return markdown([*head, *scored], rows)
+    """mIoU / pixel accuracy, clean and in the worst case, by what was trained: means over the seeds."""
+    rows, points = [], pareto_points(group)
+    scored = dict.fromkeys(budget for found in points.values() for budget, _ in found)
+    for data, name, eps in dict.fromkeys(key[:3] for key in points):
+        seeds = [found for key, found in points.items() if key[:3] == (data, name, eps)]
+        cells = [
+            " / ".join(mean_and_spread([found[s, q] for found in seeds]) for q in ("miou", "aacc")) for s in scored
+        ]
+        of_what = [name, ""] if name == "none" else [f"`{name}`", f"{eps}/255"]
+        rows.append([data, *of_what, str(len(seeds)), *cells])
+    return markdown(["data", "trained against", "for eps", "seeds", *scored], rows)
+
+
+def pareto_lead(group: Group) -> list[str]:
+    """How far the curve of ``LEADER`` lies above each other one at the same clean mIoU, in mIoU / pixel accuracy.
+
+    Of each seed the mean over the clean mIoU that both curves reach, with straight lines between three points or more.
+    """
+    rows, points = [], pareto_points(group)
+    budgets = [s for s in dict.fromkeys(budget for found in points.values() for budget, _ in found) if s != "clean"]
+    axes = [("clean", "miou"), *itertools.product(budgets, ("miou", "aacc"))]
+    curves: dict[tuple[str, str, int], list[list[float]]] = {}
+    for (data, name, _, seed), found in points.items():
+        curves.setdefault((data, name, seed), []).append([found[axis] for axis in axes])
+    for data, name in dict.fromkeys(key[:2] for key in points if key[1] not in (LEADER, "none")):
+        leads = []
+        for seed in (seed for *of_what, seed in curves if of_what == [data, name]):
+            (x, *ours), (y, *others) = (
+                np.array(sorted(curves.get((data, n, seed), []))).T.reshape(len(axes), -1) for n in (LEADER, name)
+            )
+            if min(x.size, y.size) > 2 and (low := max(x[0], y[0])) < (high := min(x[-1], y[-1])):
+                at = np.linspace(low, high, 100)
+                pairs = zip(ours, others, strict=True)
+                leads.append([float((np.interp(at, x, a) - np.interp(at, y, b)).mean()) for a, b in pairs])
+        if leads:
+            cells = [mean_and_spread(values, "+") for values in zip(*leads, strict=True)]
+            shown = [f"{miou} / {accuracy}" for miou, accuracy in zip(cells[::2], cells[1::2], strict=True)]
+            rows.append([data, f"`{name}`", str(len(leads)), *shown])
+    return markdown(["data", "above", "seeds", *budgets], rows)
 
 
 def evaluation(group: Group) -> list[str]:
@@ -257,6 +293,7 @@ TABLES: dict[str, tuple[str, Callable[[Group], list[str]]]] = {
     "confident": ("strength", confident),
     "training": ("training", training),
     "pareto": ("pareto", pareto),
+    "pareto_lead": ("pareto", pareto_lead),
     "evaluation": ("evaluation", evaluation),
     "demo": ("demo", demo),
 }

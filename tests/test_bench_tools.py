@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import signal
@@ -321,7 +322,23 @@ def test_a_cell_of_the_pareto_front_is_the_mean_over_the_seeds_with_half_their_r
     run = Run()
     for seed, miou in enumerate((40.0, 41.0, 45.0)):
         run.add("pareto", f"scenes, trained at 4/255, seed {seed}, clean", "pgd", CPU, {"miou": miou, "aacc": 90.0})
-    assert report.table("pareto", run.rows).splitlines()[-1] == "| scenes | `pgd` | 4/255 | 3 | 42.0 ± 2.5 / 90.0 |"
+    assert (
+        report.table("pareto", run.rows).splitlines()[-1] == "| scenes | `pgd` | 4/255 | 3 | 42.0 ± 2.5 / 90.0 ± 0.0 |"
+    )
+
+
+def test_a_curve_s_lead_is_taken_at_equal_clean_miou() -> None:
+    """Both curves are miou = 100 - clean, ours raised by 2 plus the seed, with points at other places."""
+    run = Run()
+    for seed, (name, raised, first) in itertools.product((0, 1), ((report.LEADER, 2, 50), ("pgd", 0, 53))):
+        for eps in (4, 6, 8):
+            clean, case = first + 2.5 * (8 - eps), f"scenes, trained at {eps}/255, seed {seed}"
+            worst = {"miou": 100 - clean + (seed + raised if raised else 0), "aacc": 80.0}
+            run.add("pareto", f"{case}, clean", name, CPU, {"miou": clean, "aacc": 90.0})
+            run.add("pareto", f"{case}, eps 8/255", name, CPU, worst)
+    assert report.table("pareto_lead", run.rows).splitlines()[2:] == [
+        "| scenes | `pgd` | 2 | +2.5 ± 0.5 / +0.0 ± 0.0 |"
+    ]
 
 
 def test_pgd_with_eroseg_s_balance_differs_from_pgd_by_the_weight_of_the_class_alone() -> None:

@@ -80,9 +80,8 @@ def draw(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
             if found := latest(rows, group, kind):
                 figure = Figure(figsize=size, layout="constrained")
                 plot(figure, Group(found))
-                first = figure.axes[0]
-                handles = dict(zip(*reversed(first.get_legend_handles_labels()), strict=True))
-                first.legend(handles.values(), handles.keys(), fontsize=8)
+                handles = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
+                figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=3)
                 for axes in figure.axes:
                     axes.grid(alpha=0.3)
                 figure.suptitle(f"{name}: {found[0].device}, {found[0].date[:10]}", fontsize=9, x=0.01, ha="left")

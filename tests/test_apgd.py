@@ -315,7 +315,7 @@ def test_a_network_is_attacked_as_the_algorithm_says(
 @pytest.mark.parametrize("method", ["pgd", "js", "mce", "eroseg"])
 def test_is_stronger_than_plain_steps(trained: tuple[nn.Module, Tensor, Tensor], method: str) -> None:
     model, images, labels = trained
-    settings = {"method": method, "eps": 2 / 255, "steps": 40}
+    settings = {"method": method, "eps": 4 / 255, "steps": 40}
     plain = attack(model, images, labels, generator=seeded(), **settings)
     strong = strong_attack(model, images, labels, **settings)
     with torch.no_grad():

@@ -189,9 +189,9 @@ def test_classes_that_a_model_rules_out_are_the_references(fused: Any) -> None:
 def test_huge_logits_of_equal_classes_are_even(fused: Any, magnitude: float) -> None:
     logits = (torch.randn(1, 1, 5, 6, generator=torch.Generator().manual_seed(0)) * magnitude).repeat(1, 4, 1, 1)
     labels = torch.randint(0, 4, (1, 23, 18), generator=torch.Generator().manual_seed(1))
-    grad, log_odds, _ = fused.erosion_grad(logits, labels, torch.ones(1))
+    grad, log_odds, _ = fused.erosion_grad(logits, labels, torch.ones(1), confidence="log_odds")
     torch.testing.assert_close(log_odds, torch.full_like(log_odds, -math.log(3)))
-    torch.testing.assert_close(grad, reference.erosion_grad(logits, labels, torch.ones(1))[0])
+    torch.testing.assert_close(grad, reference.erosion_grad(logits, labels, torch.ones(1), confidence="log_odds")[0])
 
 
 def test_empty_batches_and_labels(fused: Any) -> None:

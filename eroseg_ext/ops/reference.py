@@ -227,9 +227,9 @@ def erosion_grad(
 
     Returns:
         G ``[B, C, H, W]`` in the logits' dtype; log_odds ``[B, H, W]`` float32, the signed confidence (L for
-        ``log_odds``; +s where correct and -s where wrong for the others), +inf on void pixels; stats ``[B, 4]`` float64. The
-        front that stats count are the sensitive pixels, s <= tau, and their movement is the log-odds they have lost
-        since ``previous`` (gained, if targeted); 0 without it.
+        ``log_odds``; +s where correct and -s where wrong for the others), +inf on void pixels; stats ``[B, 4]``
+        float64. The front that stats count are the sensitive pixels, s <= tau, and their movement is the log-odds they
+        have lost since ``previous`` (gained, if targeted); 0 without it.
 
     Source: after arXiv 2601.14950; docs/method.md.
     """

@@ -34,7 +34,7 @@ def settled(model: nn.Module, images: Tensor | None = None) -> nn.Module:
 
 
 def check_attacks(model: Any, images: Tensor | None = None, labels: Tensor | None = None, **settings: Any) -> None:
-    """Two methods raise the loss within the ball, and the model is as it was."""
+    """Two methods raise the loss within the ball, eroseg that of correct pixels, and the model is as it was."""
     if images is None or labels is None:
         images, labels = batch()
     before = {}
@@ -43,11 +43,20 @@ def check_attacks(model: Any, images: Tensor | None = None, labels: Tensor | Non
         before = {name: value.clone() for name, value in model.state_dict().items()}
     for method in ("pgd", "eroseg"):
         losses: list[float] = []
+        counted: list[Tensor] = []
 
-        def callback(step: eroseg_ext.StepInfo, labels: Tensor = labels, losses: list[float] = losses) -> None:
+        def callback(
+            step: eroseg_ext.StepInfo,
+            method: str = method,
+            labels: Tensor = labels,
+            losses: list[float] = losses,
+            counted: list[Tensor] = counted,
+        ) -> None:
             z = step.logits.double()
             z = torch.cat([0 * z, z], 1) if z.shape[1] == 1 else z
-            losses.append(float(F.cross_entropy(z, labels.long(), ignore_index=VOID)))
+            if not counted:
+                counted.append(labels.long().where((z.argmax(1) == labels) | (method == "pgd"), VOID))
+            losses.append(float(F.cross_entropy(z, counted[0], ignore_index=VOID)))
 
         given = {"method": method, "eps": 0.03, "steps": 4, "random_start": False, "ignore_index": VOID} | settings
         adversarial = eroseg_ext.attack(model, images, labels, callback=callback, **given)

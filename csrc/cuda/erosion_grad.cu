@@ -29,7 +29,9 @@ __host__ __device__ constexpr int ring_pitch(const Tiles& tiles, int pixels_of_v
 }
 
 // The confidence of the top class takes a kernel of its own, so that what it needs costs the other no registers.
-__host__ __device__ constexpr int most_threads(bool is_top) { return is_top ? 192 : kMostThreads; }
+__host__ __device__ constexpr int most_threads(Confidence kind) {
+  return kind == Confidence::kTop ? 192 : kMostThreads;
+}
 
 // pixel_math.h's front_weight of a soft front by the exponential unit: its error grows to 1e-5 only where the weight is
 // below 1e-30.
@@ -59,8 +61,8 @@ __device__ __forceinline__ void find_lowest(const Row& row, float (&lowest)[kPix
   for (int v = 0; v < kPixels; ++v) lowest[v] = fminf(column[v], fminf(column[v + 1], column[v + 2]));
 }
 
-template <class Type, bool kPieces, bool kTop>
-__global__ void __launch_bounds__(most_threads(kTop), 2)
+template <class Type, bool kPieces, Confidence kConfidence>
+__global__ void __launch_bounds__(most_threads(kConfidence), 2)
     erosion_grad_kernel(const __grid_constant__ ErosionGrad job, const __grid_constant__ RowsPlan plan,
                         const __grid_constant__ Counting counting) {
   constexpr int kPixels = Vector<Type>::kElements;
@@ -112,8 +114,7 @@ __global__ void __launch_bounds__(most_threads(kTop), 2)
     }
     if (y >= 0 && y < height) {
       Scores log_odds;
-      const Confidence kind = kTop ? Confidence::kTop : job.confidence;
-      const Terms<kPixels> terms = rows.reduce(y, staging.at(now, tile.x), kind, log_odds.at);
+      const Terms<kPixels> terms = rows.reduce(y, staging.at(now, tile.x), kConfidence, log_odds.at);
 #pragma unroll
       for (int v = 0; v < kPixels; ++v) {
         const bool weighs = terms.label[v] >= 0 && log_odds.at[v] == log_odds.at[v];
@@ -207,9 +208,10 @@ cudaError_t launch_erosion_grad(const ErosionGrad& job, const Counting& counting
     using Type = decltype(type);
     constexpr bool kPieces = decltype(pieces)::value;
     constexpr int kPixels = Vector<Type>::kElements, kOfPixel = kRing * static_cast<int>(sizeof(float));
-    const bool is_top = job.confidence == Confidence::kTop;
-    const auto kernel = is_top ? erosion_grad_kernel<Type, kPieces, true> : erosion_grad_kernel<Type, kPieces, false>;
-    const RowsNeeds needs{1, kStages, kOfPixel, 2 * kPixels * kOfPixel, most_threads(is_top)};
+    auto kernel = erosion_grad_kernel<Type, kPieces, Confidence::kLabel>;
+    if (job.confidence == Confidence::kTop) kernel = erosion_grad_kernel<Type, kPieces, Confidence::kTop>;
+    if (job.confidence == Confidence::kLogOdds) kernel = erosion_grad_kernel<Type, kPieces, Confidence::kLogOdds>;
+    const RowsNeeds needs{1, kStages, kOfPixel, 2 * kPixels * kOfPixel, most_threads(job.confidence)};
     return launch_rows<Type>(kernel, job, needs, stream, counting);
   });
 }

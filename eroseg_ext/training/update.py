@@ -140,8 +140,10 @@ class Updater:
         before = sum(_chosen(place, fraction) for place in range(first))
         index = torch.tensor(rows, device=images.device)
         generator = self._noise(update, before, images[0].numel())
-        method = "pgd" if _chosen(update, self._settings.pgd_fraction) else self._attack.method
-        config = dataclasses.replace(self._attack, method=method, backend=backend)
+        config = self._attack
+        method = "pgd" if _chosen(update, self._settings.pgd_fraction) else config.method
+        if (method, backend) != (config.method, config.backend):
+            config = dataclasses.replace(config, method=method, backend=backend)
         loop = pgd.Loop(config, self.network, images[index], labels[index], generator=generator)
         images = images.index_copy(0, index, loop.run()[0])
         self._clock.switch(phases.UPDATE)

@@ -23,7 +23,8 @@ class Row(NamedTuple):
     """One figure."""
 
     group: str
-    """``operations``, ``attacks``, ``parts``, ``strength``, ``training``, ``pareto``, ``evaluation`` or ``demo``"""
+    """``operations``, ``attacks``, ``parts``, ``strength``, ``training``, ``pareto``, ``evaluation``, ``demo``,
+    ``resolution``, ``resolution steps`` or ``resolution loss``"""
     case: str
     """what is measured, on what"""
     name: str

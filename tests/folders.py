@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from eroseg_ext.data.scenes import IGNORE_INDEX, generated_scenes
+from eroseg_ext.models.small_deeplab import SmallDeepLab
 
 SIZE = (40, 56)
 
@@ -22,6 +24,15 @@ def write_folder(root: Path, count: int, void: int = IGNORE_INDEX, suffix: str =
         labels = scenes.labels[index].where(scenes.labels[index] != IGNORE_INDEX, void).byte().numpy()
         Image.fromarray(pixels).save(root / "images" / f"{index:02}{suffix}")
         Image.fromarray(labels).save(root / "labels" / f"{index:02}.png")
+    return root
+
+
+def write_evaluated(root: Path, count: int, void: int = IGNORE_INDEX) -> Path:
+    """``data/`` of drawn scenes and ``weights.pt`` of an untrained network of their 8 classes."""
+    write_folder(root / "data", count, void)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.save({"model": SmallDeepLab(8, width=8).state_dict()}, root / "weights.pt")
     return root
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import write_folder, write_labels
+from folders import write_evaluated, write_folder, write_labels
 from torch import Tensor
 
 from eroseg_ext import evaluate
@@ -22,12 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``data/`` of three scenes and ``weights.pt`` of an untrained network of their 8 classes."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    write_folder(folder / "data", 3, void=9)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        torch.save({"model": SmallDeepLab(8, width=8).state_dict()}, folder / "weights.pt")
-    return folder
+    return write_evaluated(tmp_path_factory.mktemp("evaluate"), 3, void=9)
 
 
 def command(files: Path, out: Path, *more: str) -> list[str]:

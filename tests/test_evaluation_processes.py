@@ -11,16 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from attack_common import Batch
 from evaluation_common import QUICK, Pairs
-from folders import write_folder
+from folders import write_evaluated, write_folder
 from torch import Tensor, nn
 
 from eroseg_ext import evaluate
 from eroseg_ext.cli import main
 from eroseg_ext.evaluation.result_cache import ResultCache
-from eroseg_ext.models.small_deeplab import SmallDeepLab
 from eroseg_ext.utils import progress
 from eroseg_ext.utils.atomic_files import locked
 from eroseg_ext.utils.progress import Progress
@@ -39,11 +37,7 @@ def arguments(folder: Path, out: Path) -> list[str]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """``data/`` of five scenes and ``weights.pt`` of an untrained network of their 8 classes."""
-    write_folder(tmp_path / "data", 5)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        torch.save(SmallDeepLab(8, width=8).state_dict(), tmp_path / "weights.pt")
-    return tmp_path
+    return write_evaluated(tmp_path, 5)
 
 
 def command(folder: Path, out: Path, processes: int) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from folders import write_folder
 from PIL import Image
 from torch import Tensor, nn
-from training_common import CLASSES, SMALL, AuxiliaryNet, furthest_apart, weights
+from training_common import CLASSES, SMALL, AuxiliaryNet, furthest_apart, records, seeded, weights
 
 from eroseg_ext import train
 from eroseg_ext.cli import main
@@ -24,18 +24,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("data"), 8)
 
 
-def auxiliary_net(classes: int = CLASSES) -> AuxiliaryNet:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AuxiliaryNet(classes)
+def auxiliary_net() -> AuxiliaryNet:
+    return seeded(lambda: AuxiliaryNet(CLASSES))
 
 
 def trained(data: Path, out: Path, model: Any = None, **settings: Any) -> tuple[Any, list[float]]:
     """The model, and the loss of each update."""
     model = model or auxiliary_net()
     train(model, data=data, out=out, say=lambda _: None, **{**SMALL, "epochs": 2, "log_every": 1, **settings})
-    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return model, [line["loss"] for line in lines if "loss" in line]
+    return model, [record["loss"] for record in records(out) if "loss" in record]
 
 
 def mean_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -68,8 +65,7 @@ def test_a_loss_by_name_with_arguments(data: Path, tmp_path: Path, monkeypatch: 
     arguments += ["--size", "24x32", "--batch-size", "4", "--epochs", "2", "--log-every", "1", "--threads", "1"]
     arguments += ["--loss", "mine.py:smooth", "--loss-args", '{"label_smoothing": 0.3}', "--device", "cpu"]
     assert main.main([*arguments, "--eps", "2/255", "--classes", str(CLASSES)]) == 0
-    lines = map(json.loads, Path("b/log.jsonl").read_text().splitlines())
-    found = [line["loss"] for line in lines if "loss" in line]
+    found = [record["loss"] for record in records(Path("b")) if "loss" in record]
     assert found == pytest.approx(expected, rel=1e-5)
     assert found[0] != pytest.approx(trained(data, tmp_path / "c", name, loss=mean_cross_entropy)[1][0], rel=1e-2)
     summary = json.loads(Path("b/summary.json").read_text())

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from attack_common import Batch, Counted, MakeNet, run, seeded
 from conftest import CLASSES, VOID
 from evaluation_common import QUICK, Pairs
-from folders import write_folder
+from folders import write_evaluated
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -25,7 +25,6 @@ from eroseg_ext import TrainSettings, evaluate, strong_attack
 from eroseg_ext.cli import main
 from eroseg_ext.evaluation import sanity
 from eroseg_ext.models.adapter import Logits
-from eroseg_ext.models.small_deeplab import SmallDeepLab
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -398,12 +397,7 @@ def test_sanity_checks_with_windows(net: nn.Module, batch: Batch) -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("windows")
-    write_folder(folder / "data", 2, void=9)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        torch.save(SmallDeepLab(8, width=8).state_dict(), folder / "weights.pt")
-    return folder
+    return write_evaluated(tmp_path_factory.mktemp("windows"), 2, void=9)
 
 
 def command(name: str, files: Path, out: Path, *more: str) -> list[str]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from eroseg_ext.data import datasets
+from eroseg_ext.data.sources import SegmentationFolder
+from eroseg_ext.training.samples import Reader
+
+Model = TypeVar("Model", bound=nn.Module)
 CLASSES = 8
 SMALL = {"size": (24, 32), "classes": CLASSES, "batch_size": 4, "eps": 2 / 255, "val_attack_steps": 2}
 SMALL |= {"threads": 1, "device": "cpu"}
@@ -48,6 +54,24 @@ class AuxiliaryNet(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features = self.body(images)
         return {"out": self.head(features), "aux": self.auxiliary(features)}
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def seeded(make: Callable[[], Model]) -> Model:
+    """A model with the same weights each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make()
+
+
+def reader(data: Path) -> Reader:
+    """Reads the validation images of a folder."""
+    to_class = datasets.class_map("folder", CLASSES, 255)
+    return Reader(SegmentationFolder(data, SMALL["size"]), to_class, False)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

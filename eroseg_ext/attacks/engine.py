@@ -18,6 +18,7 @@ from eroseg_ext.attacks.settings import AttackSettings
 from eroseg_ext.models.adapter import Logits, Model, Pass, frozen, unwrapped
 from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops import backend
+from eroseg_ext.ops.pixel_terms import predicted_classes
 from eroseg_ext.utils.precision import wide
 
 
@@ -194,8 +195,9 @@ class Engine:
     def _predicted(self) -> Tensor:
         """The model's own prediction on the clean images, ``[B, H, W]`` int64."""
         with torch.no_grad():
-            logits = (self._forward(self.clean[rows]).at(self.size) for rows in self._slices)
-            return torch.cat([(z[:, 0] > 0).long() if z.shape[1] == 1 else z.argmax(1) for z in logits])
+            return torch.cat(
+                [predicted_classes(self._forward(self.clean[rows]).at(self.size)) for rows in self._slices]
+            )
 
     def _prepare(self, judge: bool) -> None:
         self._valid = wide((self._labels.long() != self._ignore_index).sum((1, 2)))

@@ -169,7 +169,7 @@ _NAMES = (lambda text: tuple(map(str.strip, text.split(","))), "NAME,...", "name
 CONVERTERS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "int": (int, "N", "a whole number"),
     "float": (_number, "X", "a number such as 0.03 or 8/255"),
-    "str": (str, "NAME", "a name"),
+    **dict.fromkeys(("str", "str | Callable[[Tensor, Tensor], Tensor]"), (str, "NAME", "a name")),
     **dict.fromkeys(("Path", "Path | SegmentationData"), (_path, "PATH", "a path")),
     "int | str": (lambda text: int(text) if text.lstrip("-").isdigit() else text, "N|NAME", "a number or a name"),
     "str | tuple[float, ...]": (
@@ -191,8 +191,9 @@ CONVERTERS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "tuple[int, int]": (_size, "HxW", f"HEIGHTxWIDTH of at most {MAX_PIXELS} pixels"),
     "tuple[str, ...]": _NAMES,
     "Sequence[str] | Mapping[str, Mapping[str, Any]]": _NAMES,
-    "str | Callable[[Tensor, Tensor], Tensor]": (str, "NAME", "a name"),
-    "Mapping[str, float]": (_json_object, "JSON", 'a JSON object such as {"backbone": 0.1}'),
-    "Mapping[str, Any]": (_json_object, "JSON", 'a JSON object such as {"name": 1}, without NaN'),
+    **dict.fromkeys(
+        ("Mapping[str, Any]", "Mapping[str, float]"),
+        (_json_object, "JSON", 'a JSON object such as {"name": 1}, without NaN'),
+    ),
 }
 """By a field's type: what makes a value of the option's text, how the help calls that, and what is told if it fails."""

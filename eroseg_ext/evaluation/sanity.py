@@ -21,6 +21,7 @@ from eroseg_ext.attacks.apgd import noise_seed, strong_attack
 from eroseg_ext.models.adapter import SETTINGS as OF_THE_MODEL
 from eroseg_ext.models.adapter import Logits, Model, Pass, frozen, unwrapped
 from eroseg_ext.models.see_through import LogitMap
+from eroseg_ext.ops.pixel_terms import predicted_classes
 from eroseg_ext.utils.precision import wide
 
 STEPS = 10
@@ -123,7 +124,7 @@ class _Checker:
     def deterministic(self) -> tuple[bool, str]:
         with torch.no_grad():
             first, second = self._predict(self._images), self._predict(self._images)
-        changed = float(wide((_classes(first) != _classes(second))[self._valid]).mean())
+        changed = float(wide((predicted_classes(first) != predicted_classes(second))[self._valid]).mean())
         largest = float((first - second).abs().max())
         scale = float(first.abs().max())
         if largest <= 1e-4 * scale:
@@ -217,7 +218,7 @@ class _Checker:
 
     def _accuracy(self, images: Tensor) -> float:
         with torch.no_grad():
-            correct = (_classes(self._predict(images)) == self._labels) & self._valid
+            correct = (predicted_classes(self._predict(images)) == self._labels) & self._valid
         return 100 * float(correct.sum()) / max(float(self._valid.sum()), 1.0)
 
     def _attacked(self, eps: float, steps: int) -> float:
@@ -225,10 +226,6 @@ class _Checker:
             adversarial = strong_attack(self._model, self._images, self._labels, eps=eps, steps=steps, **self._settings)
             self._known[eps, steps] = self._accuracy(adversarial)
         return self._known[eps, steps]
-
-
-def _classes(logits: Tensor) -> Tensor:
-    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
 
 
 def _falls(accuracies: list[float], where: str) -> tuple[bool, str]:

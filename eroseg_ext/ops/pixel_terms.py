@@ -40,6 +40,11 @@ def upsampled(logits: Tensor, labels: Tensor, align_corners: bool) -> Tensor:
     return F.interpolate(z, size, mode="bilinear", align_corners=align_corners)
 
 
+def predicted_classes(logits: Tensor) -> Tensor:
+    """``[B, H, W]`` int64: the arg max of ``logits[B, C, H, W]``, the lowest class on ties; of one logit, its sign."""
+    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+
+
 def pixel_terms(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool = False) -> PixelTerms:
     """The terms that every weight and direction is made of; see :class:`PixelTerms`."""
     z = upsampled(logits, labels, align_corners)

@@ -36,6 +36,7 @@ from eroseg_ext.ops.pixel_terms import (
     INF,
     lowest_neighbour,
     pixel_terms,
+    predicted_classes,
     signed_confidence,
     summed_stats,
     upsampled,
@@ -432,8 +433,7 @@ def confusion(
         predicted class lies outside ``[0, classes)``, are counted nowhere.
     """
     if prediction.dim() == 4:
-        prediction = upsampled(prediction, labels, align_corners)
-        prediction = (prediction[:, 0] > 0).long() if prediction.shape[1] == 1 else prediction.argmax(1)
+        prediction = predicted_classes(upsampled(prediction, labels, align_corners))
     labels = labels.long()
     valid = (labels != ignore_index) & (labels >= 0) & (labels < classes)
     valid &= (prediction >= 0) & (prediction < classes)

@@ -20,6 +20,8 @@ from eroseg_ext.utils.precision import widest
 
 _ALL_PIXELS = 1e30
 """The width of a front that all pixels are in."""
+_FRONT = AttackSettings()
+"""Whose front the loss has."""
 
 
 class Loss:
@@ -126,13 +128,12 @@ def front_factor(scores: Tensor, labels: Tensor, front_loss: float, ops: Operati
         The factor ``[B, H, W]`` float32, 0 on void pixels; the front's width tau ``[B]``; and what 1 + front_loss * w
         was multiplied by, ``[B]``.
     """
-    settings = AttackSettings()
     valid = labels != VOID
     count = valid.sum((1, 2))
     stats = torch.zeros(len(scores), 4, dtype=widest(scores.device), device=scores.device)
     stats[:, 0] = count
-    tau = ops.next_tau(scores, stats, 1, front_min=settings.front_first, front_max=settings.front_first)
-    eroded = ops.erode(scores, valid, settings.radius, settings.slope * tau)
+    tau = ops.next_tau(scores, stats, 1, front_min=_FRONT.front_first, front_max=_FRONT.front_first)
+    eroded = ops.erode(scores, valid, _FRONT.radius, _FRONT.slope * tau)
     factor = (1 + front_loss * reference.front_weight(eroded, tau)).where(valid, 0.0)
     scale = count / factor.sum((1, 2)).clamp(min=1e-12)
     return factor * scale.view(-1, 1, 1), tau, scale
@@ -151,8 +152,8 @@ class _Fused(torch.autograd.Function):
         align_corners: bool,
         ops: Operations,
     ) -> Tensor:
-        shared: dict[str, Any] = {"ignore_index": VOID, "direction": "ce", "align_corners": align_corners}
-        shared["confidence"] = "log_odds"
+        shared: dict[str, Any] = {"confidence": "log_odds", "direction": "ce"}
+        shared |= {"ignore_index": VOID, "align_corners": align_corners}
         largest = None
         if class_weights is not None:
             largest = class_weights.amax()  # the operation's factors are at most 1
@@ -165,8 +166,7 @@ class _Fused(torch.autograd.Function):
         if front_loss > 0:
             factor, tau, scale = front_factor(log_odds.abs(), labels, front_loss, ops)
             losses = losses * factor
-            settings = AttackSettings()
-            of_front, *_ = ops.erosion_grad(logits, labels, tau, radius=settings.radius, slope=settings.slope, **shared)
+            of_front, *_ = ops.erosion_grad(logits, labels, tau, radius=_FRONT.radius, slope=_FRONT.slope, **shared)
             grad.add_(of_front, alpha=front_loss).mul_(scale.view(-1, 1, 1, 1))
         if largest is not None:
             grad.mul_(largest)

@@ -53,8 +53,8 @@ class Updater:
         self._attack: AttackSettings | None = None
         if config is not None and settings.adv_fraction > 0:
             # The network normalises, casts, reads the model's output and sees through its upsampling by itself.
-            defaults = {name: getattr(AttackSettings(), name) for name in OF_THE_MODEL}
-            self._attack = dataclasses.replace(config, **{**defaults, "see_through": False})
+            defaults = AttackSettings(see_through=False)
+            self._attack = dataclasses.replace(config, **{name: getattr(defaults, name) for name in OF_THE_MODEL})
 
     @property
     def trained(self) -> nn.Module:

@@ -14,6 +14,7 @@ from eroseg_ext.data.reading import evenly_spaced
 from eroseg_ext.evaluation.metrics import miou_and_accuracy
 from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops import backend
+from eroseg_ext.ops.pixel_terms import predicted_classes
 from eroseg_ext.training import seeds
 from eroseg_ext.training.clock import Clock
 from eroseg_ext.training.distributed import Processes
@@ -28,7 +29,9 @@ def examples(settings: TrainSettings, model: nn.Module, read: Reader, device: to
     keys = [[Key(index)] for index in evenly_spaced(len(read), 4)]
     shown = []
     for labels, judged in _judged(settings, model, read, keys, device, 0):
-        (image, before), *attacked = [(images[0].cpu(), _prediction(logits, labels)) for images, logits in judged]
+        size = (labels.shape[-2], labels.shape[-1])
+        found = [(images[0].cpu(), predicted_classes(logits.at(size))[0].cpu()) for images, logits in judged]
+        (image, before), *attacked = found
         shown.append(Example(image, labels[0].cpu(), before, *(attacked[0] if attacked else (None, None))))
     return shown
 
@@ -55,12 +58,6 @@ def validate(
     processes.sum_(matrices)
     scores = zip(names, map(miou_and_accuracy, matrices), strict=True)
     return {f"{prefix}{name}": value for prefix, found in scores for name, value in found.items()}
-
-
-def _prediction(logits: LogitMap, labels: Tensor) -> Tensor:
-    """``[H, W]`` int64 on the CPU, of the first image."""
-    z = logits.at((labels.shape[-2], labels.shape[-1]))[0].cpu()
-    return (z[0] > 0).long() if len(z) == 1 else z.argmax(0)
 
 
 def _attack(settings: TrainSettings) -> AttackSettings | None:

@@ -70,14 +70,15 @@ def _require_compiler() -> None:
         )
 
 
-def _requires_torch(config_settings: Any = None) -> list[str]:
+def _requires(config_settings: Any = None) -> list[str]:
     if not _wants_extension():
         return []
     _require_compiler()  # before a frontend fetches torch in vain
+    ninja = ["ninja"]  # torch compiles with it where it is there: several files at a time, and only what has changed
     if _installed_torch() is None:
-        return ["torch>=" + ".".join(map(str, OLDEST_TORCH))]
+        return [*ninja, "torch>=" + ".".join(map(str, OLDEST_TORCH))]
     _require_torch()
-    return []
+    return ninja
 
 
 def _checked(hook: Callable[..., str]) -> Callable[..., str]:
@@ -93,8 +94,8 @@ def _checked(hook: Callable[..., str]) -> Callable[..., str]:
     return run
 
 
-get_requires_for_build_wheel = _requires_torch
-get_requires_for_build_editable = _requires_torch
+get_requires_for_build_wheel = _requires
+get_requires_for_build_editable = _requires
 prepare_metadata_for_build_wheel = _checked(build_meta.prepare_metadata_for_build_wheel)
 prepare_metadata_for_build_editable = _checked(build_meta.prepare_metadata_for_build_editable)
 build_wheel = _checked(build_meta.build_wheel)

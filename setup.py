@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -114,8 +115,18 @@ def cuda_extension(toolkit: Any, architectures: list[Any]) -> Extension:
     return extension
 
 
+def is_current(built: Path, command: str) -> bool:
+    """Whether an object file is what the command would make again: of the same files, none of which has changed."""
+    made_by, made_from = built.with_suffix(".command"), built.with_suffix(".d")
+    try:
+        files = shlex.split(made_from.read_text().partition(":")[2].replace("\\\n", " "))
+        return made_by.read_text() == command and max(map(os.path.getmtime, files)) < os.path.getmtime(built)
+    except (OSError, ValueError):  # there is none, or a header is gone
+        return False
+
+
 def compile_kernels(toolkit: Any, architectures: list[Any], target: Path) -> list[str]:
-    """Compiles csrc/cuda/*.cu, several at a time; returns the object files."""
+    """Compiles what is new of csrc/cuda/*.cu, several at a time; returns the object files."""
     flags = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "--compiler-options=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
     if WARNINGS_ARE_ERRORS:
         # Registers that spill, and arrays in local memory, are what makes such kernels slow: no kernel may have them.
@@ -128,9 +139,13 @@ def compile_kernels(toolkit: Any, architectures: list[Any], target: Path) -> lis
 
     def compiled(source: Path) -> str:
         built = target / f"{source.stem}.o"
-        command = [toolkit.nvcc, *flags, "-c", str(source), "-o", str(built)]
-        print(" ".join(command), flush=True)
-        subprocess.run(command, check=True)
+        made_by, made_from = built.with_suffix(".command"), built.with_suffix(".d")
+        command = [toolkit.nvcc, *flags, "-MD", "-MF", str(made_from), "-c", str(source), "-o", str(built)]
+        if not is_current(built, shlex.join(command)):
+            made_by.unlink(missing_ok=True)
+            print(shlex.join(command), flush=True)
+            subprocess.run(command, check=True)
+            made_by.write_text(shlex.join(command))
         return str(built)
 
     # The largest first, so that none is left over at the end.
@@ -147,6 +162,7 @@ def compiled() -> dict[str, Any]:
 
     class BuildExtension(cpp_extension.BuildExtension):
         def build_extensions(self) -> None:
+            self.force = True  # without ninja, setuptools would not see that a kernel or one of its headers has changed
             say(f"compiling against torch {torch.__version__} in {Path(torch.__file__).parent}")
             for extension in self.extensions:
                 if cuda is not None and extension.name == "eroseg_ext._cuda":

@@ -142,7 +142,8 @@ def run_all(check: Check, wheel: str | None, work: Path, csv: Path) -> None:
     # What runs on the host has run without a GPU already.
     tests = [python, "-m", "pytest", "-k", f"{device} and not host and not test_cuda_kernels", "-rfE"]
     tests += ["-p", "no:cacheprovider", "-p", "no:benchmark", "-o", "faulthandler_timeout=60"]
-    tests += ["-n", str(min(os.cpu_count() or 1, 8))] if importlib.util.find_spec("xdist") else []
+    spread = ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal"]
+    tests += spread if importlib.util.find_spec("xdist") else []
     tests += os.environ.get("TESTS", "").split()
     parts = {"tests": tests}
     for tool in SANITIZERS:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -297,14 +299,44 @@ def test_without_a_working_nvcc(
         setup_py.chosen_cuda()
 
 
-def test_the_kernels_are_compiled_by_the_nvcc_that_was_found(
+@pytest.fixture
+def compile_kernels(
     setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> Callable[..., list[list[str]]]:
+    """The commands of a build, whose object files depend on their sources and on header.h."""
     commands: list[list[str]] = []
-    monkeypatch.setattr(setup_py.subprocess, "run", lambda command, check: commands.append(command))
+    (tmp_path / "header.h").touch()
+
+    def run(command: list[str], check: bool) -> None:
+        source, built = (Path(command[command.index(option) + 1]) for option in ("-c", "-o"))
+        if source.stem in broken:
+            raise subprocess.CalledProcessError(1, command)
+        commands.append(command)
+        built.touch()
+        built.with_suffix(".d").write_text(f"{built} : {source} \\\n {tmp_path}/header.h\n")
+
+    broken: set[str] = set()
+    monkeypatch.setattr(setup_py.subprocess, "run", run)
     toolkit = setup_py.cuda_toolkit.Toolkit("nvcc-of-conda", ["-isystem", "its-headers"], "")
-    objects = setup_py.compile_kernels(toolkit, cuda_architectures.parse("9.0;Hopper"), tmp_path)
-    assert len(objects) == len(commands) == len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
+
+    def build(architectures: str, fails: str = "") -> list[list[str]]:
+        commands.clear()
+        broken.clear()
+        broken.add(fails)
+        made = setup_py.compile_kernels(toolkit, cuda_architectures.parse(architectures), tmp_path / "built")
+        assert len(made) == len(KERNELS)
+        assert all(Path(built).is_file() for built in made)
+        return list(commands)
+
+    return build
+
+
+KERNELS = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+
+
+def test_the_kernels_are_compiled_by_the_nvcc_that_was_found(compile_kernels: Callable[..., list[list[str]]]) -> None:
+    commands = compile_kernels("9.0;Hopper")
+    assert len(commands) == len(KERNELS)
     for command in commands:
         assert command[0] == "nvcc-of-conda"
         assert "its-headers" in command
@@ -312,6 +344,27 @@ def test_the_kernels_are_compiled_by_the_nvcc_that_was_found(
             "-gencode=arch=compute_90,code=sm_90",
             "-gencode=arch=compute_90,code=compute_90",
         ]
+
+
+def test_a_kernel_is_compiled_again_if_it_would_be_another(
+    compile_kernels: Callable[..., list[list[str]]], tmp_path: Path
+) -> None:
+    def compiled(*arguments: str) -> set[str]:
+        return {Path(command[command.index("-c") + 1]).stem for command in compile_kernels(*arguments)}
+
+    assert compiled("9.0") == KERNELS
+    assert compiled("9.0") == set()
+    assert compiled("8.0") == KERNELS
+    (tmp_path / "header.h").touch()
+    assert compiled("8.0") == KERNELS
+    (tmp_path / "built" / "select.o").unlink()
+    assert compiled("8.0") == {"select"}
+    (tmp_path / "header.h").touch()
+    with pytest.raises(subprocess.CalledProcessError):
+        compile_kernels("8.0", "select")
+    assert "select" in compiled("8.0")
+    (tmp_path / "header.h").unlink()
+    assert compiled("8.0") == KERNELS
 
 
 @pytest.mark.parametrize("free_threaded", [False, True])

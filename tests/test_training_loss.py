@@ -14,7 +14,7 @@ from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops import backend as backends
 from eroseg_ext.ops import reference
 from eroseg_ext.training import TrainSettings
-from eroseg_ext.training.loss import front_factor, summed_loss
+from eroseg_ext.training.loss import pixel_factor, summed_loss
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def full(logits: torch.Tensor) -> LogitMap:
 
 def factor_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     scores = reference.confidence(logits, labels, ignore_index=VOID)
-    return front_factor(scores, labels, 4.0, reference)[0]
+    return pixel_factor(scores, labels, 4.0, None, reference)[0]
 
 
 def test_without_front_it_is_the_cross_entropy(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -94,12 +94,33 @@ def test_pieces_of_a_batch_add_up(batch: tuple[torch.Tensor, torch.Tensor]) -> N
     torch.testing.assert_close(pieces, whole)
 
 
+def test_rare_classes_count_more_and_every_image_as_before(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, labels = batch
+    labels[:, :15][labels[:, :15] != VOID] = 0  # so that class 0 is the most common
+    leaf = logits.clone().requires_grad_()
+    losses = F.cross_entropy(logits, labels, ignore_index=VOID, reduction="none")
+    for balance in (0.5, 1.0):
+        loss = summed_loss(full(leaf), labels, None, 0.0, reference, balance)
+        expected = torch.zeros(())
+        for image in range(2):
+            count = labels[image][labels[image] != VOID].bincount(minlength=5)
+            weight = (count.clamp(min=1).float() ** -balance)[labels[image].clamp(min=0)] * (labels[image] != VOID)
+            expected += (losses[image] * weight).sum() * (labels[image] != VOID).sum() / weight.sum()
+        torch.testing.assert_close(loss, expected)
+
+
 @pytest.mark.parametrize("front_loss", [0.0, 4.0])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("weighted", "balance"), [(False, 0.0), (True, 0.0), (False, 0.5)])
 @pytest.mark.parametrize("classes", [1, 5])
 @pytest.mark.parametrize(("size", "align_corners"), [((20, 30), False), ((5, 8), False), ((7, 10), True)])
 def test_both_backends_give_the_same_loss_and_gradient(
-    fused: str, front_loss: float, weighted: bool, classes: int, size: tuple[int, int], align_corners: bool
+    fused: str,
+    front_loss: float,
+    weighted: bool,
+    balance: float,
+    classes: int,
+    size: tuple[int, int],
+    align_corners: bool,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, classes, *size, generator=generator) * 4
@@ -111,7 +132,7 @@ def test_both_backends_give_the_same_loss_and_gradient(
     for name in (fused, "reference"):
         leaf = logits.clone().requires_grad_()
         ops = backends.select(torch.device("cpu"), name)
-        loss = summed_loss(LogitMap(leaf, align_corners), labels, weights, front_loss, ops)
+        loss = summed_loss(LogitMap(leaf, align_corners), labels, weights, front_loss, ops, balance)
         (loss / 3).backward()
         assert leaf.grad is not None
         found.append((loss.detach(), leaf.grad))

@@ -64,7 +64,9 @@ def averaged(passes: Pass, images: Tensor, at: Places) -> Tensor:
 class _Averaged(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, images: Tensor, passes: Pass, at: Places) -> Tensor:
-        ctx.passes, ctx.at, ctx.as_now = passes, at, _as_now(images)
+        ctx.passes, ctx.at = passes, at
+        if ctx.needs_input_grad[0]:
+            ctx.as_now = _as_now(images)
         count = images.new_zeros(images.shape[-2:], dtype=torch.float32)
         total = count
         for rows, columns in at:

@@ -10,19 +10,9 @@ from typing import Any
 import torch
 
 from eroseg_ext.ops import backend
+from eroseg_ext.ops.protocol import Operations
 
-__all__ = [
-    "class_balance",
-    "confidence",
-    "confusion",
-    "erode",
-    "erosion_grad",
-    "kth_value",
-    "l2_step_",
-    "linf_step_",
-    "next_tau",
-    "pixel_grad",
-]
+__all__ = sorted(name for name in vars(Operations) if not name.startswith("_"))
 
 
 def __getattr__(name: str) -> Callable[..., Any]:

@@ -16,22 +16,10 @@ from torch import Tensor
 
 from eroseg_ext import _C
 from eroseg_ext.ops import reference
-from eroseg_ext.ops.reference import class_balance, erode, l2_step_
+from eroseg_ext.ops.reference import class_balance as class_balance
+from eroseg_ext.ops.reference import erode as erode
+from eroseg_ext.ops.reference import l2_step_ as l2_step_
 from eroseg_ext.utils.validate import check_choice
-
-__all__ = [
-    "class_balance",
-    "confidence",
-    "confusion",
-    "cpu_level",
-    "erode",
-    "erosion_grad",
-    "kth_value",
-    "l2_step_",
-    "linf_step_",
-    "next_tau",
-    "pixel_grad",
-]
 
 # The orders of csrc/enums.h.
 CONFIDENCES = ("label", "top", "log_odds")

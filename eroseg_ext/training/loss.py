@@ -68,7 +68,8 @@ class Loss:
     def _share(self, logits: LogitMap, labels: Tensor, total: Tensor, ops: Operations) -> Tensor:
         settings = self._settings
         if self._own is None:
-            return summed_loss(logits, labels, self._class_weights, settings.front_loss_in_force, ops) / total
+            front_loss, balance = settings.front_loss_in_force, settings.loss_balance
+            return summed_loss(logits, labels, self._class_weights, front_loss, ops, balance) / total
         mean: Tensor = self._own(logits.at((labels.shape[-2], labels.shape[-1])).float(), labels)
         return mean * (len(labels) / settings.batch_size)
 
@@ -87,9 +88,14 @@ def _own_loss(settings: TrainSettings, device: torch.device) -> Any:
 
 
 def summed_loss(
-    logits: LogitMap, labels: Tensor, class_weights: Tensor | None, front_loss: float, ops: Operations
+    logits: LogitMap,
+    labels: Tensor,
+    class_weights: Tensor | None,
+    front_loss: float,
+    ops: Operations,
+    balance: float = 0.0,
 ) -> Tensor:
-    """The cross-entropy summed over the valid pixels, a scalar; pixels count as :func:`front_factor` says.
+    """The cross-entropy summed over the valid pixels, a scalar; pixels count as :func:`pixel_factor` says.
 
     The fused operations give it and its gradient without logits at the labels' size: the cross-entropy's gradient is
     that of ``erosion_grad`` with ``direction="ce"`` and all pixels in the front, and the factor's part that with the
@@ -99,23 +105,29 @@ def summed_loss(
         logits: ``[B, C, h, w]``, also of another size than the labels; one class is binary segmentation.
         labels: ``[B, H, W]`` int64 with ``VOID`` on void pixels.
         class_weights: ``[max(C, 2)]`` float32, or None.
-        front_loss: see :func:`front_factor`; 0 for all pixels alike.
+        front_loss: see :func:`pixel_factor`; 0 for all pixels alike.
         ops: the reference's give the definition, by autograd.
+        balance: exponent of :func:`eroseg_ext.ops.reference.class_balance`, which is the rarity; 0 for classes alike.
     """
+    rarity = None
+    if balance > 0:
+        rarity = ops.class_balance(labels, max(logits.values.shape[1], 2), ignore_index=VOID) ** balance
     if ops is not reference:
-        loss: Tensor = _Fused.apply(logits.values, labels, class_weights, front_loss, logits.align_corners, ops)
+        loss: Tensor = _Fused.apply(logits.values, labels, class_weights, front_loss, rarity, logits.align_corners, ops)
         return loss
     z = logits.at((labels.shape[-2], labels.shape[-1])).float()
     both = torch.cat([torch.zeros_like(z), z], 1) if z.shape[1] == 1 else z
     losses = F.cross_entropy(both, labels, class_weights, ignore_index=VOID, reduction="none")
-    if front_loss > 0:
+    if front_loss > 0 or rarity is not None:
         scores = ops.confidence(z.detach(), labels, ignore_index=VOID, confidence="log_odds")
-        losses = losses * front_factor(scores, labels, front_loss, ops)[0]
+        losses = losses * pixel_factor(scores, labels, front_loss, rarity, ops)[0]
     return losses.sum()
 
 
-def front_factor(scores: Tensor, labels: Tensor, front_loss: float, ops: Operations) -> tuple[Tensor, Tensor, Tensor]:
-    """``1 + front_loss * w``, divided by its mean over the image's valid pixels.
+def pixel_factor(
+    scores: Tensor, labels: Tensor, front_loss: float, rarity: Tensor | None, ops: Operations
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``(1 + front_loss * w) * rarity``, divided by its mean over the image's valid pixels.
 
     w is the weight of a pixel in a front of the attack's width, by its log-odds: 1 where the network is undecided,
     nearly 0 where it is sure, right or wrong. An image counts as much as without it, on any number of
@@ -123,18 +135,25 @@ def front_factor(scores: Tensor, labels: Tensor, front_loss: float, ops: Operati
 
     Args:
         scores: ``[B, H, W]`` float32, the confidence ``log_odds`` of :func:`eroseg_ext.ops.reference.confidence`.
+        labels: ``[B, H, W]`` int64 with ``VOID`` on void pixels.
+        rarity: ``[B, C]`` float32, of the pixel's class, or None for 1.
 
     Returns:
-        The factor ``[B, H, W]`` float32, 0 on void pixels; the front's width tau ``[B]``; and what 1 + front_loss * w
-        was multiplied by, ``[B]``.
+        The factor ``[B, H, W]`` float32, 0 on void pixels; the front's width tau ``[B]``, or None without a front; and
+        what the product was multiplied by, ``[B]``.
     """
     valid = labels != VOID
     count = valid.sum((1, 2))
-    stats = torch.zeros(len(scores), 4, dtype=widest(scores.device), device=scores.device)
-    stats[:, 0] = count
-    tau = ops.next_tau(scores, stats, 1, front_min=_FRONT.front_first, front_max=_FRONT.front_first)
-    eroded = ops.erode(scores, valid, _FRONT.radius, _FRONT.slope * tau)
-    factor = (1 + front_loss * reference.front_weight(eroded, tau)).where(valid, 0.0)
+    factor, tau = torch.ones_like(scores), None
+    if front_loss > 0:
+        stats = torch.zeros(len(scores), 4, dtype=widest(scores.device), device=scores.device)
+        stats[:, 0] = count
+        tau = ops.next_tau(scores, stats, 1, front_min=_FRONT.front_first, front_max=_FRONT.front_first)
+        eroded = ops.erode(scores, valid, _FRONT.radius, _FRONT.slope * tau)
+        factor += front_loss * reference.front_weight(eroded, tau)
+    if rarity is not None:
+        factor *= rarity.gather(1, labels.where(valid, 0).flatten(1)).view_as(factor)
+    factor = factor.where(valid, 0.0)
     scale = count / factor.sum((1, 2)).clamp(min=1e-12)
     return factor * scale.view(-1, 1, 1), tau, scale
 
@@ -149,6 +168,7 @@ class _Fused(torch.autograd.Function):
         labels: Tensor,
         class_weights: Tensor | None,
         front_loss: float,
+        rarity: Tensor | None,
         align_corners: bool,
         ops: Operations,
     ) -> Tensor:
@@ -158,16 +178,20 @@ class _Fused(torch.autograd.Function):
         if class_weights is not None:
             largest = class_weights.amax()  # the operation's factors are at most 1
             shared["class_weight"] = (class_weights / largest).expand(len(logits), -1)
+        elif rarity is not None:
+            shared["class_weight"] = rarity
         wide = logits.new_full((len(logits),), _ALL_PIXELS, dtype=torch.float32)
         grad, log_odds, _ = ops.erosion_grad(logits, labels, wide, front="hard", radius=0, **shared)
         losses = F.softplus(-log_odds)  # -log p of the label; 0 on void pixels, whose log-odds are infinite
         if class_weights is not None:
             losses = losses * class_weights[labels.where(labels != VOID, 0)]
-        if front_loss > 0:
-            factor, tau, scale = front_factor(log_odds.abs(), labels, front_loss, ops)
+        if front_loss > 0 or rarity is not None:
+            factor, tau, scale = pixel_factor(log_odds.abs(), labels, front_loss, rarity, ops)
             losses = losses * factor
-            of_front, *_ = ops.erosion_grad(logits, labels, tau, radius=_FRONT.radius, slope=_FRONT.slope, **shared)
-            grad.add_(of_front, alpha=front_loss).mul_(scale.view(-1, 1, 1, 1))
+            if tau is not None:
+                of_front, *_ = ops.erosion_grad(logits, labels, tau, radius=_FRONT.radius, slope=_FRONT.slope, **shared)
+                grad.add_(of_front, alpha=front_loss)
+            grad.mul_(scale.view(-1, 1, 1, 1))
         if largest is not None:
             grad.mul_(largest)
         ctx.save_for_backward(grad)
@@ -176,4 +200,4 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = ctx.saved_tensors
-        return grad * grads[0].to(grad.dtype), None, None, None, None, None
+        return grad * grads[0].to(grad.dtype), None, None, None, None, None, None

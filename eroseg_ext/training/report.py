@@ -18,9 +18,12 @@ def described(settings: TrainSettings, task: Task, model: nn.Module, updates: in
     parameters = sum(parameter.numel() for parameter in model.parameters())
     attacked = "clean images"
     if (config := settings.attack_settings()) is not None:
+        steps = (
+            f"{config.steps} steps" if settings.replays == 1 else f"{settings.replays} updates with each batch, steps"
+        )
         attacked = (
             f"{settings.adv_fraction:.0%} attacked by {config.method}, eps {255 * config.eps:.3g}/255, "
-            f"{config.steps} steps of {255 * config.alpha:.3g}/255"
+            f"{steps} of {255 * config.alpha:.3g}/255"
         )
     return (
         f"{settings.model}, {parameters:,} parameters, {task.to_class.classes} classes; "

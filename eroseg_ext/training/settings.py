@@ -46,6 +46,7 @@ _INTEGERS: dict[str, tuple[int, int | None]] = dict.fromkeys(_COUNTS, (1, None))
     "attack_steps": (1, 10**4),
     "val_attack_steps": (0, 10**4),
     "compare_reference": (0, 1000),
+    "replays": (1, 100),
     "seed": (0, 2**63 - 1),
     "threads": (1, 1024),
     "workers": (0, 256),
@@ -53,7 +54,7 @@ _INTEGERS: dict[str, tuple[int, int | None]] = dict.fromkeys(_COUNTS, (1, None))
 }
 _NOT_NEGATIVE = ("learning_rate", "weight_decay", "step_size", "front_loss", "eps", "warmup_epochs", "poly_power")
 _NUMBERS = dict.fromkeys((*_NOT_NEGATIVE, "auxiliary_weight"), (0, math.inf)) | {"timeout": (1, 1e7)}
-_NUMBERS |= dict.fromkeys(("adv_fraction", "pgd_fraction", "ema"), (0, 1))
+_NUMBERS |= dict.fromkeys(("adv_fraction", "pgd_fraction", "ema", "loss_balance"), (0, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,9 @@ class TrainSettings(Reading):
     it gives the mean over these images, a scalar"""
     loss_args: Mapping[str, Any] = field(default_factory=dict)
     """keywords for it, such as ``{"ignore_index": -1}``"""
+    loss_balance: float = 0.0
+    """exponent from 0 (off) to 1 of a pixel's weight in the loss by how rare its class is in the image; an image counts
+    as much as without it"""
     auxiliary_weight: float = 0.0
     """the loss of auxiliary heads, which are the other logits in the model's output, counts so much; 0 leaves them out,
     and their parameters as they are"""
@@ -129,6 +133,10 @@ class TrainSettings(Reading):
     """``eroseg``, ``pgd``, ``segpgd``, ``cospgd``, ``mce``, ``mce_bal``, ``js``, ``tsallis`` or ``none``"""
     adv_fraction: float = 0.5
     """part of each batch that is attacked: 0.5 as SegPGD-AT, 1.0 as PIR-AT"""
+    replays: int = 1
+    """updates with each batch; above 1 the attack takes no steps: the gradient of an update with respect to its images
+    makes the perturbation of the next, and the first is noise (free adversarial training, Shafahi et al., NeurIPS
+    2019)"""
     pgd_fraction: float = 0.0
     """part of the updates, evenly spaced, whose images are attacked by ``pgd`` instead"""
     eps: float = 4 / 255
@@ -136,7 +144,8 @@ class TrainSettings(Reading):
     attack_steps: int = 3
     """steps of the attack on each batch"""
     step_size: float | None = None
-    """of the attack; default: the larger of eps / 4 and 1.5 eps / attack_steps, so that few steps cross the ball too"""
+    """of the attack; default: the larger of eps / 4 and 1.5 eps / attack_steps, so that few steps cross the ball too;
+    eps with replays"""
     attack_mode: str = "eval"
     """mode of the model during the attack: ``eval``, ``train`` or ``keep``"""
     attack_options: Mapping[str, Any] = field(default_factory=dict)
@@ -234,6 +243,12 @@ class TrainSettings(Reading):
             require(named or callable(self.loss), "loss", self.loss, "package.module:callable or file.py:callable")
             require(not self.front_loss, "front_loss", self.front_loss, "0 with a loss of one's own")
             require(self.class_weights == "none", "class_weights", self.class_weights, "none with a loss of one's own")
+            require(self.loss_balance == 0, "loss_balance", self.loss_balance, "0 with a loss of one's own")
+        if self.loss_balance > 0:
+            require(self.class_weights == "none", "class_weights", self.class_weights, "none beside loss_balance")
+        if self.replays > 1:
+            require(self.attack in ("eroseg", "pgd"), "attack", self.attack, "eroseg or pgd with replays")
+            require(self.pgd_fraction == 0, "pgd_fraction", self.pgd_fraction, "0 with replays")
         for name, factor in self.lr_mult.items():
             check_number(f"lr_mult[{name!r}]", factor, 0, math.inf)
         self.attack_settings()
@@ -262,7 +277,7 @@ class TrainSettings(Reading):
             method=self.attack,
             eps=self.eps,
             steps=self.attack_steps,
-            step_size=self.eps * max(1 / 4, 1.5 / self.attack_steps) if self.step_size is None else self.step_size,
+            step_size=self._usual_step_size if self.step_size is None else self.step_size,
             ignore_index=VOID,
             backend=self.backend,
             model_mode=self.attack_mode,
@@ -272,6 +287,10 @@ class TrainSettings(Reading):
             **reading,
             **options,
         )
+
+    @property
+    def _usual_step_size(self) -> float:
+        return self.eps * (1 if self.replays > 1 else max(1 / 4, 1.5 / self.attack_steps))
 
     @property
     def norm(self) -> str:

@@ -21,6 +21,7 @@ from eroseg_ext.training.clock import Clock
 from eroseg_ext.training.distributed import Processes
 from eroseg_ext.training.loss import Loss
 from eroseg_ext.training.network import Network
+from eroseg_ext.training.replays import Perturbed
 from eroseg_ext.training.samples import Batch
 from eroseg_ext.training.settings import TrainSettings
 from eroseg_ext.training.task import Task
@@ -85,11 +86,11 @@ class Updater:
         return all(bool(value.isfinite().all()) for value in self.model.state_dict().values())
 
     def __call__(self, update: int, batch: Batch, backend: str | None = None) -> Tensor:
-        """Takes one step with this process's part of a batch.
+        """Takes one step, or ``replays`` of them, with this process's part of a batch.
 
         The number of the update, from 0, decides the random numbers and the learning rate. ``backend`` is of the attack
-        and the front loss, if not the settings'. Returns the loss over all
-        processes' parts, a scalar on the device. On the CPU, no step is taken if it is not finite.
+        and the front loss, if not the settings'. Returns the last step's loss over all processes' parts, a scalar on
+        the device. On the CPU, no step is taken if its loss is not finite.
         """
         settings, processes, clock = self._settings, self._processes, self._clock
         clock.switch(phases.DATA)
@@ -105,24 +106,35 @@ class Updater:
         first = processes.rank * len(images)
         backend = backend or settings.backend
         ops = backends.select(processes.device, backend)
-        loss = torch.zeros((), dtype=torch.float32, device=processes.device)
-        parts = zip(images.chunk(settings.accumulate), labels.chunk(settings.accumulate), strict=True)
-        for number, (part, wanted) in enumerate(parts):
-            part = self._attacked(part, wanted, first + number * len(part), update, backend)
-            last = number + 1 == settings.accumulate
-            with nullcontext() if last else self._without_sync():
-                share = self._loss(self._network(part, heads=True), wanted, total, ops)
-                # DistributedDataParallel takes the mean over the processes, and the loss is their sum.
-                (share * processes.world).backward()
-            loss += share.detach()
-        processes.sum_(loss)
-        if processes.device.type != "cpu" or loss.isfinite():
-            self.optimizer.step()
-            self._average_buffers()
-            if self.ema is not None:
-                self.ema.update_parameters(self.model)
-        self.optimizer.zero_grad(set_to_none=True)
+        parts = [*zip(images.chunk(settings.accumulate), labels.chunk(settings.accumulate), strict=True)]
+        places = [first + number * len(part) for number, (part, _) in enumerate(parts)]
+        free: list[Perturbed] = []
+        if settings.replays > 1 and self._attack is not None:
+            free = [self._perturbed(part, place, update) for (part, _), place in zip(parts, places, strict=True)]
+        for _ in range(settings.replays):
+            loss = torch.zeros((), dtype=torch.float32, device=processes.device)
+            for number, (part, wanted) in enumerate(parts):
+                shown = free[number].images if free else self._attacked(part, wanted, places[number], update, backend)
+                last = number + 1 == settings.accumulate
+                with nullcontext() if last else self._without_sync():
+                    share = self._loss(self._network(shown, heads=True), wanted, total, ops)
+                    # DistributedDataParallel takes the mean over the processes, and the loss is their sum.
+                    (share * processes.world).backward()
+                if free:
+                    free[number].move()
+                loss += share.detach()
+            processes.sum_(loss)
+            if processes.device.type != "cpu" or loss.isfinite():
+                self._step()
+            self.optimizer.zero_grad(set_to_none=True)
         return loss
+
+    def _step(self) -> None:
+        """Moves the weights along their gradients, and the averages with them."""
+        self.optimizer.step()
+        self._average_buffers()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
 
     def _without_sync(self) -> AbstractContextManager[None]:
         """Gradients stay in the process: more of them follow."""
@@ -130,16 +142,11 @@ class Updater:
 
     def _attacked(self, images: Tensor, labels: Tensor, first: int, update: int, backend: str) -> Tensor:
         """The images from place ``first`` of the whole batch on, ``adv_fraction`` of them, evenly spaced, attacked."""
-        if self._attack is None:
-            return images
-        fraction = self._settings.adv_fraction
-        rows = [row for row in range(len(images)) if _chosen(first + row, fraction)]
-        if not rows:
+        index = self._rows(len(images), first)
+        if self._attack is None or len(index) == 0:
             return images
         self._clock.switch(phases.ATTACK_KERNELS)
-        before = sum(_chosen(place, fraction) for place in range(first))
-        index = torch.tensor(rows, device=images.device)
-        generator = self._noise(update, before, images[0].numel())
+        generator = self._noise(update, first, images[0].numel())
         config = self._attack
         method = "pgd" if _chosen(update, self._settings.pgd_fraction) else config.method
         if (method, backend) != (config.method, config.backend):
@@ -149,14 +156,26 @@ class Updater:
         self._clock.switch(phases.UPDATE)
         return images
 
-    def _noise(self, update: int, before: int, values: int) -> torch.Generator:
-        """A generator whose next numbers are the random start of the attacked image number ``before`` of the batch.
+    def _perturbed(self, images: Tensor, first: int, update: int) -> Perturbed:
+        """The images from place ``first`` of the whole batch on, ``adv_fraction`` of them somewhere in the ball."""
+        assert self._attack is not None
+        generator = self._noise(update, first, images[0].numel())
+        return Perturbed(images, self._rows(len(images), first), self._attack, generator)
+
+    def _rows(self, count: int, first: int) -> Tensor:
+        """Which of so many images, from place ``first`` of the whole batch on, are attacked."""
+        rows = [row for row in range(count) if _chosen(first + row, self._settings.adv_fraction)]
+        return torch.tensor(rows, dtype=torch.int64, device=self._processes.device)
+
+    def _noise(self, update: int, first: int, values: int) -> torch.Generator:
+        """A generator whose next numbers are the random starts of the images from place ``first`` of the batch on.
 
         On the CPU those of the images before it are drawn and thrown away, so that the noise of an image depends
         neither on the number of processes nor on gradient accumulation. A GPU's generator cannot be wound on so: there
         each process and piece has a seed of its own.
         """
         seed, cpu = self._settings.seed, self._processes.device.type == "cpu"
+        before = sum(_chosen(place, self._settings.adv_fraction) for place in range(first))
         purpose = (seeds.ATTACK, update) if cpu else (seeds.ATTACK, update, before)
         generator = torch.Generator(self._processes.device).manual_seed(seeds.torch_seed(seed, *purpose))
         for _ in range(before if cpu else 0):

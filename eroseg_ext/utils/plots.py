@@ -105,7 +105,7 @@ def attack_panel(
     # One scale for both; the few surest pixels would otherwise leave no colours to the rest.
     top = max(float(np.percentile(maps[0].compressed(), 98)) if maps[0].count() else 1.0, 1e-6)
     for place, when, values in zip((axes[0][3], axes[1][3]), ("before", "after"), maps, strict=True):
-        colours = _show(place, f"confidence |log-odds| {when}", values, cmap="viridis", vmin=0, vmax=top)
+        colours = _show(place, f"confidence {when}, in log-odds", values, cmap="viridis", vmin=0, vmax=top)
     figure.colorbar(colours, cax=figure.add_subplot(grid[0:2, 4]), extend="max")
 
     for place in axes[2][len(fronts) :]:

@@ -49,8 +49,9 @@ def run(world: int, **settings: Any) -> dict[str, Any]:
         {"optimizer": "adamw", "learning_rate": 1e-3, "adv_fraction": 0.5, "accumulate": 2, "batch_size": 8},
         {"optimizer": "sgd", "adv_fraction": 1.0, "class_weights": "median-frequency", "ema": 0.9},
         {"model": "training_common:AuxiliaryNet", "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2)},
+        {"optimizer": "sgd", "replays": 2, "loss_balance": 0.5, "adv_fraction": 0.75, "epochs": 3},
     ],
-    ids=["adamw, half attacked, accumulated", "sgd, all attacked, weighted", "auxiliary head, normalised"],
+    ids=["adamw, half attacked, accumulated", "sgd, all attacked, weighted", "auxiliary head, normalised", "replays"],
 )
 def test_two_processes_train_as_one(data: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     common = {**SMALL, "data": data, "val": data, "model": "training_common:plain_net", "epochs": 6, **settings}
@@ -58,7 +59,7 @@ def test_two_processes_train_as_one(data: Path, tmp_path: Path, settings: dict[s
     two = run(2, **common, out=tmp_path / "two")
     apart = furthest_apart(weights(tmp_path / "one"), weights(tmp_path / "two"))
     assert apart < 1e-5
-    assert one["updates"] == two["updates"] == 6 * (13 // common["batch_size"])
+    assert one["updates"] == two["updates"] == common["epochs"] * (13 // common["batch_size"])
     assert one["validation"]["accuracy"] == pytest.approx(two["validation"]["accuracy"], abs=0.05)
     assert two["environment"]["processes"] == 2
 

@@ -40,10 +40,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "pgd, balanced": {"attack": "eroseg", "attack_options": BALANCED_PGD},
     "eroseg": {"attack": "eroseg"},
 }
-METHODS |= {
-    "pgd, balanced and not": METHODS["pgd, balanced"] | {"pgd_fraction": 0.5},
-    "eroseg and pgd": {"attack_options": {"direction": "ce"}, "pgd_fraction": 0.5},
-}
 METHODS |= {f"{name}, 1 step": given | {"attack_steps": 1} for name, given in METHODS.items() if name != "none"}
 METHODS |= {
     "pgd, free": METHODS["pgd"] | {"replays": 2},
@@ -51,8 +47,8 @@ METHODS |= {
     "eroseg, free": METHODS["eroseg"] | {"replays": 2, "loss_balance": 0.25},
 }
 METHODS["eroseg, free, equal time"] = METHODS["eroseg, free"] | {"epochs": 15}
-"""What each passes to ``eroseg_ext.train``. Those "and" another take turns with ``pgd``, update by update; 15 epochs of
-two updates with each batch take as long as 10 with 3 steps of ``pgd``."""
+"""What each passes to ``eroseg_ext.train``. 15 epochs of two updates with each batch
+take as long as 10 with 3 steps of ``pgd``."""
 BUDGETS = (2 / 255, 4 / 255, 8 / 255)
 GRADIENTS = {"choose": 20, "report": 50}
 COUNTS = {"train": 160, "choose": 24, "report": 24}

@@ -200,7 +200,7 @@ def training(group: Group) -> list[str]:
 
 
 PARETO = re.compile(r"(.*), trained at (\d+)/255, seed (\d+), (.*)")
-LEADER = "eroseg and pgd, 1 step"
+LEADER = "eroseg, free"
 
 
 def pareto_points(group: Group) -> dict[tuple[str, str, int, int], dict[tuple[str, str], float]]:

@@ -65,9 +65,7 @@ VALUES = {
             "--lr-mult": (*JSON, '{"stem": "x"}', '{"stem": -1}'),
             "--auxiliary-weight": NUMBER,
         },
-        **dict.fromkeys(
-            ("--adv-fraction", "--pgd-fraction", "--loss-balance", "--ema", "--timeout"), (*NUMBER, "1e300")
-        ),
+        **dict.fromkeys(("--adv-fraction", "--loss-balance", "--ema", "--timeout"), (*NUMBER, "1e300")),
         **{"--data": FOLDER, "--val": FOLDER, "--out": OUT, "--init": FILE, "--device": DEVICE, "--model": MODEL},
         **{"--ignore-index": LABEL, "--eps": (*BUDGET, "8"), "--step-size": BUDGET, "--size": SIZE, "--crop": SIZE},
         **{"--scale": ("", "x", "1", "1,2,3", "0,1", "2,1", "nan,1", "1e-300,1", "1,1e300"), "--mean": NUMBERS},

@@ -194,19 +194,6 @@ def test_the_fraction_is_what_is_attacked(
         assert (settings.method, settings.variant, settings.steps) == ("cospgd", "sigmoid", 3)
 
 
-def test_a_part_of_the_updates_is_attacked_by_pgd(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    methods: list[str] = []
-    attack = pgd.Loop.run
-
-    def watched(loop: pgd.Loop) -> tuple[Tensor, None]:
-        methods.append(loop.config.method)
-        return attack(loop)[0], None
-
-    monkeypatch.setattr(pgd.Loop, "run", watched)
-    run(data, tmp_path, epochs=2, pgd_fraction=1 / 3)
-    assert methods == ["eroseg", "eroseg", "pgd"] * 2
-
-
 def test_accumulated_gradients_are_those_of_the_whole_batch(data: Path, tmp_path: Path) -> None:
     for pieces in (1, 2):
         run(data, tmp_path / str(pieces), accumulate=pieces, class_weights="median-frequency", optimizer="sgd")

@@ -137,7 +137,6 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     [
         ({"attack": "cospgd"}, "attack is 'cospgd', wanted eroseg or pgd with replays"),
         ({"attack": "none"}, "attack is 'none', wanted eroseg or pgd with replays"),
-        ({"pgd_fraction": 0.5}, "pgd_fraction is 0.5, wanted 0 with replays"),
         ({"replays": 0}, "replays is 0"),
         ({"loss_balance": 2.0}, "loss_balance is 2.0"),
         (

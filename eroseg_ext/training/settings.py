@@ -54,7 +54,7 @@ _INTEGERS: dict[str, tuple[int, int | None]] = dict.fromkeys(_COUNTS, (1, None))
 }
 _NOT_NEGATIVE = ("learning_rate", "weight_decay", "step_size", "front_loss", "eps", "warmup_epochs", "poly_power")
 _NUMBERS = dict.fromkeys((*_NOT_NEGATIVE, "auxiliary_weight"), (0, math.inf)) | {"timeout": (1, 1e7)}
-_NUMBERS |= dict.fromkeys(("adv_fraction", "pgd_fraction", "ema", "loss_balance"), (0, 1))
+_NUMBERS |= dict.fromkeys(("adv_fraction", "ema", "loss_balance"), (0, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +137,6 @@ class TrainSettings(Reading):
     """updates with each batch; above 1 the attack takes no steps: the gradient of an update with respect to its images
     makes the perturbation of the next, and the first is noise (free adversarial training, Shafahi et al., NeurIPS
     2019)"""
-    pgd_fraction: float = 0.0
-    """part of the updates, evenly spaced, whose images are attacked by ``pgd`` instead"""
     eps: float = 4 / 255
     """radius of the l_inf ball, or of another one where ``attack_options`` give ``norm``"""
     attack_steps: int = 3
@@ -248,7 +246,6 @@ class TrainSettings(Reading):
             require(self.class_weights == "none", "class_weights", self.class_weights, "none beside loss_balance")
         if self.replays > 1:
             require(self.attack in ("eroseg", "pgd"), "attack", self.attack, "eroseg or pgd with replays")
-            require(self.pgd_fraction == 0, "pgd_fraction", self.pgd_fraction, "0 with replays")
         for name, factor in self.lr_mult.items():
             check_number(f"lr_mult[{name!r}]", factor, 0, math.inf)
         self.attack_settings()

@@ -148,9 +148,8 @@ class Updater:
         self._clock.switch(phases.ATTACK_KERNELS)
         generator = self._noise(update, first, images[0].numel())
         config = self._attack
-        method = "pgd" if _chosen(update, self._settings.pgd_fraction) else config.method
-        if (method, backend) != (config.method, config.backend):
-            config = dataclasses.replace(config, method=method, backend=backend)
+        if backend != config.backend:
+            config = dataclasses.replace(config, backend=backend)
         loop = pgd.Loop(config, self.network, images[index], labels[index], generator=generator)
         images = images.index_copy(0, index, loop.run()[0])
         self._clock.switch(phases.UPDATE)
@@ -196,7 +195,7 @@ class Updater:
 
 
 def _chosen(place: int, fraction: float) -> bool:
-    """Whether the image at this place of the batch, or this update, is one of ``fraction`` of them, evenly spaced."""
+    """Whether the image at this place of the batch is one of ``fraction`` of them, evenly spaced."""
     return int((place + 1) * fraction + 1e-9) > int(place * fraction + 1e-9)
 
 

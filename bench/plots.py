@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bench.report import Group, pareto_points
+from bench.report import LEADER, Group, pareto_points
 from bench.results import Row, latest
 
 COLOURS = {"fused": "#0072b2", "compiled": "#e69f00", "reference": "#999999"}
@@ -48,9 +48,11 @@ def pareto(figure: Figure, group: Group) -> None:
     points = pareto_points(group)
     budgets = [s for s in dict.fromkeys(budget for found in points.values() for budget, _ in found) if s != "clean"]
     lines = [*itertools.product(dict.fromkeys(key[0] for key in points), ("miou", "aacc"))]
+    colours = {name: f"C{index}" for index, name in enumerate(sorted({key[1] for key in points} - {"none"}))}
+    figure.set_figheight(2.9 * len(lines) + 1)
     panels = figure.subplots(len(lines), len(budgets), squeeze=False).flat
     for axes, ((data, quantity), budget) in zip(panels, itertools.product(lines, budgets), strict=True):
-        for name in dict.fromkeys(key[1] for key in points if key[1] != "none"):
+        for name, colour in colours.items():
             x, y, below, above = [], [], [], []
             for eps in dict.fromkeys(key[2] for key in points if key[:2] == (data, name)):
                 seeds = [found for key, found in points.items() if key[:3] == (data, name, eps)]
@@ -59,7 +61,9 @@ def pareto(figure: Figure, group: Group) -> None:
                 y.append(sum(worst) / len(worst))
                 below.append(y[-1] - min(worst))
                 above.append(max(worst) - y[-1])
-            axes.errorbar(x, y, [below, above], label=name, marker="o", markersize=3, linewidth=1.2, elinewidth=0.6)
+            width = 2.4 if name == LEADER else 1.0
+            style = {"color": colour, "marker": "o", "markersize": 3, "linewidth": width, "elinewidth": 0.6}
+            axes.errorbar(x, y, [below, above], label=name, **style)
         told = {"miou": "mIoU", "aacc": "accuracy"}[quantity]
         axes.set(xlabel=f"clean {told}, %", ylabel=f"worst-case {told}, %")
         axes.set_title(f"{data}, {budget}", fontsize=9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,8 @@ def test_each_update_is_on_the_images_that_the_gradient_of_the_one_before_leads_
 def test_the_perturbation_starts_as_noise_and_stays_in_the_ball() -> None:
     clean = torch.rand(4, 3, 20, 30, generator=torch.Generator().manual_seed(0))
     config = AttackSettings(eps=EPS, step_size=EPS)
+    from_clean = dataclasses.replace(config, random_start=False)
+    assert torch.equal(Perturbed(clean, torch.arange(4), from_clean, torch.Generator()).images, clean)
     perturbed = Perturbed(clean, torch.tensor([1, 3]), config, torch.Generator().manual_seed(1))
     for _ in range(4):
         images = perturbed.images
@@ -138,6 +141,10 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
         ({"attack": "cospgd"}, "attack is 'cospgd', wanted eroseg or pgd with replays"),
         ({"attack": "none"}, "attack is 'none', wanted eroseg or pgd with replays"),
         ({"replays": 0}, "replays is 0"),
+        (
+            {"attack_options": {"balance": 0.5}},
+            "attack_options is {'balance': 0.5}, wanted norm and random_start alone",
+        ),
         ({"loss_balance": 2.0}, "loss_balance is 2.0"),
         (
             {"loss_balance": 0.5, "class_weights": "median-frequency"},

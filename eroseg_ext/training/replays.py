@@ -13,21 +13,23 @@ from eroseg_ext.attacks.settings import AttackSettings
 
 
 class Perturbed:
-    """Images in a ball, first at random places, that move with the gradient which a backward pass leaves with them.
+    """Images in a ball that move with the gradient which a backward pass leaves with them.
 
     Args:
         clean: ``[B, K, H, W]`` float32.
         rows: ``[N]`` int64, the images that are perturbed.
-        config: norm, eps, step size and range.
+        config: norm, eps, step size, range, and whether they start at random.
         generator: of the noise, which is drawn for these images alone.
     """
 
     def __init__(self, clean: Tensor, rows: Tensor, config: AttackSettings, generator: torch.Generator) -> None:
         changeable = torch.zeros(len(clean), 1, 1, 1, dtype=torch.bool, device=clean.device).index_fill(0, rows, True)
-        noise = noise_in_ball(clean[rows].shape, config.norm, config.eps, changeable[rows], generator)
         self._ball = Ball(clean, config, changeable, config.eps)
         self._step = torch.full_like(changeable, config.alpha, dtype=torch.float32)
-        self.images = self._ball.project(clean.index_add(0, rows, noise)).requires_grad_()
+        images = clean.clone()
+        if config.random_start:
+            images[rows] += noise_in_ball(clean[rows].shape, config.norm, config.eps, changeable[rows], generator)
+        self.images = self._ball.project(images).requires_grad_()
 
     def move(self) -> None:
         """A step along the gradient, projected on the ball."""

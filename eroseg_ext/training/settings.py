@@ -246,6 +246,10 @@ class TrainSettings(Reading):
             require(self.class_weights == "none", "class_weights", self.class_weights, "none beside loss_balance")
         if self.replays > 1:
             require(self.attack in ("eroseg", "pgd"), "attack", self.attack, "eroseg or pgd with replays")
+            wanted = "norm and random_start alone with replays, whose gradient is the loss's"
+            require(
+                self.attack_options.keys() <= {"norm", "random_start"}, "attack_options", self.attack_options, wanted
+            )
         for name, factor in self.lr_mult.items():
             check_number(f"lr_mult[{name!r}]", factor, 0, math.inf)
         self.attack_settings()

@@ -15,7 +15,6 @@ from typing import Any, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from eroseg_ext.attacks.methods import METHODS
 from eroseg_ext.attacks.result import Callback
 from eroseg_ext.attacks.settings import AttackSettings
 
@@ -129,13 +128,3 @@ def with_settings(options: Any, **defaults: object) -> Function[[F], F]:
         return function
 
     return shown
-
-
-def methods_table() -> str:
-    """The attack methods in Markdown, with the settings that only they read and the defaults of these."""
-    defaults = AttackSettings()
-    lines = ["| `method` | object | what weighs a pixel | source | settings of its own |", "|---|---|---|---|---|"]
-    for method in METHODS.values():
-        settings = ", ".join(f"`{name}={getattr(defaults, name)!r}`" for name in method.settings)
-        lines.append(f"| `{method.name}` | `{method.class_name}` | {method.summary} | {method.source} | {settings} |")
-    return "\n".join(lines)

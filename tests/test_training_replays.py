@@ -35,16 +35,16 @@ def run(data: Path, out: Path, **settings: Any) -> dict[str, Tensor]:
     return weights(out)
 
 
-def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
-    """The images of each forward pass of an update, and then their gradient."""
-    seen: list[tuple[Tensor, Tensor]] = []
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
+    """Of each forward pass of an update the images, and, but for a batch's last, their gradient."""
+    seen: list[list[Tensor]] = []
     forward = Network.forward
 
     def seeing(network: Network, images: Tensor, heads: bool = False) -> Any:
-        if heads and images.requires_grad:
-            images.register_post_accumulate_grad_hook(
-                lambda leaf: seen.append((leaf.detach().clone(), leaf.grad.clone()))
-            )
+        if heads and len(images) > 1:
+            seen.append([images.detach().clone()])
+            if images.requires_grad:
+                images.register_post_accumulate_grad_hook(lambda leaf, kept=seen[-1]: kept.append(leaf.grad.clone()))
         return forward(network, images, heads)
 
     monkeypatch.setattr(Network, "forward", seeing)
@@ -61,7 +61,8 @@ def test_each_update_is_on_the_images_that_the_gradient_of_the_one_before_leads_
     assert len(seen) == 3 * 3
     for batch in range(3):
         steps = seen[3 * batch : 3 * batch + 3]
-        for (images, gradient), (moved, _) in pairwise(steps):
+        assert [len(step) for step in steps] == [2, 2, 1]
+        for (images, gradient), (moved, *_) in pairwise(steps):
             if norm == "linf":
                 distance = (moved - images).abs()
                 inside = (images - 0.5).abs() < 0.5 - eps
@@ -81,7 +82,7 @@ def test_the_perturbation_starts_as_noise_and_stays_in_the_ball() -> None:
     assert torch.equal(Perturbed(clean, torch.arange(4), from_clean, torch.Generator()).images, clean)
     perturbed = Perturbed(clean, torch.tensor([1, 3]), config, torch.Generator().manual_seed(1))
     for _ in range(4):
-        images = perturbed.images
+        images = perturbed.images.requires_grad_()
         assert torch.equal(images[[0, 2]], clean[[0, 2]])
         assert 0.9 * EPS < (images - clean).abs().max() <= EPS + 1e-6
         assert images.amin() >= 0
@@ -110,7 +111,7 @@ def test_pieces_of_a_batch_are_as_the_whole_and_a_fraction_is_perturbed(
         run(data, tmp_path / str(pieces), accumulate=pieces, optimizer="sgd", epochs=1, adv_fraction=0.5)
     assert furthest_apart(weights(tmp_path / "1"), weights(tmp_path / "2")) < 1e-6
     # In 255ths, as they were read.
-    untouched = [((images * 255).round() - images * 255).abs().amax((1, 2, 3)) < 1e-3 for images, _ in seen]
+    untouched = [((images * 255).round() - images * 255).abs().amax((1, 2, 3)) < 1e-3 for images, *_ in seen]
     assert [part.tolist() for part in untouched[:9]] == [[True, False, True, False]] * 9
 
 

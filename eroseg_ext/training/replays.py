@@ -29,9 +29,9 @@ class Perturbed:
         images = clean.clone()
         if config.random_start:
             images[rows] += noise_in_ball(clean[rows].shape, config.norm, config.eps, changeable[rows], generator)
-        self.images = self._ball.project(images).requires_grad_()
+        self.images = self._ball.project(images)
 
     def move(self) -> None:
         """A step along the gradient, projected on the ball."""
         assert self.images.grad is not None
-        self.images = self._ball.step(self.images.detach(), self.images.grad, self._step).requires_grad_()
+        self.images = self._ball.step(self.images.detach(), self.images.grad, self._step)

@@ -111,16 +111,20 @@ class Updater:
         free: list[Perturbed] = []
         if settings.replays > 1 and self._attack is not None:
             free = [self._perturbed(part, place, update) for (part, _), place in zip(parts, places, strict=True)]
-        for _ in range(settings.replays):
+        for replay in range(settings.replays):
+            moves = replay + 1 < settings.replays
             loss = torch.zeros((), dtype=torch.float32, device=processes.device)
             for number, (part, wanted) in enumerate(parts):
-                shown = free[number].images if free else self._attacked(part, wanted, places[number], update, backend)
+                if free:
+                    shown = free[number].images.requires_grad_(moves)
+                else:
+                    shown = self._attacked(part, wanted, places[number], update, backend)
                 last = number + 1 == settings.accumulate
                 with nullcontext() if last else self._without_sync():
                     share = self._loss(self._network(shown, heads=True), wanted, total, ops)
                     # DistributedDataParallel takes the mean over the processes, and the loss is their sum.
                     (share * processes.world).backward()
-                if free:
+                if free and moves:
                     free[number].move()
                 loss += share.detach()
             processes.sum_(loss)

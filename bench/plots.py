@@ -44,15 +44,21 @@ def loss(figure: Figure, group: Group) -> None:
 
 
 def pareto(figure: Figure, group: Group) -> None:
-    """Clean against worst-case scores, a curve for each method over what it was trained for; bars span the seeds."""
+    """Clean against worst-case scores, a curve for each training over what it was for; bars span the seeds.
+
+    A colour for each method, and a style of line for each way to spend the gradients.
+    """
     points = pareto_points(group)
     budgets = [s for s in dict.fromkeys(budget for found in points.values() for budget, _ in found) if s != "clean"]
     lines = [*itertools.product(dict.fromkeys(key[0] for key in points), ("miou", "aacc"))]
-    colours = {name: f"C{index}" for index, name in enumerate(sorted({key[1] for key in points} - {"none"}))}
+    names = sorted({key[1] for key in points} - {"none"})
+    kinds = {", free, equal time": "-.", ", free": "-", ", 1 step": "--", "": ":"}
+    kind_of = {name: next(kind for kind in kinds if name.endswith(kind)) for name in names}
+    methods = [*dict.fromkeys(name.removesuffix(kind) for name, kind in kind_of.items())]
     figure.set_figheight(2.9 * len(lines) + 1)
     panels = figure.subplots(len(lines), len(budgets), squeeze=False).flat
     for axes, ((data, quantity), budget) in zip(panels, itertools.product(lines, budgets), strict=True):
-        for name, colour in colours.items():
+        for name, kind in kind_of.items():
             x, y, below, above = [], [], [], []
             for eps in dict.fromkeys(key[2] for key in points if key[:2] == (data, name)):
                 seeds = [found for key, found in points.items() if key[:3] == (data, name, eps)]
@@ -61,8 +67,8 @@ def pareto(figure: Figure, group: Group) -> None:
                 y.append(sum(worst) / len(worst))
                 below.append(y[-1] - min(worst))
                 above.append(max(worst) - y[-1])
-            width = 2.4 if name == LEADER else 1.0
-            style = {"color": colour, "marker": "o", "markersize": 3, "linewidth": width, "elinewidth": 0.6}
+            style = {"color": f"C{methods.index(name.removesuffix(kind))}", "linestyle": kinds[kind], "elinewidth": 0.6}
+            style |= {"marker": "o", "markersize": 3, "linewidth": 2.4 if name == LEADER else 1.2}
             axes.errorbar(x, y, [below, above], label=name, **style)
         told = {"miou": "mIoU", "aacc": "accuracy"}[quantity]
         axes.set(xlabel=f"clean {told}, %", ylabel=f"worst-case {told}, %")

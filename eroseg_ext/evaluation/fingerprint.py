@@ -59,7 +59,7 @@ def projected_logits(answer: Callable[[Tensor], Tensor], image: Tensor, clip: tu
     """
     generator = torch.Generator().manual_seed(0)
     low, high = clip
-    noise = low + (high - low) * torch.rand(image.shape, generator=generator, dtype=torch.float32)
+    noise = low + (high - low) * torch.rand(image.shape, generator=generator, dtype=torch.float32).to(image.device)
     found = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

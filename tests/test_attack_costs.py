@@ -49,7 +49,8 @@ class HostSyncs(TorchDispatchMode):
         name = func.overloadpacket.__name__
         result = func(*args, **(kwargs or {}))
         if name in self.NAMES:
-            self.seen[name] += 1
+            # What lies in pinned memory was copied there before, and the device is not asked.
+            self.seen[name] += not (isinstance(args[0], Tensor) and args[0].is_pinned())
         if name in ("index", "index_put", "index_put_", "_unsafe_index"):
             self.seen["index by mask"] += any(i is not None and i.dtype == torch.bool for i in args[1])
         if name in ("_to_copy", "copy_") and isinstance(result, Tensor):

@@ -203,7 +203,7 @@ def test_a_model_is_run_twice_a_window(net: nn.Module, batch: Batch) -> None:
     both(logits, images)
     assert model.calls == 3 + 6
     # An image that fits into a window is one pass, whose logits are not upsampled.
-    small = Logits(make_low(), window=24)(images, (20, 24)).values
+    small = Logits(make_low().to(images.device), window=24)(images, (20, 24)).values
     assert small.shape[-2:] == (10, 12)
 
 

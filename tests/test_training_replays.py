@@ -115,6 +115,15 @@ def test_pieces_of_a_batch_are_as_the_whole_and_a_fraction_is_perturbed(
     assert [part.tolist() for part in untouched[:9]] == [[True, False, True, False]] * 9
 
 
+def test_the_backends_are_compared_by_the_whole_update(data: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    settings = {**SMALL, "eps": EPS, "epochs": 1, "replays": 2, "model": "training_common:plain_net"}
+    train(data=data, out=tmp_path, say=told.append, compare_reference=1, **settings)
+    (compared,) = (line for line in told if "fused against reference" in line)
+    assert "whole update" in compared
+    assert "attack" not in compared
+
+
 def test_an_interrupted_run_ends_as_one_that_was_not(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

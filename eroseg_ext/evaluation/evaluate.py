@@ -37,6 +37,7 @@ from eroseg_ext.evaluation.settings import (
     share_of,
 )
 from eroseg_ext.models.adapter import Logits, Model, frozen, unwrapped
+from eroseg_ext.models.modules import modules_behind
 from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops import backend, reference
 from eroseg_ext.utils.atomic_files import locked, plain, write_json
@@ -164,8 +165,9 @@ class _Evaluator:
         channels = len(image)
         if config.mean is not None and len(config.mean) not in (1, channels):
             raise ValueError(f"mean has {len(config.mean)} numbers, wanted {channels}, one per channel of images")
-        kept = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-        self._device = kept[0].device if kept else image.device
+        modules = modules_behind(model)
+        kept = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+        self._device = next(kept, image).device
         self._ops = backend.select(self._device, config.backend)
         self._environment = {
             "eroseg_ext": backend.report()["eroseg_ext"],

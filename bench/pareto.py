@@ -47,8 +47,8 @@ METHODS |= {
     "eroseg, free": METHODS["eroseg"] | {"replays": 2, "loss_balance": 0.25},
 }
 METHODS["eroseg, free, equal time"] = METHODS["eroseg, free"] | {"epochs": 15}
-"""What each passes to ``eroseg_ext.train``. 15 epochs of two updates with each batch
-take as long as 10 with 3 steps of ``pgd``."""
+"""What each passes to ``eroseg_ext.train``. 15 epochs of two updates with each batch take as long as 10 with 3 steps of
+``pgd``."""
 BUDGETS = (2 / 255, 4 / 255, 8 / 255)
 GRADIENTS = {"choose": 20, "report": 50}
 COUNTS = {"train": 160, "choose": 24, "report": 24}

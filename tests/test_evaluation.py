@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from eroseg_ext import EvaluationSettings, evaluate, strong_attack, train
 from eroseg_ext.attacks.methods import METHODS
+from eroseg_ext.evaluation.fingerprint import projected_logits
 from eroseg_ext.evaluation.sanity import budget
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -340,6 +341,17 @@ class Wrapper:
     def __deepcopy__(self, memo: Any) -> Any:
         self.copies += 1
         return self
+
+
+def test_a_model_is_told_from_others_by_images_on_its_device() -> None:
+    shown: list[str] = []
+
+    def answer(pixels: Tensor) -> Tensor:
+        shown.append(pixels.device.type)
+        return torch.zeros(1, 4, 5, 6)
+
+    projected_logits(answer, torch.empty(3, 5, 6, device="meta"), (0.0, 1.0), 0)
+    assert shown == ["meta"] * 3
 
 
 def test_a_table_whose_checks_failed_says_so(net: nn.Module, pairs: Pairs) -> None:

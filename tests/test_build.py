@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import os
 import subprocess
 import sysconfig
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -299,20 +302,29 @@ def test_without_a_working_nvcc(
         setup_py.chosen_cuda()
 
 
+CLOCK = itertools.count(int(time.time()) + 1)
+
+
+def change(path: Path) -> None:
+    """Gives the file a later time than any before: a file system's own clock may not have ticked since the last one."""
+    path.touch()
+    os.utime(path, (now := next(CLOCK), now))
+
+
 @pytest.fixture
 def compile_kernels(
     setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., list[list[str]]]:
-    """The commands of a build, whose object files depend on their sources and on header.h."""
+    """The commands of a build, whose object files depend on their sources and on header.h, which `change` changes."""
     commands: list[list[str]] = []
-    (tmp_path / "header.h").touch()
+    change(tmp_path / "header.h")
 
     def run(command: list[str], check: bool) -> None:
         source, built = (Path(command[command.index(option) + 1]) for option in ("-c", "-o"))
         if source.stem in broken:
             raise subprocess.CalledProcessError(1, command)
         commands.append(command)
-        built.touch()
+        change(built)
         built.with_suffix(".d").write_text(f"{built} : {source} \\\n {tmp_path}/header.h\n")
 
     broken: set[str] = set()
@@ -355,11 +367,11 @@ def test_a_kernel_is_compiled_again_if_it_would_be_another(
     assert compiled("9.0") == KERNELS
     assert compiled("9.0") == set()
     assert compiled("8.0") == KERNELS
-    (tmp_path / "header.h").touch()
+    change(tmp_path / "header.h")
     assert compiled("8.0") == KERNELS
     (tmp_path / "built" / "select.o").unlink()
     assert compiled("8.0") == {"select"}
-    (tmp_path / "header.h").touch()
+    change(tmp_path / "header.h")
     with pytest.raises(subprocess.CalledProcessError):
         compile_kernels("8.0", "select")
     assert "select" in compiled("8.0")

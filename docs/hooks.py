@@ -18,6 +18,11 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Finds the pictures where the site has them; the repository shows the same pages with its own."""
+    return markdown.replace("](../bench/results/", "](images/")
+
+
 def on_page_content(content: str, **_: Any) -> str:
     """Formulas become MathML, which browsers show without a script."""
 

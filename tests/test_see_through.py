@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint
 
 from eroseg_ext import attack, evaluate, strong_attack
@@ -49,6 +52,7 @@ TOUCHED: dict[str, Callable[[Tensor], Any]] = {
     "sum of two": lambda z: upsampled(z) + upsampled(z.tanh()),
     "in place": shifted_in_place,
     "nearest": lambda z: F.interpolate(z, size=SIZE),
+    "imported by name": lambda z: interpolate(z, size=SIZE, mode="bilinear"),
     "bicubic": lambda z: F.interpolate(z, size=SIZE, mode="bicubic"),
     "twice": lambda z: upsampled(F.interpolate(upsampled(z), size=(20, 20), mode="bilinear")).relu(),
     "mean beside": lambda z: (lambda full: {"out": full, "mean": full.mean()})(upsampled(z)),
@@ -141,6 +145,29 @@ def test_only_upsamplings_to_the_images_size_are_put_off(data: Batch) -> None:
         ):
             assert type(other) is Tensor
     assert type(upsampled(z)) is Tensor
+
+
+def test_upsamplings_of_other_threads_are_torchs_own() -> None:
+    """Also where contexts of two threads overlap; afterwards everything is as it was."""
+    torchs_own, z = F.interpolate, torch.randn(1, 2, *LOW)
+    entered, ended = threading.Event(), threading.Event()
+
+    def other(size: tuple[int, int]) -> type:
+        with SeeThrough(size):
+            entered.set()
+            assert ended.wait(10)
+            return type(upsampled(z))
+
+    with ThreadPoolExecutor(2) as pool:
+        with SeeThrough(SIZE):
+            assert type(pool.submit(upsampled, z).result()) is Tensor
+            assert type(upsampled(z)) is Deferred
+            waiting = [pool.submit(other, size) for size in (SIZE, (16, 20))]
+            assert entered.wait(10)
+        assert type(upsampled(z)) is Tensor
+        ended.set()
+        assert [future.result() for future in waiting] == [Deferred, Tensor]
+    assert F.interpolate is torchs_own
 
 
 def test_autocast(data: Batch) -> None:

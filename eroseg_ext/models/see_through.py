@@ -9,13 +9,14 @@ source instead; whatever else a model does gives what it gives without this modu
 
 from __future__ import annotations
 
+import functools
 import sys
+import threading
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 _upsample_backward = torch.ops.aten.upsample_bilinear2d_backward
@@ -61,8 +62,8 @@ class Deferred(Tensor):
         if self._computed is None:
             self._check_source()
             with torch.autocast(self.device.type, enabled=False), torch.no_grad():
-                of_source = LogitMap(self.source.detach().to(self.dtype), self.align_corners)
-                self._computed = of_source.at((self.shape[-2], self.shape[-1]))
+                source, size = self.source.detach().to(self.dtype), (self.shape[-2], self.shape[-1])
+                self._computed = _interpolate(source, size, mode="bilinear", align_corners=self.align_corners)
         return self._computed
 
     def untouched(self) -> bool:
@@ -93,51 +94,87 @@ class _Defer(torch.autograd.Function):
         return grad.to(ctx.dtype), None, None, None
 
 
-class SeeThrough(TorchFunctionMode):
-    """Puts off bilinear upsamplings to ``size``."""
+class _OfThread(threading.local):
+    """What the model of this thread runs under."""
+
+    size: tuple[int, int] | None = None
+
+
+_of_thread = _OfThread()
+_lock = threading.Lock()
+_running = 0
+"""Models that run under ``SeeThrough``, in all threads."""
+_interpolate = F.interpolate
+"""What stands in ``F.interpolate``'s place while no such model runs."""
+
+
+class SeeThrough:
+    """A context in which ``F.interpolate`` puts off this thread's bilinear upsamplings to ``size``.
+
+    Meanwhile another function is in its place, which does for other threads what it always does. A mode that is asked
+    about every function of torch would leave it alone, but costs 3 to 7 us for each call that the model makes.
+    """
 
     def __init__(self, size: tuple[int, int]) -> None:
-        super().__init__()
         self._size = size
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.interpolate and not torch.compiler.is_compiling():
-            deferred = self._deferred(*args, **(kwargs or {}))
-            if deferred is not None:
-                return deferred
-        return func(*args, **(kwargs or {}))
+    def __enter__(self) -> None:
+        global _interpolate, _running
+        with _lock:
+            if _running == 0:
+                _interpolate, F.interpolate = F.interpolate, _interpolate_or_defer
+            _running += 1
+        self._outer, _of_thread.size = _of_thread.size, self._size
 
-    def _deferred(
-        self,
-        input: Tensor,
-        size: Any = None,
-        scale_factor: Any = None,
-        mode: str = "nearest",
-        align_corners: bool | None = None,
-        recompute_scale_factor: bool | None = None,
-        antialias: bool = False,
-    ) -> Tensor | None:
-        """What ``F.interpolate`` is to return for these arguments of its; None: what it does."""
-        if mode != "bilinear" or antialias or type(input) is not Tensor or input.dim() != 4:
+    def __exit__(self, *_: object) -> None:
+        global _running
+        _of_thread.size = self._outer
+        with _lock:
+            _running -= 1
+            if _running == 0:
+                F.interpolate = _interpolate
+
+
+@functools.wraps(F.interpolate)
+def _interpolate_or_defer(*args: Any, **kwargs: Any) -> Tensor:
+    if _of_thread.size is not None and not torch.compiler.is_compiling():
+        deferred = _deferred(_of_thread.size, *args, **kwargs)
+        if deferred is not None:
+            return deferred
+    return _interpolate(*args, **kwargs)
+
+
+def _deferred(
+    wanted: tuple[int, int],
+    input: Tensor,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Tensor | None:
+    """What ``F.interpolate`` is to return for these arguments of its; None: what it does."""
+    if mode != "bilinear" or antialias or type(input) is not Tensor or input.dim() != 4:
+        return None
+    if input.is_inference() or input.numel() == 0 or not input.is_floating_point():
+        return None
+    if size is None:
+        # Factors that do not give these sides exactly are another interpolation than that to the size.
+        factors = scale_factor if isinstance(scale_factor, (tuple, list)) else (scale_factor, scale_factor)
+        if None in factors:
             return None
-        if input.is_inference() or input.numel() == 0 or not input.is_floating_point():
-            return None
-        if size is None:
-            # Factors that do not give these sides exactly are another interpolation than that to the size.
-            factors = scale_factor if isinstance(scale_factor, (tuple, list)) else (scale_factor, scale_factor)
-            if None in factors:
-                return None
-            size = [side * factor for side, factor in zip(input.shape[-2:], factors, strict=True)]
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        if size != self._size or size == input.shape[-2:]:
-            return None
-        # Under autocast the result may have another type than the input.
-        dtype = F.interpolate(input.detach()[:1, :1, :1, :1], (1, 1), mode="bilinear").dtype
-        found: Any = _Defer.apply(input, self._size, bool(align_corners), dtype)
-        found.source, found.align_corners = input, bool(align_corners)
-        found.looked_at, found._computed = False, None
-        found._origin, found._version_of_source = found.grad_fn, input._version
-        return found
+        size = [side * factor for side, factor in zip(input.shape[-2:], factors, strict=True)]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if size != wanted or size == input.shape[-2:]:
+        return None
+    # Under autocast the result may have another type than the input.
+    dtype = _interpolate(input.detach()[:1, :1, :1, :1], (1, 1), mode="bilinear").dtype
+    found: Any = _Defer.apply(input, wanted, bool(align_corners), dtype)
+    found.source, found.align_corners = input, bool(align_corners)
+    found.looked_at, found._computed = False, None
+    found._origin, found._version_of_source = found.grad_fn, input._version
+    return found
 
 
 def can_see_through(modules: list[nn.Module]) -> bool:

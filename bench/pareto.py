@@ -41,11 +41,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "eroseg": {"attack": "eroseg"},
 }
 METHODS |= {f"{name}, 1 step": given | {"attack_steps": 1} for name, given in METHODS.items() if name != "none"}
-METHODS |= {
-    "pgd, free": METHODS["pgd"] | {"replays": 2},
-    "pgd, balanced, free": METHODS["pgd"] | {"replays": 2, "loss_balance": 0.25},
-    "eroseg, free": METHODS["eroseg"] | {"replays": 2, "loss_balance": 0.25},
-}
+METHODS["pgd, free"] = METHODS["pgd"] | {"replays": 2}
+METHODS |= {f"pgd, balance {power}, free": METHODS["pgd, free"] | {"loss_balance": power} for power in (0.1, 0.25)}
+METHODS["eroseg, free"] = METHODS["eroseg"] | {"replays": 2, "loss_balance": 0.1}
+METHODS["eroseg, balance 0.25, free"] = METHODS["eroseg, free"] | {"loss_balance": 0.25}
 METHODS["eroseg, free, equal time"] = METHODS["eroseg, free"] | {"epochs": 15}
 """What each passes to ``eroseg_ext.train``. 15 epochs of two updates with each batch take as long as 10 with 3 steps of
 ``pgd``."""

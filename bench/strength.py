@@ -8,8 +8,8 @@ The data is CamVid as in the SegNet tutorial: a folder with ``train`` and ``val`
     python -m bench.strength training --work runs --seeds 0 1        # collects what was trained against each attack
     python -m bench.strength evaluation --work evaluation            # collects the table of one `eroseg evaluate`
 
-The last three append their figures to ``bench/results/results.csv`` (or ``--csv``). ``table`` attacks evenly spaced
-images of ``val`` with bfloat16 autocast, l_inf, steps of eps/4, random start, last iterate, seed 0.
+The last three append their figures to ``bench/results/results.csv`` (or ``--csv``). Networks and attacks are in
+float32. ``table`` attacks evenly spaced images of ``val``, l_inf, steps of eps/4, random start, last iterate, seed 0.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ from eroseg_ext.models.adapter import Model
 from eroseg_ext.models.loading import load_network
 from eroseg_ext.ops import backend
 
-SIZE = (180, 240)
 BATCH = 8
-USUAL = ["--size", "180x240", "--amp", "bf16"]
 ADVERSARIAL = ["--adv-fraction", "1", "--attack-steps", "3", "--eps", "4/255"]
 EVALUATE = ["--ignore-index", "11", "--eps", "2/255,4/255,8/255", "--steps", "50", "--images", "48"]
 ATTACKS: dict[str, list[str]] = {
@@ -62,17 +60,17 @@ ROWS: dict[str, dict[str, Any]] = {
 """Rows of the table: what each passes to ``attack``."""
 
 
-def commands(data: Path, work: Path, seed: int) -> list[list[str]]:
+def commands(data: Path, work: Path, size: str, seed: int) -> list[list[str]]:
     """The command lines that train every network and evaluate those of the comparison of trainings."""
-    train = ["eroseg", "train", "--dataset", "camvid", "--data", str(data / "train"), *USUAL, "--cache", "--resume"]
-    train += ["--seed", str(seed)]
+    train = ["eroseg", "train", "--dataset", "camvid", "--data", str(data / "train"), "--size", size, "--cache"]
+    train += ["--resume", "--seed", str(seed)]
 
     def robust(name: str, start: str, options: list[str]) -> list[str]:
         return [*train, *ADVERSARIAL, *options, "--init", str(work / start / "weights.pt"), "--out", str(work / name)]
 
     lines = [
-        [*train, "--attack", "none", "--epochs", "60", "--out", str(work / "clean")],
-        robust("robust", "clean", ["--attack", "pgd", "--learning-rate", "1.5e-3", "--epochs", "20"]),
+        [*train, "--attack", "none", "--epochs", "40", "--out", str(work / "clean")],
+        robust("robust", "clean", ["--attack", "pgd", "--learning-rate", "1.5e-3", "--epochs", "12"]),
         [*train, "--attack", "none", "--epochs", "40", "--out", str(work / f"none_{seed}")],
     ]
     for name, options in ATTACKS.items():
@@ -80,8 +78,8 @@ def commands(data: Path, work: Path, seed: int) -> list[list[str]]:
         lines.append(robust(f"{name}_{seed}", f"none_{seed}", options))
     for name in ("none", *ATTACKS):
         weights = str(work / f"{name}_{seed}" / "weights.pt")
-        evaluate = ["eroseg", "evaluate", "--data", str(data / "val"), "--weights", weights, *USUAL, *EVALUATE]
-        lines.append([*evaluate, "--out", str(work / f"eval_{name}_{seed}")])
+        evaluate = ["eroseg", "evaluate", "--data", str(data / "val"), "--weights", weights, "--size", size]
+        lines.append([*evaluate, *EVALUATE, "--out", str(work / f"eval_{name}_{seed}")])
     return lines
 
 
@@ -96,17 +94,17 @@ def scores(model: Model, images: Tensor, labels: Tensor, classes: int, **setting
     generator = torch.Generator().manual_seed(0)  # all rows start from the same noise
     for batch, wanted in zip(images.split(BATCH), labels.split(BATCH), strict=True):
         if settings:
-            usual: dict[str, Any] = {"ignore_index": VOID, "autocast": torch.bfloat16, "generator": generator}
-            batch = attack(model, batch, wanted, **usual, **settings)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            logits = model(batch.contiguous(memory_format=torch.channels_last))
-        matrix += backend.select(batch.device).confusion(logits.float(), wanted, classes, ignore_index=VOID)
+            batch = attack(model, batch, wanted, ignore_index=VOID, generator=generator, **settings)
+        with torch.no_grad():
+            logits = model(batch)
+        matrix += backend.select(batch.device).confusion(logits, wanted, classes, ignore_index=VOID)
     return miou_and_accuracy(matrix)
 
 
-def table(data: Path, work: Path, count: int, run: Run) -> None:
+def table(data: Path, work: Path, size: str, count: int, run: Run) -> None:
     """Attacks both networks with every row in every setting, and ``clean`` with its logits multiplied as well."""
-    folder = NamedDataset("camvid", data / "val", size=SIZE)
+    height, width = map(int, size.split("x"))
+    folder = NamedDataset("camvid", data / "val", size=(height, width))
     images, labels = folder.load(evenly_spaced(len(folder), count))
     nets = {name: load_network(weights=work / name / "weights.pt") for name in ("clean", "robust")}
     columns = [(f"{net} {eps}, T={steps}", nets[net], eps, steps) for net, eps, steps in SETTINGS]
@@ -164,16 +162,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path("camvid"), metavar="DIR", help="folder with train/ and val/")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the networks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--size", default="180x240", metavar="HxW", help="of all images (default: 180x240)")
     parser.add_argument("--images", type=int, default=39, help="how many of val the table attacks (default: 39)")
     parser.add_argument("--csv", type=Path, default=RESULTS, metavar="FILE", help="default: bench/results/results.csv")
     args = parser.parse_args(argv)
     if args.part == "commands":
         for seed in args.seeds:
-            print("\n".join(shlex.join(line) for line in commands(args.data, args.work, seed)))
+            print("\n".join(shlex.join(line) for line in commands(args.data, args.work, args.size, seed)))
     elif args.part == "evaluation":
         evaluation(args.work, Run(args.csv))
     elif args.part == "table":
-        table(args.data, args.work, args.images, Run(args.csv))
+        table(args.data, args.work, args.size, args.images, Run(args.csv))
     else:
         run = Run(args.csv)
         if not sum(training(args.work, seed, run) for seed in args.seeds):

@@ -239,7 +239,7 @@ def test_plots_are_drawn_of_what_is_there(tmp_path: Path) -> None:
 
 
 def test_commands_are_commands_of_the_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = strength.commands(tmp_path / "camvid", tmp_path, 0)
+    lines = strength.commands(tmp_path / "camvid", tmp_path, "180x240", 0)
     assert len(lines) == 2 + 2 * (1 + len(strength.ATTACKS))
     for _, *arguments in lines:
         # Understood as far as the files, which are not there.
@@ -284,11 +284,10 @@ def test_the_table_of_strength_has_a_row_per_method(tmp_path: Path, monkeypatch:
     for name in ("clean", "robust"):
         (tmp_path / name).mkdir()
         torch.save(SmallDeepLab(11, 4).state_dict(), tmp_path / name / "weights.pt")
-    monkeypatch.setattr(strength, "SIZE", (32, 40))
     monkeypatch.setattr(strength, "SETTINGS", [("clean", 1, 2), ("robust", 2, 1)])
     path = tmp_path / "r.csv"
     arguments = ["--data", str(tmp_path / "camvid"), "--work", str(tmp_path), "--csv", str(path)]
-    assert strength.main(["table", *arguments]) == 0
+    assert strength.main(["table", "--size", "32x40", *arguments]) == 0
     lines = report.table("strength", results.read(path)).splitlines()
     assert lines[0] == "| method | clean 1, T=2 | robust 2, T=1 |"
     assert len(lines) == 3 + len(strength.ROWS)

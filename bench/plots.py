@@ -32,17 +32,6 @@ def time(figure: Figure, group: Group) -> None:
     axes.set(xscale="log", xlabel="milliseconds, median, with 20 to 80 %", ylim=(len(group.cases) - 0.4, -0.6))
 
 
-def loss(figure: Figure, group: Group) -> None:
-    """The training loss by epoch, of the first seed."""
-    axes = figure.subplots()
-    epochs = [case for case in group.cases if case.startswith("epoch") and case.endswith("seed 0")]
-    for name in group.names():
-        values = [group.get(case, name, "loss") for case in epochs if name in group.names(case)]
-        if values:
-            axes.plot(range(1, len(values) + 1), values, label=name, color="black" if name == "none" else None)
-    axes.set(xlabel="epoch", ylabel="loss on the images trained on", ylim=(0.2, 0.8))
-
-
 def pareto(figure: Figure, group: Group) -> None:
     """Clean against worst-case scores, a curve for each training over what it was for; bars span the seeds.
 
@@ -77,7 +66,6 @@ def pareto(figure: Figure, group: Group) -> None:
 
 PLOTS = {
     "time": ("operations", time, (10, 14)),
-    "training": ("training", loss, (7, 3.5)),
     "pareto": ("pareto", pareto, (11, 7)),
 }
 """Group, function and size of each plot."""

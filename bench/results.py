@@ -15,7 +15,7 @@ import torch
 from bench import ROOT
 
 RESULTS = ROOT / "bench" / "results" / "results.csv"
-UNITS = {"p20": "ms", "p50": "ms", "p80": "ms", "bytes": "bytes", "peak": "bytes", "logits": "bytes", "loss": "nats"}
+UNITS = {"p20": "ms", "p50": "ms", "p80": "ms", "bytes": "bytes", "peak": "bytes", "logits": "bytes"}
 """Of quantities, by their last word; all others are in percent."""
 
 
@@ -23,8 +23,8 @@ class Row(NamedTuple):
     """One figure."""
 
     group: str
-    """``operations``, ``attacks``, ``parts``, ``strength``, ``training``, ``pareto``, ``evaluation``, ``demo``,
-    ``resolution``, ``resolution steps`` or ``resolution loss``"""
+    """``operations``, ``attacks``, ``parts``, ``strength``, ``pareto``, ``evaluation``, ``demo``, ``resolution``,
+    ``resolution steps`` or ``resolution loss``"""
     case: str
     """what is measured, on what"""
     name: str

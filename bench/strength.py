@@ -1,15 +1,14 @@
-"""Attack strength, and what training against each attack gives, on a small network and real street scenes.
+"""Attack strength on a small network and real street scenes.
 
 The data is CamVid as in the SegNet tutorial: a folder with ``train`` and ``val``, each holding ``images/NAME.*`` and
 ``labels/NAME.png`` with the classes 0 to 10 and 11 for void. All training and evaluation is the package's own:
 
-    python -m bench.strength commands --data camvid --work runs      # prints the commands that make every network
+    python -m bench.strength commands --data camvid --work runs      # prints the commands that make both networks
     python -m bench.strength table --data camvid --work runs         # attacks `clean` and `robust` with every method
-    python -m bench.strength training --work runs --seeds 0 1        # collects what was trained against each attack
     python -m bench.strength evaluation --work evaluation            # collects the table of one `eroseg evaluate`
 
-The last three append their figures to ``bench/results/results.csv`` (or ``--csv``). Networks and attacks are in
-float32. ``table`` attacks evenly spaced images of ``val``, l_inf, steps of eps/4, random start, last iterate, seed 0.
+The last two append their figures to ``bench/results/results.csv`` (or ``--csv``). Networks and attacks are in float32.
+``table`` attacks evenly spaced images of ``val``, l_inf, steps of eps/4, random start, last iterate, seed 0.
 """
 
 from __future__ import annotations
@@ -34,19 +33,6 @@ from eroseg_ext.models.loading import load_network
 from eroseg_ext.ops import backend
 
 BATCH = 8
-ADVERSARIAL = ["--adv-fraction", "1", "--attack-steps", "3", "--eps", "4/255"]
-EVALUATE = ["--ignore-index", "11", "--eps", "2/255,4/255,8/255", "--steps", "50", "--images", "48"]
-ATTACKS: dict[str, list[str]] = {
-    "pgd": ["--attack", "pgd"],
-    "segpgd": ["--attack", "segpgd"],
-    "cospgd": ["--attack", "cospgd"],
-    "eroseg": ["--attack", "eroseg"],
-    "eroseg_balanced": ["--attack", "eroseg", "--front-loss", "0"],
-    "eroseg_plain": ["--attack", "eroseg", "--front-loss", "0", "--attack-options", '{"balance": 0.15}'],
-    "eroseg_half": ["--attack", "eroseg", "--attack-options", '{"balance": 0.5}'],
-    "pgd_front": ["--attack", "pgd", "--front-loss", "4"],
-}
-"""Name of a run and what it is trained against; the last four take a part of EroSeg-AT each, or none."""
 SETTINGS = [("clean", 1, 10), ("clean", 2, 5), ("clean", 2, 20), *(("robust", eps, 10) for eps in (2, 4, 8, 12))]
 """Network, eps in 255ths and steps of each column of the table."""
 ROWS: dict[str, dict[str, Any]] = {
@@ -60,27 +46,15 @@ ROWS: dict[str, dict[str, Any]] = {
 """Rows of the table: what each passes to ``attack``."""
 
 
-def commands(data: Path, work: Path, size: str, seed: int) -> list[list[str]]:
-    """The command lines that train every network and evaluate those of the comparison of trainings."""
+def commands(data: Path, work: Path, size: str) -> list[list[str]]:
+    """The command lines that train both networks: on clean images, and from there on examples of 3-step PGD."""
     train = ["eroseg", "train", "--dataset", "camvid", "--data", str(data / "train"), "--size", size, "--cache"]
-    train += ["--resume", "--seed", str(seed)]
-
-    def robust(name: str, start: str, options: list[str]) -> list[str]:
-        return [*train, *ADVERSARIAL, *options, "--init", str(work / start / "weights.pt"), "--out", str(work / name)]
-
-    lines = [
+    adversarial = ["--attack", "pgd", "--adv-fraction", "1", "--attack-steps", "3", "--eps", "4/255", "--epochs", "12"]
+    adversarial += ["--learning-rate", "1.5e-3", "--init", str(work / "clean" / "weights.pt")]
+    return [
         [*train, "--attack", "none", "--epochs", "40", "--out", str(work / "clean")],
-        robust("robust", "clean", ["--attack", "pgd", "--learning-rate", "1.5e-3", "--epochs", "12"]),
-        [*train, "--attack", "none", "--epochs", "40", "--out", str(work / f"none_{seed}")],
+        [*train, *adversarial, "--out", str(work / "robust")],
     ]
-    for name, options in ATTACKS.items():
-        options = [*options, "--learning-rate", "1e-3", "--epochs", "30"]
-        lines.append(robust(f"{name}_{seed}", f"none_{seed}", options))
-    for name in ("none", *ATTACKS):
-        weights = str(work / f"{name}_{seed}" / "weights.pt")
-        evaluate = ["eroseg", "evaluate", "--data", str(data / "val"), "--weights", weights, "--size", size]
-        lines.append([*evaluate, *EVALUATE, "--out", str(work / f"eval_{name}_{seed}")])
-    return lines
 
 
 def scaled(model: nn.Module, factor: float) -> Model:
@@ -108,34 +82,13 @@ def table(data: Path, work: Path, size: str, count: int, run: Run) -> None:
     images, labels = folder.load(evenly_spaced(len(folder), count))
     nets = {name: load_network(weights=work / name / "weights.pt") for name in ("clean", "robust")}
     columns = [(f"{net} {eps}, T={steps}", nets[net], eps, steps) for net, eps, steps in SETTINGS]
-    columns += [(f"clean 2, T=5, logits x{factor}", scaled(nets["clean"], factor), 2, 5) for factor in (1, 25)]
+    columns.append(("clean 2, T=5, logits x25", scaled(nets["clean"], 25), 2, 5))
     for name in ("none", *ROWS):
         for case, model, eps, steps in columns:
             settings = {} if name == "none" else {**ROWS[name], "eps": eps / 255, "steps": steps}
             found = scores(model, images, labels, folder.to_class.classes, **settings)
             run.add("strength", case, name, torch.device("cpu"), found)
             print(f"{name}, {case}: {found['miou']:.2f} / {found['accuracy']:.2f}", flush=True)
-
-
-def training(work: Path, seed: int, run: Run) -> int:
-    """Adds scores, clean and in the worst case, and losses by epoch of the runs that are there; returns how many."""
-    found = 0
-    for name in ("none", *ATTACKS):
-        path = work / f"eval_{name}_{seed}" / "evaluation.json"
-        if not path.is_file():
-            continue
-        found += 1
-        result = json.loads(path.read_text())
-        device = torch.device("cpu")
-        for case, entry in [("clean", result["clean"]), *((budget(worst["eps"]), worst) for worst in result["worst"])]:
-            run.add("training", f"{case}, seed {seed}", name, device, figures_of(entry))
-        epochs: dict[int, list[float]] = {}
-        for line in map(json.loads, (work / f"{name}_{seed}" / "log.jsonl").read_text().splitlines()):
-            if "loss" in line:
-                epochs.setdefault(int(line["epoch"] - 1e-9) + 1, []).append(line["loss"])
-        for epoch, losses in epochs.items():
-            run.add("training", f"epoch {epoch}, seed {seed}", name, device, {"loss": sum(losses) / len(losses)})
-    return found
 
 
 def evaluation(work: Path, run: Run) -> None:
@@ -158,25 +111,19 @@ def figures_of(entry: dict[str, Any]) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.strength", description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["commands", "table", "training", "evaluation"])
+    parser.add_argument("part", choices=["commands", "table", "evaluation"])
     parser.add_argument("--data", type=Path, default=Path("camvid"), metavar="DIR", help="folder with train/ and val/")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the networks")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--size", default="180x240", metavar="HxW", help="of all images (default: 180x240)")
+    parser.add_argument("--size", default="120x160", metavar="HxW", help="of all images (default: 120x160)")
     parser.add_argument("--images", type=int, default=39, help="how many of val the table attacks (default: 39)")
     parser.add_argument("--csv", type=Path, default=RESULTS, metavar="FILE", help="default: bench/results/results.csv")
     args = parser.parse_args(argv)
     if args.part == "commands":
-        for seed in args.seeds:
-            print("\n".join(shlex.join(line) for line in commands(args.data, args.work, args.size, seed)))
-    elif args.part == "evaluation":
-        evaluation(args.work, Run(args.csv))
+        print("\n".join(map(shlex.join, commands(args.data, args.work, args.size))))
     elif args.part == "table":
         table(args.data, args.work, args.size, args.images, Run(args.csv))
     else:
-        run = Run(args.csv)
-        if not sum(training(args.work, seed, run) for seed in args.seeds):
-            parser.error(f"{args.work} has no evaluation of seed {', '.join(map(str, args.seeds))}")
+        evaluation(args.work, Run(args.csv))
     return 0
 
 

@@ -239,29 +239,12 @@ def test_plots_are_drawn_of_what_is_there(tmp_path: Path) -> None:
 
 
 def test_commands_are_commands_of_the_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = strength.commands(tmp_path / "camvid", tmp_path, "180x240", 0)
-    assert len(lines) == 2 + 2 * (1 + len(strength.ATTACKS))
+    lines = strength.commands(tmp_path / "camvid", tmp_path, "180x240")
+    assert len(lines) == 2
     for _, *arguments in lines:
         # Understood as far as the files, which are not there.
         assert main.main(arguments) == 2
         assert re.search(rf"{tmp_path}/\S+ (is missing|must hold)", capsys.readouterr().err)
-
-
-def test_figures_of_trainings_come_from_the_runs_that_are_there(tmp_path: Path) -> None:
-    scores = {"miou": 50.04, "macc": 60.0, "aacc": 90.0}
-    worst = {"eps": 4 / 255, "miou": 40.0, "miou_bound": 39.0, "macc": 50.0, "aacc": 80.0}
-    for seed, better in ((0, 0.0), (1, 2.0)):
-        (tmp_path / f"pgd_{seed}").mkdir()
-        (tmp_path / f"eval_pgd_{seed}").mkdir()
-        evaluation = {"clean": scores | {"miou": scores["miou"] + better}, "worst": [worst]}
-        (tmp_path / f"eval_pgd_{seed}" / "evaluation.json").write_text(json.dumps(evaluation))
-        log = '{"epoch": 0.5, "loss": 1.0}\n{"epoch": 1.0, "loss": 2.0}\n{"epoch": 1.0, "miou": 50.0}\n'
-        (tmp_path / f"pgd_{seed}" / "log.jsonl").write_text(log)
-    path = tmp_path / "r.csv"
-    assert strength.main(["training", "--work", str(tmp_path), "--seeds", "0", "1", "--csv", str(path)]) == 0
-    rows = results.read(path)
-    assert report.table("training", rows).splitlines()[-1] == "| `pgd` | 51.0 / 90.0 | 40.0 / 80.0 |"
-    assert [row.value for row in rows if row.quantity == "loss"] == [1.5, 1.5]
 
 
 def test_the_table_of_an_evaluation_is_what_it_printed(tmp_path: Path) -> None:

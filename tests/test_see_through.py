@@ -215,6 +215,13 @@ def test_compiled_and_scripted_models_are_run_as_they_are(data: Batch) -> None:
         attack(model, *data, steps=1)
 
 
+def test_a_compiled_function_in_a_model_is_run_as_it_is(data: Batch) -> None:
+    compiled = torch.compile(upsampled, backend="eager", fullgraph=True)
+    assert type(taken(Net(compiled), data[0])) is Tensor
+    (ours, _), (full, _) = both(Net(compiled), data)
+    assert torch.equal(ours, full)
+
+
 def test_a_users_hooks_see_what_the_model_returns(data: Batch) -> None:
     """The dict stays what it was; a hook on the values gets them, and one on their gradient is called."""
     model, seen, gradients = Net(UNTOUCHED["dict"]), [], []

@@ -137,11 +137,10 @@ class SeeThrough:
 
 @functools.wraps(F.interpolate)
 def _interpolate_or_defer(*args: Any, **kwargs: Any) -> Tensor:
-    if _of_thread.size is not None and not torch.compiler.is_compiling():
-        deferred = _deferred(_of_thread.size, *args, **kwargs)
-        if deferred is not None:
-            return deferred
-    return _interpolate(*args, **kwargs)
+    if torch.compiler.is_compiling() or _of_thread.size is None:
+        return _interpolate(*args, **kwargs)
+    deferred = _deferred(_of_thread.size, *args, **kwargs)
+    return _interpolate(*args, **kwargs) if deferred is None else deferred
 
 
 def _deferred(

@@ -112,7 +112,7 @@ class SeeThrough:
     """A context in which ``F.interpolate`` puts off this thread's bilinear upsamplings to ``size``.
 
     Meanwhile another function is in its place, which does for other threads what it always does. A mode that is asked
-    about every function of torch would leave it alone, but costs 3 to 7 us for each call that the model makes.
+    about every function of torch would leave it alone, but costs 1 to 7 us for each call that the model makes.
     """
 
     def __init__(self, size: tuple[int, int]) -> None:

@@ -36,8 +36,8 @@ MOMENTUM = 0.75
 """Weight of the new step; the rest is that of the previous one."""
 IMPROVING = 0.75
 """A step size is kept while at least this part of the steps since the last checkpoint improved."""
-DEFAULTS: dict[str, Any] = {"steps": 100, "front_min": 0.06}
-"""Defaults that differ from ``attack``'s: over many steps a front of 3 % leaves too many pixels alone."""
+DEFAULTS: dict[str, Any] = {"steps": 100}
+"""Defaults that differ from ``attack``'s."""
 NOT_OF_APGD = ("step_size", "targeted", "keep", "early_stop", "micro_batch", "graph", "preset")
 """Settings of ``attack`` that this attack decides for itself."""
 

@@ -15,6 +15,10 @@ from eroseg_ext.models.see_through import LogitMap
 from eroseg_ext.ops.protocol import Operations
 from eroseg_ext.utils.precision import wide, widest
 
+NARROWING = 0.9
+"""The front narrows by no more than this factor in a step, beside the square root of the steps left: where pixels come
+and go over the boundary it moves little on average, and would let go of pixels that can still be flipped."""
+
 
 class GradientBuffer:
     """Keeps one logits-sized buffer over the steps: a fresh one costs more in page faults than filling it does."""
@@ -182,8 +186,8 @@ class ErosionFront(MethodGradient):
         if settings.threshold == "exact" or movement_unknown or step == settings.steps:
             return tau
         if settings.targeted and settings.confidence == "label":
-            return self._side.run(lambda: self._next_tau(*_not_reached(log_odds, stats), step))
-        return self._side.run(lambda: self._next_tau(log_odds, stats, step))
+            return self._side.run(lambda: self._next_tau(*_not_reached(log_odds, stats), step, tau))
+        return self._side.run(lambda: self._next_tau(log_odds, stats, step, tau))
 
     def _tau_from_own_scores(self, logits: LogitMap, step: int) -> Tensor:
         """At the price of reading the logits twice: the confidence first, then the gradient."""
@@ -195,25 +199,26 @@ class ErosionFront(MethodGradient):
             align_corners=logits.align_corners,
         )
         if self._last is not None:
-            stats = self._last.stats
-        else:
-            stats = torch.zeros(len(scores), 4, dtype=widest(scores.device), device=scores.device)
-            stats[:, 0] = (scores < float("inf")).sum((1, 2))
+            return self._next_tau(scores, self._last.stats, step, self._last.tau)
+        stats = torch.zeros(len(scores), 4, dtype=widest(scores.device), device=scores.device)
+        stats[:, 0] = (scores < float("inf")).sum((1, 2))
         return self._next_tau(scores, stats, step)
 
-    def _next_tau(self, log_odds: Tensor, stats: Tensor, step: int) -> Tensor:
-        settings = self._settings
+    def _next_tau(self, log_odds: Tensor, stats: Tensor, step: int, last: Tensor | None = None) -> Tensor:
+        """The width for ``step``, from the width ``last`` of the step before and what that step measured."""
+        settings, left = self._settings, self._settings.steps - step
         if settings.schedule != "movement":
             low = high = settings.rho(step)
         elif step <= 1:
-            low = high = settings.front_first
+            low = high = settings.rho_first
         else:
             low, high = settings.front_min, settings.front_max
             if settings.targeted:
-                low = min(low * math.sqrt(settings.steps - step), high)
-        return self._ops.next_tau(
-            log_odds, stats, settings.steps - step, reach=settings.reach, front_min=low, front_max=high
-        )
+                low = min(low * math.sqrt(left), high)
+        tau = self._ops.next_tau(log_odds, stats, left, reach=settings.reach, front_min=low, front_max=high)
+        if last is None or settings.schedule != "movement" or step <= 2:
+            return tau
+        return torch.maximum(tau, NARROWING * math.sqrt(left / (left + 1)) * last)
 
 
 def _not_reached(log_odds: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:

@@ -116,7 +116,8 @@ class AttackSettings:
         schedule: eroseg: the front's width follows the ``movement``, or is kth(rho) with rho ``geometric`` or
             ``linear`` in t.
         reach: eroseg, movement: how many times the expected movement the front is wide, > 0.
-        front_first: eroseg, movement: fraction of sensitive pixels in the first two steps.
+        front_first: eroseg, movement: fraction of sensitive pixels in the first two steps; in attacks of more than 10
+            steps, which reach further, times the square root of steps / 10, but not above ``front_max``.
         front_min: eroseg, movement: lower bound of the front, as a fraction of the valid pixels; targeted, times the
             square root of the steps left, of the pixels that are not of the wanted class yet.
         front_max: eroseg, movement: upper bound.
@@ -277,6 +278,11 @@ class AttackSettings:
     def range(self) -> float:
         """How far the pixel values of ``clip`` reach."""
         return self.clip[1] - self.clip[0]
+
+    @property
+    def rho_first(self) -> float:
+        """The fraction of sensitive pixels in the first two steps, under the schedule ``movement``."""
+        return max(self.front_first, min(self.front_first * math.sqrt(self.steps / 10), self.front_max))
 
     def rho(self, step: int) -> float:
         """The fraction of sensitive pixels of ``step``, under the schedules ``geometric`` and ``linear``."""

@@ -216,9 +216,9 @@ class ErosionFront(MethodGradient):
             if settings.targeted:
                 low = min(low * math.sqrt(left), high)
         tau = self._ops.next_tau(log_odds, stats, left, reach=settings.reach, front_min=low, front_max=high)
-        if last is None or settings.schedule != "movement" or step <= 2:
-            return tau
-        return torch.maximum(tau, NARROWING * math.sqrt(left / (left + 1)) * last)
+        if last is not None and settings.schedule == "movement" and step > 2:
+            tau = torch.maximum(tau, NARROWING * math.sqrt(left / (left + 1)) * last)
+        return tau
 
 
 def _not_reached(log_odds: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:

@@ -105,8 +105,8 @@ def next_tau(
 
     ``clamp(reach * v * sqrt(steps_left), kth(front_min), kth(front_max))``, where v is the mean movement of the front,
     not below 0, and kth(rho) the exact k-th smallest confidence of the image, k = clamp(round(rho * n), 1, n) over its
-    n valid pixels (half rounds to even), never below ``TAU_FLOOR``. ``front_min == front_max`` gives kth itself. How fast
-    it may fall from step to step is the attack's own: :data:`eroseg_ext.attacks.gradients.NARROWING`.
+    n valid pixels (half rounds to even), never below ``TAU_FLOOR``. ``front_min == front_max`` gives kth itself.
+    How fast it may fall from step to step is the attack's own, ``NARROWING`` of ``attacks/gradients.py``.
 
     Args:
         log_odds: ``[B, H, W]`` float32, as :func:`erosion_grad` returns it: signed confidence, +inf on void pixels.
